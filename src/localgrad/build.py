@@ -1,0 +1,132 @@
+"""From a config to objects: the model, its blocks, the optimizers."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .blocks import Block, split
+from .config import ModelConfig, MomentumConfig, ObjectiveConfig, OptimConfig, TrainConfig, closest
+from .errors import LocalGradError
+from .models import cifar_resnet
+from .momentum import man, manpp
+from .objectives import OBJECTIVES
+
+MOMENTA: dict[str, Callable[..., Any]] = {"man": man, "manpp": manpp}
+
+_CHOICES: dict[str, dict[str, Callable[..., Any]]] = {"objective": OBJECTIVES, "momentum": MOMENTA}
+_FROM_DATA = ("num_classes", "mean", "std")
+
+
+def option_problems(kind: str, chosen: ObjectiveConfig | MomentumConfig) -> list[str]:
+    """What is wrong with the choice of an objective or momentum network and its options, a sentence each."""
+    given = [name for name, value in vars(chosen).items() if value is not None and name != "name"]
+    if chosen.name == "none":
+        return [f"{kind}.{name} is given, but {kind}.name is none" for name in given]
+    choices = _CHOICES[kind]
+    if chosen.name not in choices:
+        allowed = ", ".join(["none", *choices])
+        return [f"{kind}.name is {chosen.name!r}{closest(chosen.name, list(choices))}; it must be one of {allowed}"]
+    allowed_options = _options(choices[chosen.name])
+    return [
+        f"{kind}.{name} is given, but {chosen.name} has no such option; it has {', '.join(allowed_options) or 'none'}"
+        for name in given
+        if name not in allowed_options
+    ]
+
+
+def _options(factory: Callable[..., Any]) -> list[str]:
+    return [name for name in inspect.signature(factory).parameters if name not in _FROM_DATA]
+
+
+def with_defaults(config: TrainConfig) -> TrainConfig:
+    """The config with every option of its objective and momentum network written out."""
+    from dataclasses import replace
+
+    return replace(
+        config,
+        objective=_with_defaults(config.objective, OBJECTIVES),
+        momentum=_with_defaults(config.momentum, MOMENTA),
+    )
+
+
+def _with_defaults(chosen: Any, choices: dict[str, Callable[..., Any]]) -> Any:
+    from dataclasses import replace
+
+    if chosen.name == "none":
+        return chosen
+    parameters = inspect.signature(choices[chosen.name]).parameters
+    missing = [name for name, value in vars(chosen).items() if value is None and name in parameters]
+    defaults = {name: parameters[name].default for name in missing}
+    return replace(chosen, **{name: value for name, value in defaults.items() if value is not inspect.Parameter.empty})
+
+
+def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
+    """A fresh network with random weights.
+
+    Raises:
+        LocalGradError: the name belongs to no network, or the extra that holds it is not installed.
+    """
+    if config.name == "cifar_resnet":
+        return cifar_resnet(config.depth, num_classes=num_classes)
+    library, _, name = config.name.partition(":")
+    if library == "torchvision":
+        import torchvision
+
+        names = torchvision.models.list_models(module=torchvision.models)
+        _check_model_name(name, names, library)
+        return torchvision.models.get_model(name, weights=None, num_classes=num_classes)
+    if library == "timm":
+        try:
+            import timm
+        except ImportError:
+            raise LocalGradError(f"{config.name} needs timm: pip install 'localgrad[timm]'") from None
+        _check_model_name(name, timm.list_models(), library)
+        return timm.create_model(name, pretrained=False, num_classes=num_classes)
+    raise LocalGradError(f"model.name is {config.name!r}; it must be cifar_resnet, torchvision:NAME or timm:NAME")
+
+
+def _check_model_name(name: str, names: Sequence[str], library: str) -> None:
+    if name not in names:
+        raise LocalGradError(f"{library} has no model {name!r}{closest(name, names)}")
+
+
+def build_blocks(config: TrainConfig, model: nn.Module, num_classes: int, image_size: int) -> list[Block]:
+    """The blocks of a model, as the config cuts it; the last one's criterion is a cross-entropy."""
+    data = {"num_classes": num_classes, "mean": config.data.mean, "std": config.data.std}
+    return split(
+        model,
+        torch.zeros(2, 3, image_size, image_size),
+        cuts=None if config.cuts is None else list(config.cuts),
+        num_blocks=config.num_blocks,
+        balance=config.balance,
+        objective=_make(config.objective, OBJECTIVES, data),
+        momentum=_make(config.momentum, MOMENTA, {}),
+        criterion=nn.CrossEntropyLoss(label_smoothing=config.optim.label_smoothing),
+    )
+
+
+def _make(chosen: Any, choices: dict[str, Callable[..., Any]], data: dict[str, Any]) -> Any:
+    if chosen.name == "none":
+        return None
+    factory = choices[chosen.name]
+    options = {name: value for name, value in vars(chosen).items() if value is not None and name != "name"}
+    wanted = {name: data[name] for name in inspect.signature(factory).parameters if name in data}
+    return factory(**wanted, **options)
+
+
+def build_optimizers(config: OptimConfig, blocks: Sequence[Block]) -> list[torch.optim.SGD]:
+    """One SGD a block, over the parameters that get gradients."""
+    return [
+        torch.optim.SGD(
+            block.trainable_parameters(),
+            lr=config.lr,
+            momentum=config.momentum,
+            nesterov=config.nesterov,
+            weight_decay=config.weight_decay,
+            foreach=True,
+        )
+        for block in blocks
+    ]

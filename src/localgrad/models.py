@@ -1,0 +1,84 @@
+"""The CIFAR-type ResNets of the papers, with torchvision's names."""
+
+from torch import Tensor, nn
+
+from localgrad.errors import LocalGradError
+
+
+def initialise(module: nn.Module) -> None:
+    """Draw every convolution from N(0, 2 / (k * k * C_out)) (He et al. 2015, fan-out), as all released code does.
+
+    Linear layers and biases keep PyTorch's defaults, norms keep weight 1 and bias 0.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut, a 1x1 convolution where the shape changes (option B)."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.downsample: nn.Module | None = None
+        if stride != 1 or in_channels != out_channels:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
+            )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """`(N, C_in, H, W)` to `(N, C_out, H / stride, W / stride)`."""
+        shortcut = features if self.downsample is None else self.downsample(features)
+        residual = self.relu(self.bn1(self.conv1(features)))
+        return self.relu(self.bn2(self.conv2(residual)) + shortcut)
+
+
+class CifarResNet(nn.Module):
+    """A stem of 16 channels and three stages of 16, 32 and 64; see `cifar_resnet`."""
+
+    def __init__(self, blocks_per_stage: int, num_classes: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.relu = nn.ReLU(inplace=True)
+        self.layer1 = _stage(16, 16, blocks_per_stage, stride=1)
+        self.layer2 = _stage(16, 32, blocks_per_stage, stride=2)
+        self.layer3 = _stage(32, 64, blocks_per_stage, stride=2)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(64, num_classes)
+        initialise(self)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """`(N, 3, H, W)` to `(N, num_classes)`."""
+        features = self.relu(self.bn1(self.conv1(inputs)))
+        features = self.layer3(self.layer2(self.layer1(features)))
+        return self.fc(self.avgpool(features).flatten(1))
+
+
+def _stage(in_channels: int, out_channels: int, num_blocks: int, stride: int) -> nn.Sequential:
+    first = BasicBlock(in_channels, out_channels, stride)
+    return nn.Sequential(first, *(BasicBlock(out_channels, out_channels, 1) for _ in range(num_blocks - 1)))
+
+
+def cifar_resnet(depth: int, num_classes: int = 10) -> CifarResNet:
+    """ResNet for 32x32 images (He et al. 2016, section 4.2): depth 6n + 2, stages of 16, 32 and 64 channels.
+
+    With 10 classes ResNet-32 has 466,906 parameters and ResNet-110 1,730,714.
+
+    Args:
+        depth: 8, 14, 20, 26, 32, 44, 56, 110, ...
+        num_classes: width of the output.
+
+    Raises:
+        LocalGradError: `depth` is not 6n + 2 with n >= 1, or `num_classes` is less than 1.
+    """
+    if depth < 8 or (depth - 2) % 6:
+        raise LocalGradError(f"depth is {depth}: a CIFAR ResNet has depth 6n + 2, such as 8, 14, 20, 32, 56 or 110")
+    if num_classes < 1:
+        raise LocalGradError(f"num_classes is {num_classes}: it must be at least 1")
+    return CifarResNet((depth - 2) // 6, num_classes)

@@ -1,0 +1,220 @@
+"""Momentum auxiliary networks: what lets a block see its successor without a gradient."""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
+
+from localgrad.errors import LocalGradError
+from localgrad.models import initialise
+from localgrad.units import Unit
+
+Momentum = Callable[[Sequence[Unit]], "MomentumAuxiliary"]
+"""Builds the momentum auxiliary network of a block from the units of the next block."""
+
+
+class MomentumAuxiliary(nn.Module):
+    """What stands between a block's features and its objective: copies of the next block's first unit.
+
+    Attributes:
+        bias: the trained copy of the next unit, a per-channel parameter in the fused form, or None.
+        ema: the copy that follows the next unit by exponential moving average, or None.
+        scale: the learnable scalar of MAN++, or None.
+        decay: m in `ema <- m * ema + (1 - m) * next unit`.
+        depth: how many units of the next block are copied.
+    """
+
+    def __init__(
+        self,
+        source: Sequence[Unit],
+        bias: nn.Module | nn.Parameter | None,
+        ema: nn.Module | None,
+        scale: nn.Parameter | None,
+        decay: float,
+        recompute: bool,
+    ) -> None:
+        super().__init__()
+        self.bias, self.ema, self.scale = bias, ema, scale
+        self.decay, self.recompute = decay, recompute
+        self.depth = len(source)
+        self._source = tuple(unit.module for unit in source)  # no list: the next block's parameters are not this module's
+        self._source_writes_input = source[0].writes_input
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features of the block, `(N, C, H, W)` or `(N, L, D)`, to what the next block's first unit would make of them."""
+        if self._source_writes_input:
+            features = features.clone()
+        if not (self.recompute and torch.is_grad_enabled()):
+            return self._mix(features)
+        mixed = checkpoint(
+            self._mix, features, use_reentrant=False, context_fn=lambda: (nullcontext(), _statistics_kept(self))
+        )
+        return mixed  # pyright: ignore[reportReturnType]
+
+    def _mix(self, features: Tensor) -> Tensor:
+        if not isinstance(self.bias, nn.Module):
+            assert self.ema is not None
+            mixed = self.ema(features)
+            return mixed if self.bias is None else mixed + self.bias
+        if self.ema is None:
+            return self.bias(features)
+        biased = self.bias(features.clone() if self._source_writes_input else features)
+        if self.scale is None:
+            return biased + self.ema(features)
+        return self.scale * biased + (2 - self.scale) * self.ema(features)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Pull the copy towards the next unit: `ema <- m * ema + (1 - m) * unit`, parameters only, in one fused call."""
+        if self.ema is None:
+            return
+        following = [parameter for module in self._source for parameter in module.parameters()]
+        get_ema_multi_avg_fn(self.decay)(list(self.ema.parameters()), following, 0)  # pyright: ignore
+
+
+def man(
+    decay: float = 0.995,
+    *,
+    form: Literal["sum", "fused"] = "sum",
+    bias: bool = True,
+    ema: bool = True,
+    initial: Literal["copy", "random"] = "copy",
+    recompute: bool = False,
+    depth: int = 1,
+) -> Momentum:
+    """The momentum auxiliary network (MAN).
+
+    `form="sum"`, the released code: `y = bias(h) + ema(h)`, two copies of the next block's first unit. `bias` is
+    trained with the block; `ema` gets no gradient of its own (one flows through it into h) and follows
+    `ema <- m * ema + (1 - m) * unit` with the weights that the next unit had when the batch began.
+    `y` feeds the local objective; the next block gets `h`.
+
+    `form="fused"`, the paper's text: `y = unit(h) + b`, one copy, trained by its gradient and then pulled by the same
+    average, and one learnable number `b` a channel, initially 0.
+
+    The ablation's rows are settings: `bias=False` (EMA only), `ema=False` (bias only: one more trained unit),
+    `decay=0` (the next unit's weights used directly, one step old). The average covers parameters; norms of the EMA
+    branch use the statistics of the batch.
+
+    Args:
+        decay: m, from 0 to 1. The paper's is 0.995.
+        form: see above.
+        bias: whether there is a trained part.
+        ema: whether there is a part that follows the next unit.
+        initial: `"copy"` starts both from the next unit's values, `"random"` from independent draws (what the released
+            code does).
+        recompute: compute both branches again during the backward pass instead of keeping their activations; batch
+            statistics are still counted once a step.
+        depth: how many of the next block's first units are copied (fewer where it has fewer).
+
+    Returns:
+        A function of the next block's units that builds the module.
+
+    Raises:
+        LocalGradError: `decay` is outside [0, 1], `depth` below 1, neither part is wanted, or a choice is unknown.
+
+    Source: Su et al., Momentum Auxiliary Network for Supervised Local Learning, ECCV 2024 (arXiv 2407.05623), section
+    "EMA-based information transfer"; released code of the paper, `networks/resnetInfoPro_MAN.py`.
+    """
+    _check(decay, initial, depth)
+    if form not in ("sum", "fused"):
+        raise LocalGradError(f"form is {form!r}: it is 'sum' (as released) or 'fused' (as the paper's formula reads)")
+    if not (bias or ema):
+        raise LocalGradError("bias and ema are both False: keep one of them, or give momentum=None for none")
+    if form == "fused" and not ema:
+        raise LocalGradError("form is 'fused' and ema is False: the fused form is one module that the EMA pulls; use 'sum'")
+
+    def build(following: Sequence[Unit]) -> MomentumAuxiliary:
+        source = following[:depth]
+        follower = _copy(source, initial) if ema else None
+        trained: nn.Module | nn.Parameter | None = _copy(source, initial) if bias and form == "sum" else None
+        if follower is not None and form == "sum":
+            follower.requires_grad_(False)
+        if bias and form == "fused":
+            unit = source[-1]
+            shape = [1] * (len(unit.features) - 1)
+            shape[unit.channel_dim - 1] = unit.features[unit.channel_dim]
+            like = next(source[0].module.parameters())
+            trained = nn.Parameter(torch.zeros(shape, dtype=like.dtype, device=like.device))
+        return MomentumAuxiliary(source, trained, follower, None, decay, recompute)
+
+    return build
+
+
+def manpp(
+    decay: float = 0.995,
+    *,
+    initial: Literal["copy", "random"] = "copy",
+    recompute: bool = False,
+    depth: int = 1,
+) -> Momentum:
+    """MAN++: the two branches of MAN, weighed by a learnable scalar.
+
+    `y = s * bias(h) + (2 - s) * ema(h)`, s initially 1, which is MAN's sum. All else is as in `man(form="sum")`; s is
+    trained and weight-decayed with the block's other parameters.
+
+    Args:
+        decay: m, from 0 to 1.
+        initial: `"copy"` or `"random"`, as in `man`.
+        recompute: as in `man`.
+        depth: as in `man`.
+
+    Returns:
+        A function of the next block's units that builds the module.
+
+    Raises:
+        LocalGradError: `decay` is outside [0, 1], `depth` below 1, or `initial` is unknown.
+
+    Source: MAN++ (TPAMI 2026, doi 10.1109/TPAMI.2026.3679406; arXiv 2507.16279), released code,
+    `networks/resnetDGL_MANPP.py`.
+    """
+    _check(decay, initial, depth)
+
+    def build(following: Sequence[Unit]) -> MomentumAuxiliary:
+        source = following[:depth]
+        follower = _copy(source, initial).requires_grad_(False)
+        like = next(source[0].module.parameters())
+        scale = nn.Parameter(torch.ones((), dtype=like.dtype, device=like.device))
+        return MomentumAuxiliary(source, _copy(source, initial), follower, scale, decay, recompute)
+
+    return build
+
+
+def _check(decay: float, initial: str, depth: int) -> None:
+    if not 0 <= decay <= 1:
+        raise LocalGradError(f"decay is {decay}: it is from 0 (use the next unit's weights) to 1 (never follow); try 0.995")
+    if initial not in ("copy", "random"):
+        raise LocalGradError(f"initial is {initial!r}: it is 'copy' (of the next unit) or 'random'")
+    if depth < 1:
+        raise LocalGradError(f"depth is {depth}: copy at least the first unit of the next block, depth=1")
+
+
+def _copy(source: Sequence[Unit], initial: str) -> nn.Module:
+    copies = [copy.deepcopy(unit.module) for unit in source]
+    module = copies[0] if len(copies) == 1 else nn.Sequential(*copies)
+    module.requires_grad_(True)
+    if initial == "random":
+        for layer in module.modules():
+            reset: Any = getattr(layer, "reset_parameters", None)
+            if callable(reset):
+                reset()
+        initialise(module)
+    return module
+
+
+@contextmanager
+def _statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Compute with batch statistics, but leave the running ones alone: they were updated in the first pass."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True

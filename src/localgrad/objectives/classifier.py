@@ -1,0 +1,65 @@
+"""Greedy local learning: pooled features and one linear layer."""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from localgrad.blocks import Site
+from localgrad.models import initialise
+from localgrad.objectives.features import AsMap, check_num_classes
+
+
+class Classifier(nn.Module):
+    """Cross-entropy of a linear layer on pooled features; see `classifier`."""
+
+    def __init__(self, site: Site, num_classes: int) -> None:
+        super().__init__()
+        channels = site.features[site.channel_dim]
+        if len(site.features) == 3:
+            first_token = AsMap(site, "classifier").prefix_tokens > 0 if len(site.inputs) == 4 else False
+            self.classifier = nn.Sequential(nn.LayerNorm(channels), TokenPool(first_token), nn.Linear(channels, num_classes))
+        else:
+            as_map = AsMap(site, "classifier")
+            self.classifier = nn.Sequential(as_map, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
+        initialise(self)
+
+    def predict(self, features: Tensor) -> Tensor:
+        """Features to class scores `(N, num_classes)`."""
+        return self.classifier(features)
+
+    def forward(self, features: Tensor, targets: Tensor, inputs: Tensor) -> Tensor:
+        """Features, classes `(N,)` and inputs (unused) to a scalar loss in float32."""
+        return F.cross_entropy(self.predict(features).float(), targets)
+
+
+class TokenPool(nn.Module):
+    """Tokens `(N, L, D)` to `(N, D)`: the class token where there is one, else the mean."""
+
+    def __init__(self, first_token: bool) -> None:
+        super().__init__()
+        self.first_token = first_token
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens[:, 0] if self.first_token else tokens.mean(1)
+
+
+def classifier(num_classes: int) -> Callable[[Site], nn.Module]:
+    """Greedy supervised local learning: `L = CE(W pool(h) + b, y)`.
+
+    Maps are averaged over space. Tokens `(N, L, D)` pass a LayerNorm; then the class token is taken, or the mean where
+    there is none (the local head of MAN++ for ViT).
+
+    Args:
+        num_classes: at least 2.
+
+    Returns:
+        A function of a site that builds the module; its head is `.classifier`.
+
+    Raises:
+        LocalGradError: `num_classes` is less than 2.
+
+    Source: Belilovsky et al. 2019 (arXiv 1812.11446), section 3; head `0c1f` of Wang et al. 2021 (arXiv 2101.10832).
+    """
+    check_num_classes(num_classes)
+    return lambda site: Classifier(site, num_classes)

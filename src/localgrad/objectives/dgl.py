@@ -1,0 +1,123 @@
+"""Decoupled greedy learning (DGL): cross-entropy of a small convolutional head."""
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from localgrad.blocks import Site
+from localgrad.models import initialise
+from localgrad.objectives.features import AsMap, check_choice, check_num_classes, conv_norm_relu
+
+Head = Literal["original", "compact", "wide"]
+
+
+class DGL(nn.Module):
+    """Cross-entropy of the head MLP-SR-aux; see `dgl`."""
+
+    def __init__(self, site: Site, num_classes: int, head: Head) -> None:
+        super().__init__()
+        as_map = AsMap(site, "dgl")
+        build = {"original": _original, "compact": _compact, "wide": _wide}[head]
+        self.classifier = nn.Sequential(as_map, *build(as_map.channels, as_map.size, num_classes))
+        initialise(self)
+
+    def predict(self, features: Tensor) -> Tensor:
+        """Features to class scores `(N, num_classes)`."""
+        return self.classifier(features)
+
+    def forward(self, features: Tensor, targets: Tensor, inputs: Tensor) -> Tensor:
+        """Features, classes `(N,)` and inputs (unused) to a scalar loss in float32."""
+        return F.cross_entropy(self.predict(features).float(), targets)
+
+
+def _original(channels: int, size: tuple[int, int], num_classes: int) -> list[nn.Module]:
+    quarter, _ = _pooled(size)
+    convs = [layer for _ in range(3) for layer in conv_norm_relu(channels, channels, 1)]
+    width = 4 * channels
+    mlp = [layer for _ in range(3) for layer in _linear_norm_relu(width, width, bias=True)]
+    return [
+        nn.AdaptiveAvgPool2d(quarter),
+        *convs,
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        *mlp,
+        nn.Linear(width, num_classes),
+    ]
+
+
+def _compact(channels: int, size: tuple[int, int], num_classes: int) -> list[nn.Module]:
+    quarter, corner = _pooled(size)
+    convs = [layer for _ in range(3) for layer in conv_norm_relu(channels, channels, 1)]
+    width = corner[0] * corner[1] * channels
+    mlp = [layer for _ in range(2) for layer in _linear_norm_relu(width, width, bias=False)]
+    return [
+        nn.AdaptiveAvgPool2d(quarter),
+        *convs,
+        nn.AdaptiveAvgPool2d(corner),
+        nn.Flatten(),
+        *mlp,
+        nn.Linear(width, num_classes),
+    ]
+
+
+def _wide(channels: int, size: tuple[int, int], num_classes: int) -> list[nn.Module]:
+    convs = [layer for c in (channels, 128, 128) for layer in conv_norm_relu(c, 128, 1)]
+    mlp = [layer for width in (128, 512, 512) for layer in _linear_norm_relu(width, 512, bias=True)]
+    return [
+        nn.AdaptiveAvgPool2d(8),
+        *convs,
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        *mlp,
+        nn.Linear(512, num_classes),
+    ]
+
+
+def _pooled(size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """A quarter of the size, rounded up, and at most 2x2 of that."""
+    quarter = (math.ceil(size[0] / 4), math.ceil(size[1] / 4))
+    return quarter, (min(quarter[0], 2), min(quarter[1], 2))
+
+
+def _linear_norm_relu(in_features: int, out_features: int, bias: bool) -> list[nn.Module]:
+    return [
+        nn.Linear(in_features, out_features, bias=bias),
+        nn.BatchNorm1d(out_features),
+        nn.ReLU(inplace=True),
+    ]
+
+
+def dgl(num_classes: int, head: Head = "compact") -> Callable[[Site], nn.Module]:
+    """Decoupled greedy learning: `L = CE(head(h), y)`, with the head MLP-SR-aux.
+
+    The head averages the map to a quarter of its size, applies three 1x1 convolutions (each with batch norm and ReLU),
+    averages to 2x2, and ends in an MLP. For features `(N, C, H, W)`:
+
+    - `"original"` (DGL's own): C channels; three linear layers 4C to 4C with bias and batch norm, then one to classes.
+    - `"compact"` (the head behind the papers' CIFAR tables, AugLocal's code): C channels; two linear layers 4C to 4C
+      without bias; 9,962 parameters at C = 16 and 10 classes.
+    - `"wide"` (MAN++'s): the map is averaged to 8x8 and later to 1x1; 128 channels, then 512 features, three layers;
+      635,146 parameters at C = 16 and 10 classes.
+
+    Tokens `(N, L, D)` are laid on the grid of patches, without class tokens.
+
+    Args:
+        num_classes: at least 2.
+        head: see above.
+
+    Returns:
+        A function of a site that builds the module; its head is `.classifier`.
+
+    Raises:
+        LocalGradError: `num_classes` is less than 2 or `head` unknown; on building, tokens that form no grid.
+
+    Source: Belilovsky et al. 2020, Decoupled Greedy Learning of CNNs (arXiv 1901.08164), section 4; released code,
+    `auxiliary_nets_study/models.py`; Ma et al. 2024, AugLocal (arXiv 2402.17318), released code,
+    `networks/auxiliary_nets.py`.
+    """
+    check_num_classes(num_classes)
+    check_choice("head", head, ("original", "compact", "wide"))
+    return lambda site: DGL(site, num_classes, head)

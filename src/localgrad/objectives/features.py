@@ -1,0 +1,82 @@
+"""What the objectives share: one view of features of any layout, and the checks of their arguments."""
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from localgrad.blocks import Site
+from localgrad.errors import LocalGradError
+
+MAX_PREFIX_TOKENS = 8
+
+
+class AsMap(nn.Module):
+    """View features as a map `(N, C, H, W)`, whatever layout the site has.
+
+    Maps with channels last are permuted; tokens `(N, L, D)` are laid on the grid of the image's patches, and class or
+    register tokens before them are left out; a vector `(N, D)` is a map of 1x1.
+
+    Attributes:
+        channels: C.
+        size: (H, W).
+        prefix_tokens: number of class and register tokens.
+    """
+
+    def __init__(self, site: Site, objective: str) -> None:
+        super().__init__()
+        shape = site.features
+        self.prefix_tokens, self.channel_dim, self.ndim = 0, site.channel_dim, len(shape)
+        self.channels = shape[site.channel_dim]
+        if len(shape) == 4:
+            height, width = (shape[2], shape[3]) if site.channel_dim == 1 else (shape[1], shape[2])
+        elif len(shape) == 3:
+            height, width = token_grid(shape[1], site, objective)
+            self.prefix_tokens = shape[1] - height * width
+        elif len(shape) == 2:
+            height, width = 1, 1
+        else:
+            raise LocalGradError(
+                f"{objective} cannot sit on features of shape {tuple(shape)} (block {site.index}): it takes (N, C, H, W), "
+                "(N, H, W, C), (N, L, D) or (N, D); cut elsewhere"
+            )
+        self.size = (height, width)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features of the site to `(N, C, H, W)`."""
+        if self.ndim == 4:
+            return features if self.channel_dim == 1 else features.movedim(-1, 1)
+        if self.ndim == 3:
+            return features[:, self.prefix_tokens :].transpose(1, 2).unflatten(2, self.size)
+        return features[:, :, None, None]
+
+
+def token_grid(tokens: int, site: Site, objective: str) -> tuple[int, int]:
+    """Height and width of the grid of patches, in the image's proportions, behind at most 8 class or register tokens."""
+    height, width = (*site.inputs[2:], 1, 1)[:2]
+    for prefix in range(min(MAX_PREFIX_TOKENS, tokens - 1) + 1):
+        rows = math.isqrt((tokens - prefix) * height // width)
+        if rows and (tokens - prefix) % rows == 0 and rows * width == (tokens - prefix) // rows * height:
+            return rows, (tokens - prefix) // rows
+    raise LocalGradError(
+        f"{objective} cannot lay {tokens} tokens on a grid in the proportions of the {height}x{width} input "
+        f"(block {site.index}): cut elsewhere, or use localgrad.classifier, which pools tokens"
+    )
+
+
+def check_num_classes(num_classes: int) -> None:
+    """Refuse a number of classes that no head can have."""
+    if num_classes < 2:
+        raise LocalGradError(f"num_classes is {num_classes}: a local head tells at least 2 classes apart")
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Refuse a value that is not among the choices."""
+    if value not in choices:
+        raise LocalGradError(f"{name} is {value!r}: it is one of {', '.join(map(repr, choices))}")
+
+
+def conv_norm_relu(in_channels: int, out_channels: int, kernel: int, stride: int = 1, bias: bool = False) -> list[nn.Module]:
+    """A convolution that keeps the size (or halves it), batch norm and ReLU."""
+    conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, bias=bias)
+    return [conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]

@@ -1,0 +1,214 @@
+"""InfoPro: keep what is needed to reconstruct the image, and tell classes apart."""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from localgrad.blocks import Site
+from localgrad.errors import LocalGradError
+from localgrad.models import initialise
+from localgrad.objectives.features import AsMap, check_choice, check_num_classes, conv_norm_relu
+
+TaskLoss = Literal["cross_entropy", "contrast"]
+TaskHead = Literal["0c1f", "0c2f", "1c1f", "1c2f", "1c3f", "2c2f", "imagenet"]
+HEADS = ("0c1f", "0c2f", "1c1f", "1c2f", "1c3f", "2c2f", "imagenet")
+TEMPERATURE = 0.07
+MAX_DIRECT_CHANNELS = 64
+LARGE_MAP = 32
+
+
+class InfoPro(nn.Module):
+    """Weighted sum of a reconstruction and a task loss; see `infopro`."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        site: Site,
+        num_classes: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        weights: tuple[float, float],
+        loss: TaskLoss,
+        head: TaskHead,
+        feature_dim: int,
+    ) -> None:
+        super().__init__()
+        if len(site.inputs) != 4 or site.inputs[1] != len(mean) or len(site.features) == 2:
+            raise LocalGradError(
+                f"infopro cannot sit on features {tuple(site.features)} of inputs {tuple(site.inputs)} with "
+                f"{len(mean)} channel means (block {site.index}): it reconstructs images (N, C, H, W) of as many channels "
+                "from maps or tokens; cut before the features are pooled to a vector, or use dgl or classifier"
+            )
+        self.reconstruction, self.task = weights
+        self.loss: TaskLoss = loss
+        as_map = AsMap(site, "infopro")
+        size = (site.inputs[2], site.inputs[3])
+        width = num_classes if loss == "cross_entropy" else feature_dim
+        self.as_map = as_map
+        self.decoder = nn.Sequential(*_decoder(as_map.channels, as_map.size, size, site.inputs[1]))
+        self.classifier = nn.Sequential(*_head(head, as_map.channels, as_map.size, feature_dim, width))
+        initialise(self)
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
+
+    def predict(self, features: Tensor) -> Tensor | None:
+        """Features to class scores `(N, num_classes)`; None where the task loss is contrastive."""
+        return self.classifier(self.as_map(features)) if self.loss == "cross_entropy" else None
+
+    def forward(self, features: Tensor, targets: Tensor, inputs: Tensor) -> Tensor:
+        """Features, classes `(N,)` and normalised images `(N, 3, H, W)` to a scalar loss in float32."""
+        features = self.as_map(features)
+        total = features.new_zeros((), dtype=torch.float32)
+        if self.reconstruction:
+            images = inputs.float() * self.std + self.mean
+            decoded = self.decoder(features).float()
+            with torch.autocast(features.device.type, enabled=False):
+                total = total + self.reconstruction * F.binary_cross_entropy_with_logits(decoded, images)
+        if self.task:
+            outputs = self.classifier(features).float()
+            task_loss = F.cross_entropy if self.loss == "cross_entropy" else supervised_contrast
+            total = total + self.task * task_loss(outputs, targets)
+        return total
+
+
+def supervised_contrast(embeddings: Tensor, targets: Tensor) -> Tensor:
+    """Supervised contrastive loss, one view, temperature 0.07, in float32.
+
+    With `z_i` the embeddings divided by their norm and P(i) the other samples of i's class,
+    `L = 1/N sum_i -1/|P(i)| sum_{p in P(i)} log(exp(z_i z_p / t) / sum_{a != i} exp(z_i z_a / t))`.
+    Samples without another of their class contribute 0 and stay in the mean.
+
+    Args:
+        embeddings: `(N, D)`.
+        targets: `(N,)` classes.
+
+    Source: Khosla et al. 2020 (arXiv 2004.11362), equation 2; as used by Wang et al. 2021 (arXiv 2101.10832).
+    """
+    with torch.autocast(embeddings.device.type, enabled=False):
+        unit = F.normalize(embeddings if embeddings.dtype == torch.float64 else embeddings.float(), dim=1)
+        itself = torch.eye(len(targets), dtype=torch.bool, device=targets.device)
+        scores = (unit @ unit.T / TEMPERATURE).masked_fill(itself, float("-inf"))
+        log_probability = scores - scores.logsumexp(1, keepdim=True)
+        positive = (targets[:, None] == targets[None, :]) & ~itself
+        per_sample = log_probability.masked_fill(~positive, 0).sum(1) / positive.sum(1).clamp(min=1)
+        return -per_sample.mean()
+
+
+def _decoder(channels: int, size: tuple[int, int], image: tuple[int, int], image_channels: int) -> list[nn.Module]:
+    """Features back to logits of the image.
+
+    Up to 64 channels: upsample to the image's size, 3x3 to 12, 3x3 to 3 (the released CIFAR decoder). More channels:
+    one convolution a doubling of the size, 1x1 to a quarter of the channels (192 at most), then 64 (1x1), 32, 12 and 3
+    (3x3), which is the released ImageNet decoder at 512 x 28 x 28 and 1024 x 14 x 14.
+    """
+    if channels <= MAX_DIRECT_CHANNELS:
+        upsample = nn.UpsamplingBilinear2d(image)
+        return [upsample, *conv_norm_relu(channels, 12, 3, bias=True), nn.Conv2d(12, image_channels, 3, padding=1)]
+    doublings = max(1, (max(image[0] // size[0], 1)).bit_length() - 1)
+    widths = [min(channels // 4, 192), *{1: [], 2: [12], 3: [32, 12]}.get(doublings, [64, 32, 12])]
+    doublings = len(widths)
+    layers: list[nn.Module] = []
+    for step, width in enumerate(widths, 1):
+        kernel = 1 if step == 1 or width == 64 else 3
+        bigger = tuple(image[axis] >> (doublings - step) for axis in (0, 1))
+        layers += [*conv_norm_relu(channels, width, kernel, bias=True), nn.UpsamplingBilinear2d(bigger)]
+        channels = width
+    return [*layers, nn.Conv2d(channels, image_channels, 3, padding=1)]
+
+
+def _head(
+    name: TaskHead, channels: int, size: tuple[int, int], feature_dim: int, out_features: int
+) -> list[nn.Module]:
+    """The task head `XcYf` of X convolutions and Y linear layers, or the released ImageNet head.
+
+    The first convolution doubles the channels and halves the map; from 64 channels on it keeps both, unless the map is
+    larger than 32.
+    """
+    pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    if name == "imagenet":
+        widths = [(channels // 4, 1, 1), (256, 3, 2), (512, 3, 2), (2048, 1, 1)]
+        layers: list[nn.Module] = []
+        for width, kernel, stride in widths:
+            layers += conv_norm_relu(channels, width, kernel, stride)
+            channels = width
+        return [*layers, *pool, nn.Linear(channels, out_features)]
+    num_convs, num_linears = int(name[0]), int(name[2])
+    layers = []
+    for position in range(num_convs):
+        grow = position == 0 and channels < 64
+        shrink = position == 0 and (grow or max(size) > LARGE_MAP)
+        width = 2 * channels if grow else channels
+        layers += conv_norm_relu(channels, width, 3, 2 if shrink else 1)
+        channels = width
+    linears: list[nn.Module] = []
+    for _ in range(num_linears - 1):
+        linears += [nn.Linear(channels, feature_dim), nn.ReLU(inplace=True)]
+        channels = feature_dim
+    return [*layers, *pool, *linears, nn.Linear(channels, out_features)]
+
+
+def infopro(
+    num_classes: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    reconstruction: tuple[float, float] = (5.0, 0.0),
+    task: tuple[float, float] = (0.5, 0.0),
+    loss: TaskLoss = "cross_entropy",
+    head: TaskHead = "1c2f",
+    feature_dim: int = 128,
+) -> Callable[[Site], nn.Module]:
+    """InfoPro: `L_j = lambda_j R(h) + mu_j T(h)`, information propagation by reconstruction and a task loss.
+
+    R is the binary cross-entropy between the image in [0, 1] and its reconstruction by a small decoder, computed with
+    logits. T is cross-entropy, or the supervised contrastive loss (`supervised_contrast`) of `feature_dim` outputs.
+    The weights go linearly from the first local block to the last: `lambda_j = first (1 - r) + last r` with
+    `r = j / (K - 2)`, and r = 0 for K = 2. Tokens are laid on the grid of patches.
+
+    Args:
+        num_classes: at least 2.
+        mean: mean of each channel by which the inputs were normalised, in units of [0, 1].
+        std: standard deviation of each channel, likewise.
+        reconstruction: weight of R at the first and at the last local block, not negative.
+        task: weight of T at the first and at the last local block, not negative.
+        loss: `"cross_entropy"` or `"contrast"`.
+        head: `"0c1f"`, `"0c2f"`, `"1c1f"`, `"1c2f"`, `"1c3f"`, `"2c2f"`: 3x3 convolutions and linear layers, or
+            `"imagenet"`, four convolutions up to 2048 channels.
+        feature_dim: width of the hidden linear layers and of the contrastive embedding.
+
+    Returns:
+        A function of a site that builds the module; its parts are `.decoder` and `.classifier`.
+
+    Raises:
+        LocalGradError: an argument is out of range, the weights leave a block without a loss (checked when it is built),
+            or the objective sits on a vector, or on inputs that are no images of `len(mean)` channels.
+
+    Source: Wang et al. 2021, Revisiting Locally Supervised Learning (arXiv 2101.10832), equation 8, and released code,
+    `networks/auxiliary_nets.py`. The released MAN code takes r from the index of the stage instead of the block.
+    """
+    check_num_classes(num_classes)
+    check_choice("loss", loss, ("cross_entropy", "contrast"))
+    check_choice("head", head, HEADS)
+    if len(mean) != len(std) or not mean or min(std) <= 0:
+        raise LocalGradError(f"mean is {mean} and std {std}: give one of each a channel, std above 0, in units of [0, 1]")
+    for name, pair in (("reconstruction", reconstruction), ("task", task)):
+        if len(pair) != 2 or min(pair) < 0:
+            raise LocalGradError(f"{name} is {pair}: give its weight at the first and the last block, (5.0, 0.0), not negative")
+    if feature_dim < 1:
+        raise LocalGradError(f"feature_dim is {feature_dim}: it must be at least 1; try 128")
+
+    def build(site: Site) -> nn.Module:
+        ratio = site.index / (site.num_blocks - 2) if site.num_blocks > 2 else 0.0
+        weights = tuple(first * (1 - ratio) + last * ratio for first, last in (reconstruction, task))
+        if not any(weights):
+            raise LocalGradError(
+                f"reconstruction {reconstruction} and task {task} leave block {site.index} of {site.num_blocks} no loss: "
+                "give one of them a last weight above 0, such as task=(0.5, 0.5)"
+            )
+        return InfoPro(site, num_classes, mean, std, (weights[0], weights[1]), loss, head, feature_dim)
+
+    return build

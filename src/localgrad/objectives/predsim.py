@@ -1,0 +1,110 @@
+"""PredSim: prediction loss and similarity matching."""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from localgrad.blocks import Site
+from localgrad.errors import LocalGradError
+from localgrad.models import initialise
+from localgrad.objectives.features import AsMap, check_num_classes
+
+
+class PredSim(nn.Module):
+    """Cross-entropy of a linear layer and similarity matching; see `predsim`."""
+
+    def __init__(self, site: Site, num_classes: int, beta: float, max_features: int) -> None:
+        super().__init__()
+        self.as_map = AsMap(site, "predsim")
+        channels, size = self.as_map.channels, self.as_map.size
+        self.beta, self.num_classes = beta, num_classes
+        pool, pooled = prediction_pool(channels, size, max_features)
+        self.classifier = nn.Sequential(pool, nn.Flatten(), nn.Linear(channels * pooled[0] * pooled[1], num_classes))
+        if len(site.features) == 2:
+            self.similarity: nn.Module = nn.Linear(channels, channels, bias=False)
+        else:
+            self.similarity = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        initialise(self)
+
+    def predict(self, features: Tensor) -> Tensor:
+        """Features to class scores `(N, num_classes)`."""
+        return self.classifier(self.as_map(features))
+
+    def forward(self, features: Tensor, targets: Tensor, inputs: Tensor) -> Tensor:
+        """Features, classes `(N,)` and inputs (unused) to a scalar loss in float32."""
+        prediction = F.cross_entropy(self.predict(features).float(), targets)
+        matched = features if isinstance(self.similarity, nn.Linear) else self.as_map(features)
+        found = similarity_matrix(self.similarity(matched))
+        wanted = similarity_matrix(F.one_hot(targets, self.num_classes))
+        with torch.autocast(features.device.type, enabled=False):
+            matching = F.mse_loss(found, wanted)
+        return (1 - self.beta) * prediction + self.beta * matching
+
+
+def similarity_matrix(features: Tensor) -> Tensor:
+    """Cosine similarity of every pair of samples, `(N, ...)` to `(N, N)`, in float32 or wider.
+
+    Maps of more than 3 channels and more than one row are first reduced to the standard deviation of each channel over
+    space (unbiased). Each row is centred and divided by its norm (plus 1e-8); entries are clamped to [-1, 1].
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        features = features if features.dtype == torch.float64 else features.float()
+        if features.ndim == 4 and features.shape[1] > 3 and features.shape[2] > 1:
+            features = features.flatten(2).std(2)
+        rows = features.flatten(1)
+        rows = rows - rows.mean(1, keepdim=True)
+        rows = rows / (1e-8 + rows.norm(dim=1, keepdim=True))
+        return (rows @ rows.T).clamp(-1, 1)
+
+
+def prediction_pool(channels: int, size: tuple[int, int], limit: int) -> tuple[nn.Module, tuple[int, int]]:
+    """Average pooling that leaves at most `limit` features: its kernel is doubled in height, then width, in turns.
+
+    Returns:
+        The layer, and the height and width that it leaves.
+    """
+    kernel, pooled, axis = [1, 1], [*size], 0
+    while channels * pooled[0] * pooled[1] > limit and kernel[0] < size[0]:
+        kernel[axis] *= 2
+        pooled[axis] = math.ceil(size[axis] / kernel[axis])
+        axis = 1 - axis
+    if kernel == [1, 1]:
+        return nn.Identity(), (size[0], size[1])
+    padding = [kernel[i] * (pooled[i] - size[i] // kernel[i]) // 2 for i in (0, 1)]
+    layer = nn.AvgPool2d((kernel[0], kernel[1]), padding=(padding[0], padding[1]))
+    left = [(size[i] + 2 * padding[i] - kernel[i]) // kernel[i] + 1 for i in (0, 1)]
+    return layer, (left[0], left[1])
+
+
+def predsim(num_classes: int, beta: float = 0.99, max_features: int = 512) -> Callable[[Site], nn.Module]:
+    """PredSim: `L = (1 - beta) CE(W pool(h), y) + beta MSE(S(conv(h)), S(onehot(y)))`.
+
+    S is the matrix of cosine similarities between the samples of the batch (`similarity_matrix`), the mean of the
+    squared error goes over all its entries. `conv` is 3x3 from C to C channels without bias. Tokens are laid on the
+    grid of patches; a vector `(N, D)` takes a linear layer instead of `conv`.
+
+    Args:
+        num_classes: at least 2.
+        beta: weight of similarity matching, from 0 to 1.
+        max_features: the map is averaged until at most so many features are left for the prediction; 512 in the
+            tables of the papers on CIFAR, 1024 to 4096 in the original.
+
+    Returns:
+        A function of a site that builds the module; its head is `.classifier`, the convolution `.similarity`.
+
+    Raises:
+        LocalGradError: an argument is out of range; on building, tokens that form no grid.
+
+    Source: Nokland and Eidnes 2019, Training Neural Networks with Local Error Signals (arXiv 1901.06656), section 2,
+    and released code, `train.py`. As in AugLocal's tables the last block's cross-entropy has weight 1 (there 1 - beta)
+    and the prediction layer keeps its default initial values (there zero).
+    """
+    check_num_classes(num_classes)
+    if not 0 <= beta <= 1:
+        raise LocalGradError(f"beta is {beta}: it is the weight of similarity matching, from 0 to 1; try 0.99")
+    if max_features < 1:
+        raise LocalGradError(f"max_features is {max_features}: it must be at least 1; try 512")
+    return lambda site: PredSim(site, num_classes, beta, max_features)

@@ -1,0 +1,94 @@
+"""Where to cut: pure functions on lists of costs, one cost a unit."""
+
+from collections.abc import Callable, Sequence
+
+from localgrad.errors import LocalGradError
+
+
+def check_num_blocks(num_blocks: int, num_units: int) -> None:
+    """Refuse a number of blocks that `num_units` units cannot be cut into."""
+    if not 1 <= num_blocks <= num_units:
+        raise LocalGradError(
+            f"num_blocks is {num_blocks}: the model has {num_units} units, so it can be cut into 1 to {num_units} blocks"
+        )
+
+
+def cut_evenly(num_units: int, num_blocks: int) -> list[int]:
+    """Cut so that every block has the same number of units, give or take one; later blocks take what is left over.
+
+    Args:
+        num_units: length of the chain.
+        num_blocks: K, from 1 to `num_units`.
+
+    Returns:
+        The K - 1 indices of the units after which to cut, ascending.
+
+    Raises:
+        LocalGradError: K is out of range.
+    """
+    check_num_blocks(num_blocks, num_units)
+    return [num_units * block // num_blocks - 1 for block in range(1, num_blocks)]
+
+
+def cut_by_cost(costs: Sequence[float], num_blocks: int, ends: Sequence[float] | None = None) -> list[int]:
+    """Cut so that the most expensive block costs as little as any choice of cuts allows.
+
+    A block costs the sum of its units, and what its auxiliary network costs at its last unit:
+    cost(i..j) = sum(costs[i..j]) + ends[j], with nothing added for the last block, which has none.
+
+    Args:
+        costs: cost of each unit, in any unit of measure, not negative.
+        num_blocks: K, from 1 to `len(costs)`.
+        ends: what it costs to end a block after each unit; zero if not given.
+
+    Returns:
+        The K - 1 indices of the units after which to cut, ascending.
+
+    Raises:
+        LocalGradError: K is out of range.
+    """
+    sums = [0.0]
+    for cost in costs:
+        sums.append(sums[-1] + cost)
+    extra = [*(ends if ends is not None else [0.0] * len(costs))]
+    last = len(costs) - 1
+
+    def cost_of(start: int, stop: int) -> float:
+        return sums[stop + 1] - sums[start] + (extra[stop] if stop < last else 0.0)
+
+    return cut_by_peak(cost_of, len(costs), num_blocks)
+
+
+def cut_by_peak(cost_of: Callable[[int, int], float], num_units: int, num_blocks: int) -> list[int]:
+    """Cut so that the largest `cost_of(first unit, last unit)` over all blocks is as small as possible.
+
+    Exact, by dynamic programming over (number of blocks, last unit); of equal peaks the one with the smaller sum of
+    block costs is taken. Time: O(K n^2) for n units.
+
+    Args:
+        cost_of: cost of a block from its first to its last unit, both included.
+        num_units: n.
+        num_blocks: K, from 1 to n.
+
+    Returns:
+        The K - 1 indices of the units after which to cut, ascending.
+
+    Raises:
+        LocalGradError: K is out of range.
+    """
+    check_num_blocks(num_blocks, num_units)
+    best: list[tuple[float, float, tuple[int, ...]] | None]
+    best = [(cost_of(0, stop), cost_of(0, stop), ()) for stop in range(num_units)]
+    for blocks in range(2, num_blocks + 1):
+        longer: list[tuple[float, float, tuple[int, ...]] | None] = [None] * num_units
+        for stop in range(blocks - 1, num_units):
+            for cut in range(blocks - 2, stop):
+                before = best[cut]
+                if before is None:
+                    continue
+                cost = cost_of(cut + 1, stop)
+                choice = (max(before[0], cost), before[1] + cost, (*before[2], cut))
+                longer[stop] = choice if longer[stop] is None else min(longer[stop], choice)  # pyright: ignore
+        best = longer
+    found = best[-1]
+    return list(found[2]) if found else []

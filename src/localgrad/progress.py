@@ -1,0 +1,97 @@
+"""What a training run prints: a bar where there is a terminal, plain lines where there is none."""
+
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+BARS = "▁▂▃▄▅▆▇█"
+
+
+def losses_in(width: int, losses: Sequence[float]) -> str:
+    """The losses of all blocks in at most `width` characters.
+
+    All numbers where they fit; else the first block's, a column a block (or group of blocks) and the last one's.
+    """
+    numbers = [f"{loss:.2f}" for loss in losses]
+    whole = " ".join(numbers)
+    if len(whole) <= width or len(losses) < 3:
+        return whole
+    room = max(1, width - len(numbers[0]) - len(numbers[-1]) - 2)
+    columns = min(room, len(losses))
+    edges = [round(index * len(losses) / columns) for index in range(columns + 1)]
+    means = [sum(losses[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    low, high = min(means), max(means)
+    scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
+    return f"{numbers[0]} {''.join(BARS[round((mean - low) * scale)] for mean in means)} {numbers[-1]}"
+
+
+class Display:
+    """Prints the progress of a run to stderr.
+
+    On a terminal: a live bar and the losses, and a line an epoch above it. Otherwise a line an epoch, and one every
+    half minute within an epoch.
+    """
+
+    def __init__(self, *, quiet: bool = False, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=False)
+        self.interval = 1.0 if self.console.is_terminal else 30.0
+        self._live = Live(console=self.console, auto_refresh=False, transient=True) if self.console.is_terminal else None
+        self._shown = time.monotonic()
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def message(self, text: str) -> None:
+        """Prints a line that stays."""
+        self.console.print(Text(text))
+
+    def is_due(self) -> bool:
+        """Whether it is time to read the losses and show them; at most once a second."""
+        return not self.console.quiet and time.monotonic() - self._shown >= self.interval
+
+    def step(self, *, epoch: str, done: int, total: int, losses: Sequence[float], images_per_second: float) -> None:
+        """Shows the running epoch.
+
+        Args:
+            epoch: which one, as `3/400`.
+            done: batches done of it.
+            total: batches of the epoch.
+            losses: mean loss of each block in this epoch.
+            images_per_second: speed.
+        """
+        self._shown = time.monotonic()
+        width = self.console.width
+        speed = f"{images_per_second:,.0f} img/s"
+        if self._live is None:
+            self.message(f"epoch {epoch} batch {done}/{total} {speed} loss {losses_in(max(20, width - 50), losses)}")
+            return
+        line = Table.grid(padding=(0, 1))
+        line.add_row(
+            f"epoch {epoch}", ProgressBar(total, done, width=max(5, min(30, width - 45))), f"{done}/{total}", speed
+        )
+        table = Table.grid()
+        table.add_row(line)
+        table.add_row(Text(f"loss {losses_in(width - 6, losses)}", no_wrap=True))
+        self._live.update(table, refresh=True)
+
+    def epoch(self, epoch: str, line: dict[str, Any]) -> None:
+        """Prints the line of a finished epoch; `line` is that of the metrics file."""
+        self._shown = time.monotonic()
+        error = line["test_error"]
+        head = f"epoch {epoch}" + ("" if error is None else f" error {error:.2f}%") + f" {line['epoch_seconds']:.1f}s loss "
+        self.message(head + losses_in(max(12, self.console.width - len(head)), line["train_loss"]))

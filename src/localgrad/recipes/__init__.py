@@ -1,0 +1,28 @@
+"""Named runs: one function a row of a paper's table, which returns a complete config.
+
+`RECIPES` maps each name to its function; `recipe(name)` calls it, or says which names look alike.
+"""
+
+from collections.abc import Callable
+
+from ..config import closest
+from ..errors import LocalGradError
+from .cifar import cifar_recipes
+from .digits import digits_recipes
+from .row import Recipe
+
+RECIPES: dict[str, Callable[[], Recipe]] = {**digits_recipes(), **cifar_recipes()}
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe of that name.
+
+    Raises:
+        LocalGradError: there is none; the message has the names that look most like it.
+    """
+    if name not in RECIPES:
+        raise LocalGradError(f"there is no recipe {name!r}{closest(name, list(RECIPES))}; see `localgrad recipes`")
+    return RECIPES[name]()
+
+
+__all__ = ["RECIPES", "Recipe", "recipe"]

@@ -1,0 +1,449 @@
+"""Units: the smallest pieces that a model can be cut into, in the order of its forward pass."""
+
+import inspect
+import operator
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from localgrad.errors import LocalGradError
+
+CHAIN = (nn.Sequential, nn.ModuleList)
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """One piece of a model.
+
+    Attributes:
+        name: dotted name of the submodule that the unit consists of or, where it consists of several,
+            of the first one with a weight.
+        module: takes the features before the unit to the features after it. Its parameters are the model's own.
+        features: shape of the output for the example batch, `(N, C, H, W)`, `(N, H, W, C)`, `(N, L, D)` or `(N, D)`.
+        channel_dim: the dimension of `features` that holds channels, 1 or the last.
+        writes_input: whether the unit changes its input in place (it starts with an in-place activation, say).
+    """
+
+    name: str
+    module: nn.Module
+    features: torch.Size
+    channel_dim: int
+    writes_input: bool
+
+
+def units(model: nn.Module, example: Tensor, names: Sequence[str] | None = None) -> list[Unit]:
+    """List the units of `model`, in order; applied one after another they are `model(inputs)`, bit for bit.
+
+    The forward pass is traced with `torch.fx`, with blocks (the children of `nn.Sequential` and `nn.ModuleList`)
+    as leaves. A unit may start where exactly one tensor is alive and a weight of two or more dimensions follows:
+    norms, activations and pooling stay with the unit before them, the pooling of a classifier's head with the head.
+    Nothing is changed in the model: the units hold its own submodules and parameters.
+
+    Args:
+        model: any classification model with one tensor in and one tensor out. If it returns a tuple while training
+            (auxiliary heads), its first element is the output and the rest is left out.
+        example: a batch `(N, ...)` of the shape that will be trained on; only its shape, dtype and device count.
+        names: dotted names of submodules which, applied in this order, are the model. The way out for a model that
+            cannot be traced; compared with `model` on random inputs.
+
+    Returns:
+        One `Unit` a piece.
+
+    Raises:
+        LocalGradError: the model cannot be traced or run on the example, or `names` do not compose to it.
+    """
+    check_example(example)
+    with modes_kept(model), torch.no_grad():
+        if names is None:
+            return _measured(_traced(model, torch.zeros_like(example)), torch.zeros_like(example))
+        inputs = torch.randn_like(example)
+        return _measured(_named(model, inputs, names), inputs)
+
+
+def _measured(pieces: Sequence[tuple[str, nn.Module]], features: Tensor) -> list[Unit]:
+    """Run the pieces in evaluation mode and note what each gives."""
+    found = []
+    for position, (name, module) in enumerate(pieces):
+        following = pieces[position + 1][1] if position + 1 < len(pieces) else None
+        version = features._version
+        module.eval()
+        result = module(features)
+        found.append(Unit(name, module, result.shape, _channel_dim(result.shape, following), features._version != version))
+        features = result
+    return found
+
+
+def check_example(example: Tensor) -> None:
+    """Refuse an example that is no batch of floating-point inputs."""
+    if not isinstance(example, Tensor) or not example.is_floating_point() or example.ndim < 2 or example.numel() == 0:
+        given = f"{tuple(example.shape)} {example.dtype}" if isinstance(example, Tensor) else repr(example)[:80]
+        raise LocalGradError(
+            f"example is {given}: it must be a non-empty floating-point batch (N, ...), such as torch.empty(2, 3, 32, 32)"
+        )
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Restore the training flag of every submodule on leaving."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def find_unit(found: Sequence[Unit], name: str) -> int:
+    """Index of the unit called `name`, or of the last unit inside the submodule `name` ("layer1" is its last block)."""
+    inside = [i for i, unit in enumerate(found) if unit.name == name or unit.name.startswith(f"{name}.")]
+    if not inside:
+        raise LocalGradError(
+            f"cut {name!r} is not a unit: the units are {', '.join(unit.name for unit in found)}; "
+            "see localgrad.units(model, example)"
+        )
+    return inside[-1]
+
+
+# --- tracing ---------------------------------------------------------------------------------------------------------
+
+
+class _Tracer(fx.Tracer):
+    """A tracer with blocks as leaves, which remembers where tracing failed."""
+
+    def __init__(self, leaves: set[str]) -> None:
+        super().__init__()
+        self.leaves = leaves
+        self.failed: str | None = None
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return module_qualified_name in self.leaves
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.failed = self.failed or self.path_of_module(m)
+            raise
+
+
+def _is_block(module: nn.Module) -> bool:
+    return not isinstance(module, CHAIN) and any(True for child in module.children() for _ in child.parameters())
+
+
+def _is_stage(module: nn.Module) -> bool:
+    """Whether a module is or holds a chain of blocks of one class, as the stages of RegNet and of timm are."""
+    return any(
+        isinstance(chain, CHAIN)
+        and len(chain) > 0
+        and len({type(block) for block in chain}) == 1
+        and all(_is_block(block) for block in chain)
+        for chain in (module, *module.children())
+    )
+
+
+def _leaves(model: nn.Module) -> set[str]:
+    """Names of the modules that are not traced into.
+
+    These are the layers of torch.nn and what is derived from them (timm's norm + activation layers read
+    `self.training`, which tracing would freeze), and the children of chains.
+    """
+    leaves = set[str]()
+    for name, module in model.named_modules():
+        for child_name, child in module.named_children():
+            path = f"{name}.{child_name}" if name else child_name
+            plain_chain = type(child) in (*CHAIN, nn.ModuleDict)
+            is_layer = any(c.__module__.startswith("torch.nn") for c in type(child).__mro__ if c not in _CONTAINERS)
+            if not plain_chain and (is_layer or (isinstance(module, CHAIN) and not _is_stage(child))):
+                leaves.add(path)
+    return leaves
+
+
+_CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict, object)
+
+
+def _trace(model: nn.Module) -> fx.Graph:
+    """Trace the model; a submodule whose forward cannot be traced becomes a leaf, and stays one unit."""
+    leaves = _leaves(model)
+    while True:
+        tracer = _Tracer(leaves)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # shape checks of the model warn about the tracer's proxies
+                graph = tracer.trace(model, concrete_args=_defaults(model))
+        except Exception as error:
+            if tracer.failed and tracer.failed not in leaves:
+                leaves.add(tracer.failed)
+                continue
+            reason = str(error).strip().split("\n")[0]
+            raise LocalGradError(
+                f"{type(model).__name__} cannot be traced by torch.fx ({type(error).__name__}: {reason}); name the "
+                'submodules that make it up, in order: units(model, example, names=["stem", "blocks.0", ..., "head"])'
+            ) from error
+        return _single_output(graph, model)
+
+
+def _defaults(model: nn.Module) -> dict[str, Any]:
+    """The optional arguments of the forward pass, at their default values."""
+    arguments = list(inspect.signature(model.forward).parameters.values())[1:]
+    return {a.name: a.default for a in arguments if a.default is not inspect.Parameter.empty}
+
+
+def _has_effect(node: fx.Node) -> bool:
+    """Whether a call counts even if its result is not used: it writes in place."""
+    if node.op in ("placeholder", "output") or node.target is operator.setitem:
+        return True
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return node.op in ("call_method", "call_function") and name.endswith("_") and not name.endswith("__")
+
+
+def _single_output(graph: fx.Graph, model: nn.Module) -> fx.Graph:
+    """Keep the first of several outputs (a main head before auxiliary ones), and drop what only the others need."""
+    output = next(node for node in graph.nodes if node.op == "output")
+    value = output.args[0]
+    if isinstance(value, fx.Node) and isinstance(value.target, type) and issubclass(value.target, tuple):
+        value = tuple(value.args)  # a named tuple is traced as a call of its class
+    if isinstance(value, tuple | list) and value and isinstance(value[0], fx.Node):
+        warnings.warn(
+            f"{type(model).__name__} returns {len(value)} values while training: the first is trained, "
+            "auxiliary outputs are left out",
+            stacklevel=5,
+        )
+        output.args = (value[0],)
+    elif not isinstance(value, fx.Node):
+        raise LocalGradError(
+            f"{type(model).__name__} returns a {type(value).__name__}: it must return one tensor, or a tuple that "
+            "starts with it; wrap the model so that it does"
+        )
+    graph.eliminate_dead_code(_has_effect)
+    if len([node for node in graph.nodes if node.op == "placeholder" and node.users]) != 1:
+        raise LocalGradError(
+            f"{type(model).__name__}.forward uses more than one argument: it must take one tensor; wrap the model"
+        )
+    return graph
+
+
+class _Shapes(fx.Interpreter):
+    """Run a graph and note the shape of every node's output."""
+
+    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(model, graph=graph)
+        self.shapes: dict[fx.Node, torch.Size] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            self.shapes[n] = value.shape
+        return value
+
+
+def _traced(model: nn.Module, example: Tensor) -> list[tuple[str, nn.Module]]:
+    model.train()
+    training = _trace(model)
+    model.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        evaluating = _trace(model)
+    try:
+        shapes = _Shapes(model, evaluating)
+        shapes.run(example)
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise LocalGradError(
+            f"{type(model).__name__} does not run on the example of shape {tuple(example.shape)} ({reason}); "
+            "give an example of the size, dtype and device that the model takes"
+        ) from error
+    sizes = [shapes.shapes.get(node) for node in _calls(evaluating)]
+    segments = _segments(model, evaluating, sizes)
+    training_segments = _segments(model, training, sizes if len(_calls(training)) == len(sizes) else None)
+    if [name for name, _ in segments] != [name for name, _ in training_segments]:
+        raise LocalGradError(
+            f"{type(model).__name__} runs different modules in training and in evaluation; name the submodules "
+            "that make it up: units(model, example, names=[...])"
+        )
+    return [
+        (name, _one_module(model, segment, training_segment))
+        for (name, segment), (_, training_segment) in zip(segments, training_segments, strict=True)
+    ]
+
+
+class _TwoModes(nn.Module):
+    """One unit whose graph depends on the training flag."""
+
+    def __init__(self, training: nn.Module, evaluating: nn.Module) -> None:
+        super().__init__()
+        self.when_training, self.when_evaluating = training, evaluating
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.when_training(features) if self.training else self.when_evaluating(features)
+
+
+def _one_module(model: nn.Module, evaluating: fx.Graph, training: fx.Graph) -> nn.Module:
+    calls = _calls(evaluating)
+    if len(calls) == 1 and calls[0].op == "call_module" and len(calls[0].args) == 1 and not calls[0].kwargs:
+        return model.get_submodule(cast(str, calls[0].target))
+    name = type(model).__name__
+    if str(evaluating) == str(training):
+        return fx.GraphModule(model, evaluating, name)
+    return _TwoModes(fx.GraphModule(model, training, name), fx.GraphModule(model, evaluating, name))
+
+
+def _calls(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
+
+
+def _segments(
+    model: nn.Module, graph: fx.Graph, sizes: list[torch.Size | None] | None
+) -> list[tuple[str, fx.Graph]]:
+    """Cut a graph into named pieces."""
+    calls = _calls(graph)
+    starts = _starts(model, graph, calls, sizes)
+    pieces = []
+    value = next(node for node in graph.nodes if node.op == "placeholder" and node.users)
+    for start, stop in zip(starts, [*starts[1:], len(calls)], strict=True):
+        piece = fx.Graph()
+        copies = {value: piece.placeholder("features")}
+        for node in calls[start:stop]:
+            for attribute in node.all_input_nodes:
+                if attribute.op == "get_attr" and attribute not in copies:
+                    copies[attribute] = piece.node_copy(attribute)
+            copies[node] = piece.node_copy(node, lambda needed, copies=copies: copies[needed])
+        value = _alive(graph, calls, stop)[0]
+        piece.output(copies[value])
+        pieces.append((_name(model, calls, start, stop), piece))
+    return pieces
+
+
+def _alive(graph: fx.Graph, calls: list[fx.Node], position: int) -> list[fx.Node]:
+    """The values computed before `calls[position]` that are used from there on."""
+    before = {node for node in graph.nodes if node.op == "placeholder"} | set(calls[:position])
+    after = {*calls[position:], *(node for node in graph.nodes if node.op == "output")}
+    return [node for node in graph.nodes if node in before and any(user in after for user in node.users)]
+
+
+def _starts(
+    model: nn.Module, graph: fx.Graph, calls: list[fx.Node], sizes: list[torch.Size | None] | None
+) -> list[int]:
+    """Positions in `calls` at which a unit starts."""
+    weighted = [i for i, node in enumerate(calls) if _has_weight(model, node)]
+    inputs = {node for node in graph.nodes if node.op == "placeholder"}
+    last_use = [max((calls.index(u) if u.op != "output" else len(calls) for u in n.users), default=-1) for n in calls]
+    input_use = max((calls.index(u) for n in inputs for u in n.users if u.op != "output"), default=-1)
+    legal = [
+        position > input_use and sum(last_use[i] >= position for i in range(position)) == 1
+        for position in range(len(calls))
+    ]
+    starts = [0]
+    for previous, following in zip(weighted, weighted[1:], strict=False):
+        choices = [position for position in range(previous + 1, following + 1) if legal[position]]
+        if not choices:
+            continue
+        if _is_block(model.get_submodule(cast(str, calls[previous].target))):
+            starts.append(choices[0])
+            continue
+        reduced = _first_reduction(sizes, previous, following) if sizes else following
+        starts.append(max((p for p in choices if p <= reduced), default=choices[-1]))
+    return starts
+
+
+def _has_weight(model: nn.Module, node: fx.Node) -> bool:
+    if node.op != "call_module":
+        return False
+    return any(parameter.ndim >= 2 for parameter in model.get_submodule(cast(str, node.target)).parameters())
+
+
+def _first_reduction(sizes: list[torch.Size | None], previous: int, following: int) -> int:
+    """Position of the first call between two weights that gives up the spatial dimensions: a head starts there."""
+    before = sizes[previous]
+    for position in range(previous + 1, following):
+        size = sizes[position]
+        if size is None or before is None:
+            continue
+        collapsed = len(size) == 4 and len(before) == 4 and size[2:].numel() == 1 < before[2:].numel()
+        if len(size) < len(before) and len(before) == 4 and len(size) == 2:
+            return position
+        if collapsed or (len(before) == 3 and len(size) == 2):
+            return position
+        before = size
+    return following
+
+
+def _name(model: nn.Module, calls: list[fx.Node], start: int, stop: int) -> str:
+    """The deepest submodule that holds all weights of the unit and nothing else, or else the first with a weight."""
+    inside = [cast(str, node.target) for node in calls[start:stop] if _has_weight(model, node)]
+    if not inside:
+        return next((str(node.target) for node in calls[start:stop] if node.op == "call_module"), calls[start].name)
+    others = [cast(str, n.target) for n in [*calls[:start], *calls[stop:]] if _has_weight(model, n)]
+    common = inside[0].split(".")
+    for name in inside[1:]:
+        parts = name.split(".")
+        common = [a for i, a in enumerate(common) if parts[: i + 1] == common[: i + 1]]
+    prefix = ".".join(common)
+    if not prefix or any(name == prefix or name.startswith(f"{prefix}.") for name in others):
+        return inside[0]
+    return prefix
+
+
+# --- dotted names ----------------------------------------------------------------------------------------------------
+
+
+def _named(model: nn.Module, inputs: Tensor, names: Sequence[str]) -> list[tuple[str, nn.Module]]:
+    modules = dict(model.named_modules())
+    unknown = [name for name in names if not name or name not in modules]
+    if unknown or not names:
+        raise LocalGradError(
+            f"names {unknown or list(names)} are no submodules of {type(model).__name__}: "
+            f"its children are {', '.join(name for name, _ in model.named_children())}; give dotted names, in order"
+        )
+    model.eval()
+    expected, features = model(inputs.clone()), inputs.clone()
+    try:
+        for name in names:
+            features = modules[name](features)
+    except Exception as error:
+        raise LocalGradError(
+            f"the submodules {', '.join(names)} do not run one after another on an example of shape "
+            f"{tuple(inputs.shape)} ({str(error).strip().splitlines()[0]}); each must take the output of the one before"
+        ) from error
+    if not isinstance(features, Tensor) or not isinstance(expected, Tensor) or not torch.equal(features, expected):
+        raise LocalGradError(
+            f"the submodules {', '.join(names)}, applied in order, do not give what {type(model).__name__} gives: name "
+            "every submodule of its forward pass, and move what the forward pass does between them into a submodule"
+        )
+    return [(name, modules[name]) for name in names]
+
+
+# --- layout ----------------------------------------------------------------------------------------------------------
+
+
+def _channel_dim(features: torch.Size, following: nn.Module | None) -> int:
+    """The dimension that holds channels: told by the first layer of the next unit that fixes their number."""
+    last = len(features) - 1
+    if len(features) != 4:
+        return last
+    guess = None
+    for layer in following.modules() if following else ():
+        if isinstance(layer, nn.Conv2d):
+            channels, here = layer.in_channels, 1
+        elif isinstance(layer, nn.BatchNorm2d):
+            channels, here = layer.num_features, 1
+        elif isinstance(layer, nn.Linear):
+            channels, here = layer.in_features, last
+        elif isinstance(layer, nn.LayerNorm):
+            channels, here = layer.normalized_shape[-1], 1 if type(layer).__name__.endswith("2d") else last
+        else:
+            continue
+        dims = [dim for dim in (1, last) if features[dim] == channels]
+        if dims:
+            return here if here in dims else dims[0]
+        guess = guess or here
+    return 1 if guess is None or following is None or _flattens(features, following) else guess
+
+
+def _flattens(features: torch.Size, following: nn.Module) -> bool:
+    """Whether the next unit is a linear layer on the flattened map, as in VGG."""
+    return any(isinstance(m, nn.Linear) and m.in_features == features[1:].numel() for m in following.modules())
