@@ -1,7 +1,7 @@
 """Train any PyTorch network as gradient-isolated blocks, with local losses and momentum auxiliary networks."""
 
 from localgrad.blocks import Block, Site, split
-from localgrad.memory import measure_peak as plan  # placeholder
+from localgrad.memory import plan
 from localgrad.momentum import man, manpp
 from localgrad.objectives.classifier import classifier
 from localgrad.objectives.dgl import dgl

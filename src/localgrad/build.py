@@ -12,8 +12,17 @@ from .config import ModelConfig, MomentumConfig, ObjectiveConfig, OptimConfig, T
 from .errors import LocalGradError
 from .models import cifar_resnet
 from .momentum import man, manpp
-from .objectives import OBJECTIVES
+from .objectives.classifier import classifier
+from .objectives.dgl import dgl
+from .objectives.infopro import infopro
+from .objectives.predsim import predsim
 
+OBJECTIVES: dict[str, Callable[..., Any]] = {
+    "classifier": classifier,
+    "predsim": predsim,
+    "dgl": dgl,
+    "infopro": infopro,
+}
 MOMENTA: dict[str, Callable[..., Any]] = {"man": man, "manpp": manpp}
 
 _CHOICES: dict[str, dict[str, Callable[..., Any]]] = {"objective": OBJECTIVES, "momentum": MOMENTA}
@@ -93,12 +102,12 @@ def _check_model_name(name: str, names: Sequence[str], library: str) -> None:
         raise LocalGradError(f"{library} has no model {name!r}{closest(name, names)}")
 
 
-def build_blocks(config: TrainConfig, model: nn.Module, num_classes: int, image_size: int) -> list[Block]:
+def build_blocks(config: TrainConfig, model: nn.Module, num_classes: int) -> list[Block]:
     """The blocks of a model, as the config cuts it; the last one's criterion is a cross-entropy."""
     data = {"num_classes": num_classes, "mean": config.data.mean, "std": config.data.std}
     return split(
         model,
-        torch.zeros(2, 3, image_size, image_size),
+        torch.zeros(2, 3, config.data.image_size, config.data.image_size),
         cuts=None if config.cuts is None else list(config.cuts),
         num_blocks=config.num_blocks,
         balance=config.balance,

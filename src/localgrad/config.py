@@ -48,6 +48,8 @@ class ObjectiveConfig:
     """Weight of the task loss at the first and at the last local block, interpolated between them."""
     loss: str | None = None
     """Form of the task loss: `cross_entropy` or `contrast`."""
+    feature_dim: int | None = None
+    """Width of the task head's hidden layer, and of the embedding that `contrast` compares."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class MomentumConfig:
     """Whether the learnable part is there."""
     ema: bool | None = None
     """Whether the moving average is there."""
+    depth: int | None = None
+    """Number of units of the next block that are copied."""
     initial: str | None = None
     """Where the auxiliary weights begin: `copy` of the next unit, or `random`."""
     recompute: bool | None = None

@@ -87,10 +87,8 @@ class DataConfig:
         values = {name: getattr(self, name) for name in least}
         reflects = self.crop == "pad" and self.padding_mode == "reflect"
         rules = [
-            *(
-                (f"{name}={n}: give at least {least[name]}", n is None or n >= least[name])
-                for name, n in values.items()
-            ),
+            ("source='': give digits, a hub name or a folder", self.source != ""),
+            *((f"{key}={n}: give at least {least[key]}", n is None or n >= least[key]) for key, n in values.items()),
             (f"crop={self.crop!r}: choose from {get_args(Crop)}", self.crop in get_args(Crop)),
             (f"padding_mode={self.padding_mode!r}: choose from {get_args(Mode)}", self.padding_mode in get_args(Mode)),
             (f"mean={self.mean}: give 3 numbers", len(self.mean) == 3),
@@ -367,7 +365,6 @@ def load(config: DataConfig) -> tuple[ImageSet, ImageSet]:
         return _load_digits(config)
     both = _load_rows(config)
     image_column, label_column = _find_columns(both[0].features, config)
-    _find_columns(both[1].features, replace(config, image_column=image_column, label_column=label_column))
     labels = [_read_labels(rows, label_column) for rows in both]
     schema = getattr(both[0].features[label_column], "num_classes", None)
     num_classes = config.num_classes or schema or int(torch.cat(labels).max()) + 1
@@ -479,7 +476,7 @@ def _load_rows(config: DataConfig) -> tuple[datasets.Dataset, datasets.Dataset]:
             where = _local_arguments(folder, config) if local else {"path": config.source, "name": config.subset}
             train, test = datasets.load_dataset(**where, split=[config.train_split, config.test_split])
     except Exception as error:  # whatever it is, the set cannot be had
-        why = " ".join(str(error).split())
+        why = " ".join(f"{error} {error.__cause__ or ''}".split())
         if offline:
             why = f"no such folder, not in the cache, and the Hugging Face hub cannot be reached ({why})"
         raise LocalGradError(
@@ -499,9 +496,9 @@ def _local_arguments(folder: Path, config: DataConfig) -> dict[str, Any]:
     import datasets
 
     splits = {FOLDER_SPLITS.get(path.name, path.name): path.name for path in sorted(folder.iterdir()) if path.is_dir()}
-    wanted = set(re.findall(r"(?:^|\+)(\w+)", f"{config.train_split}+{config.test_split}"))
-    if wanted <= splits.keys():
-        return {"path": str(folder), "data_files": {split: f"{splits[split]}/**" for split in sorted(wanted)}}
+    wanted = dict.fromkeys(re.findall(r"(?:^|\+)(\w+)", f"{config.train_split}+{config.test_split}"))  # in order: the schema is that of the first
+    if wanted.keys() <= splits.keys():
+        return {"path": str(folder), "data_files": {split: f"{splits[split]}/**" for split in wanted}}
     declared = config.subset and datasets.get_dataset_config_names(str(folder)) != ["default"]
     return {"path": str(folder), "name": config.subset if declared else None}
 

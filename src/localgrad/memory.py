@@ -3,13 +3,20 @@
 import copy
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from localgrad.blocks import Objective, build_auxiliary, choose_cuts, split
+from localgrad.errors import LocalGradError
+from localgrad.momentum import Momentum
+from localgrad.step import apply_updates, local_gradients
+from localgrad.units import Unit, units
 
 Result = TypeVar("Result")
 
@@ -70,3 +77,199 @@ def measure_peak(function: Callable[[], Result]) -> tuple[Result, int]:
     with counter:
         result = function()
     return result, counter.peak
+
+
+# --- cost of each unit -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class UnitCost:
+    """What one unit costs for the example batch, and what ending a block after it would.
+
+    Attributes:
+        name: of the unit.
+        parameters: number of elements.
+        activations: bytes kept for the backward pass, the output included.
+        flops: floating-point operations of the forward pass (a multiply-add counts two).
+        end_activations: bytes kept by the momentum auxiliary network and the objective of a block that ends here;
+            infinite where they cannot sit, or at the last unit.
+        end_flops: floating-point operations of their forward pass, likewise.
+    """
+
+    name: str
+    parameters: int
+    activations: float
+    flops: float
+    end_activations: float
+    end_flops: float
+
+
+def unit_costs(
+    found: Sequence[Unit],
+    example: Tensor,
+    objective: Objective | None = None,
+    momentum: Momentum | None = None,
+    num_blocks: int = 2,
+) -> list[UnitCost]:
+    """Cost of each unit for a batch like `example`, counted on `meta` tensors: nothing is computed or allocated.
+
+    Args:
+        found: the units, from `localgrad.units`.
+        example: a batch; the costs are those of its shape and dtype.
+        objective: what would end a block; nothing if None.
+        momentum: likewise.
+        num_blocks: K, as the objective is told.
+    """
+    features = torch.empty_like(example, device="meta")
+    inputs = features
+    targets = torch.zeros(len(example), dtype=torch.long, device="meta")
+    on_meta = [replace(unit, module=_to_meta(unit.module)) for unit in found]
+    costs = []
+    for position, unit in enumerate(on_meta):
+        result, kept, flops = _forward_cost(unit.module, features)
+        end: tuple[float, float] = (float("inf"), float("inf"))
+        following = on_meta[position + 1 :]
+        if objective is None:
+            end = (0.0, 0.0)
+        elif following:
+            end = _end_cost(unit, following, result, targets, inputs, objective, momentum, num_blocks)
+        parameters = sum(parameter.numel() for parameter in unit.module.parameters())
+        costs.append(UnitCost(unit.name, parameters, kept, flops, *end))
+        features = result.detach()
+    return costs
+
+
+def _end_cost(
+    unit: Unit,
+    following: Sequence[Unit],
+    features: Tensor,
+    targets: Tensor,
+    inputs: Tensor,
+    objective: Objective,
+    momentum: Momentum | None,
+    num_blocks: int,
+) -> tuple[float, float]:
+    try:
+        branches, head = build_auxiliary(unit, following, inputs, 0, num_blocks, objective, momentum)
+    except LocalGradError:
+        return float("inf"), float("inf")
+    mixed, kept, flops = (features, 0, 0) if branches is None else _forward_cost(branches, features)
+    _, head_kept, head_flops = _forward_cost(head, mixed, targets, inputs)
+    return kept + head_kept, flops + head_flops
+
+
+def _to_meta(module: nn.Module) -> nn.Module:
+    return copy.deepcopy(module).to("meta").train()
+
+
+def _forward_cost(module: nn.Module, features: Tensor, *rest: Tensor) -> tuple[Tensor, int, int]:
+    """Output, bytes kept for the backward pass (output included, input and parameters left out), and operations."""
+    features = features.detach().requires_grad_(features.is_floating_point())
+    known = [features, *rest, *module.parameters(), *module.buffers()]
+    kept = weakref.WeakKeyDictionary[torch.UntypedStorage, int]()
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = module(features, *rest)
+    keep(result)
+    for tensor in known:
+        kept.pop(tensor.untyped_storage(), None)
+    return result, sum(kept.values()), counter.get_total_flops()
+
+
+# --- peak of a step --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One way to train the model, and the memory that a step takes.
+
+    Attributes:
+        num_blocks: K; 1 is end-to-end.
+        cuts: names of the units after which to cut.
+        peak: bytes, of weights, gradients, optimizer state, activations, auxiliary networks and temporary tensors.
+        fits: whether the peak is within the budget; True without one.
+    """
+
+    num_blocks: int
+    cuts: tuple[str, ...]
+    peak: int
+    fits: bool
+
+
+def plan(
+    model: nn.Module,
+    example: Tensor,
+    *,
+    objective: Objective,
+    momentum: Momentum | None = None,
+    budget: int | None = None,
+    num_blocks: Sequence[int] | None = None,
+    names: Sequence[str] | None = None,
+) -> list[PlanRow]:
+    """Predict the peak memory of a training step for several numbers of blocks, without running or allocating it.
+
+    Each row is a real `local_step` with SGD and momentum on `meta` tensors, every live storage counted. The cuts are
+    those that `split(num_blocks=K, balance="memory")` chooses.
+
+    Args:
+        model: as for `split`; it is not changed.
+        example: a batch of the size to train with, such as `torch.empty(128, 3, 224, 224, device="meta")`.
+        objective: the local objective.
+        momentum: `man(...)`, `manpp(...)` or None.
+        budget: bytes that a step may take.
+        num_blocks: the K to try; 1, 2, 4, 8, ... up to the number of units if not given.
+        names: the units by name, for a model that cannot be traced.
+
+    Returns:
+        One row a K, in the order of K.
+
+    Raises:
+        LocalGradError: the budget is not positive, a K is out of range, or the model cannot be split.
+    """
+    if budget is not None and budget <= 0:
+        raise LocalGradError(f"budget is {budget} bytes: give more than 0, such as 8 * 2**30")
+    blueprint = copy.deepcopy(model).to("meta").train()
+    small = torch.empty_like(example, device="meta")
+    found = units(blueprint, small, names)
+    counts = num_blocks or sorted({1, *(2**power for power in range(1, 12) if 2**power < len(found)), len(found)})
+    rows = []
+    for count in counts:
+        ends = choose_cuts(found, small, count, "memory", objective, momentum)
+        cuts = tuple(found[end].name for end in ends)
+        try:
+            peak = step_peak(blueprint, small, cuts, objective, momentum, names)
+        except LocalGradError:
+            if num_blocks:
+                raise
+            continue  # the objective cannot sit at every unit, so the largest K may not exist
+        rows.append(PlanRow(count, cuts, peak, budget is None or peak <= budget))
+    return rows
+
+
+def step_peak(
+    model: nn.Module,
+    example: Tensor,
+    cuts: Sequence[str],
+    objective: Objective | None,
+    momentum: Momentum | None,
+    names: Sequence[str] | None = None,
+) -> int:
+    """Peak bytes of a `local_step` of a model on `meta`, everything included that lives during the second step."""
+    counter = PeakMemory()
+    blueprint = copy.deepcopy(model)
+    with counter:
+        blocks = split(blueprint, example, cuts=cuts, objective=objective, momentum=momentum, names=names)
+        optimizers = [torch.optim.SGD(block.trainable_parameters(), lr=0.1, momentum=0.9) for block in blocks]
+        inputs = torch.empty_like(example)
+        targets = torch.zeros(len(example), dtype=torch.long, device=example.device)
+        local_gradients(blocks, inputs, targets)
+        apply_updates(blocks, optimizers)
+        counter.peak = counter.current
+        local_gradients(blocks, inputs, targets)
+        apply_updates(blocks, optimizers)
+    tensors = [*blueprint.parameters(), *blueprint.buffers()]
+    return counter.peak + sum(tensor.untyped_storage().nbytes() for tensor in tensors)

@@ -210,11 +210,12 @@ def _copy(source: Sequence[Unit], initial: str) -> nn.Module:
 @contextmanager
 def _statistics_kept(module: nn.Module) -> Iterator[None]:
     """Compute with batch statistics, but leave the running ones alone: they were updated in the first pass."""
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    for norm in norms:
-        norm.track_running_stats = False
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:  # with factor 0 a running average stays what it is; without one, as many tensors would not be saved
+        norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, factor, batches in kept:
+            norm.momentum, norm.num_batches_tracked = factor, batches

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from types import TracebackType
 from typing import Any, Self
 
@@ -26,7 +27,7 @@ def losses_in(width: int, losses: Sequence[float]) -> str:
     room = max(1, width - len(numbers[0]) - len(numbers[-1]) - 2)
     columns = min(room, len(losses))
     edges = [round(index * len(losses) / columns) for index in range(columns + 1)]
-    means = [sum(losses[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    means = [sum(losses[a:b]) / (b - a) for a, b in pairwise(edges)]
     low, high = min(means), max(means)
     scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
     return f"{numbers[0]} {''.join(BARS[round((mean - low) * scale)] for mean in means)} {numbers[-1]}"
@@ -42,7 +43,8 @@ class Display:
     def __init__(self, *, quiet: bool = False, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=False)
         self.interval = 1.0 if self.console.is_terminal else 30.0
-        self._live = Live(console=self.console, auto_refresh=False, transient=True) if self.console.is_terminal else None
+        live = Live(console=self.console, auto_refresh=False, transient=True)
+        self._live = live if self.console.is_terminal else None
         self._shown = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -93,5 +95,6 @@ class Display:
         """Prints the line of a finished epoch; `line` is that of the metrics file."""
         self._shown = time.monotonic()
         error = line["test_error"]
-        head = f"epoch {epoch}" + ("" if error is None else f" error {error:.2f}%") + f" {line['epoch_seconds']:.1f}s loss "
+        shown = "" if error is None else f" error {error:.2f}%"
+        head = f"epoch {epoch}{shown} {line['images_per_second']:,.0f} img/s loss "
         self.message(head + losses_in(max(12, self.console.width - len(head)), line["train_loss"]))

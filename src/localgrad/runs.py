@@ -8,6 +8,8 @@ import dataclasses
 import io
 import json
 import os
+import platform
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +37,8 @@ class Result:
     """Epoch of the smallest test error."""
     local_errors: list[float | None] | None
     """Test error in percent of each block's own head after the last epoch, when that was asked for."""
+    cuts: list[str]
+    """Units after which gradients were isolated."""
     num_blocks: int
     """Number of gradient-isolated blocks, the last one included."""
     parameters: dict[str, int]
@@ -53,6 +57,45 @@ class Result:
     """Versions of localgrad, Python, torch and lightning."""
     commit: str | None
     """Commit of the working directory, or None outside a git repository."""
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Where a result comes from: `device` name, `versions` and `commit`, as `Result` has them."""
+    from importlib.metadata import version
+
+    from . import __version__
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor_name()
+    versions = {package: version(package) for package in ("torch", "torchvision", "lightning")}
+    return {"device": name, "versions": {"localgrad": __version__, "python": platform.python_version(), **versions}, "commit": _commit()}
+
+
+def _processor_name() -> str:
+    """Name of the processor, with the number of threads that torch uses."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
+        name = models[0] if models else name
+    return f"{name}, {torch.get_num_threads()} thread(s)"
+
+
+def _commit() -> str | None:
+    """Commit of the code, with `-dirty` if it was changed; None where it does not lie in its git repository."""
+    source = Path(__file__)
+    git = ["git", "-C", str(source.parent)]
+    try:
+        subprocess.run([*git, "ls-files", "--error-unmatch", source.name], check=True, capture_output=True, timeout=10)
+        described = subprocess.run(
+            [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip()
 
 
 @contextmanager
@@ -115,21 +158,15 @@ class RunFolder:
     def is_finished(self) -> bool:
         return self.result.exists()
 
-    def open(self, config: TrainConfig, resume: bool) -> None:
-        """Makes a new folder and saves the config in it, or checks that the folder holds this run, unfinished.
+    def check(self, config: TrainConfig, resume: bool) -> None:
+        """Looks, without writing anything, whether this run may use the folder.
 
         Raises:
             LocalGradError: the folder is another run's, or finished, or, without `resume`, in use.
         """
-        saved = self.path / "config.json"
-        if not saved.exists():
+        if not (self.path / "config.json").exists():
             if resume:
                 raise LocalGradError(f"{self.path} holds no run to resume; leave out --resume to start one there")
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise LocalGradError(f"the run folder {self.path} cannot be made: {error.strerror}") from error
-            _write_json(saved, to_dict(config))
             return
         if self.is_finished:
             raise LocalGradError(f"{self.path} holds a finished run; give another --run-dir")
@@ -139,6 +176,21 @@ class RunFolder:
             raise LocalGradError(f"{self.path} holds a different run; give another --run-dir. It differs in:\n  {lines}")
         if not resume:
             raise LocalGradError(f"{self.path} holds this run, unfinished; --resume continues it, or give another --run-dir")
+
+    def start(self, config: TrainConfig, lines: int) -> None:
+        """Makes the folder, saves the config in it and cuts the metrics back to their first `lines` lines.
+
+        Raises:
+            LocalGradError: the folder cannot be made or written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise LocalGradError(f"the run folder {self.path} cannot be made: {error.strerror or error}") from error
+        _write_json(self.path / "config.json", to_dict(config))
+        kept = self.metrics.read_bytes().splitlines(keepends=True)[:lines] if self.metrics.exists() else []
+        with atomic_write(self.metrics) as file:
+            file.writelines(kept)
 
     def config(self) -> TrainConfig:
         """The saved config."""
@@ -153,12 +205,6 @@ class RunFolder:
                 os.fsync(file.fileno())
         except OSError as error:
             raise LocalGradError(f"{self.metrics} could not be written: {error.strerror or error}") from error
-
-    def keep_metrics(self, count: int) -> None:
-        """Cuts the metrics back to their first `count` lines."""
-        lines = self.metrics.read_bytes().splitlines(keepends=True) if self.metrics.exists() else []
-        with atomic_write(self.metrics) as file:
-            file.writelines(lines[:count])
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Writes the checkpoint, whole or not at all."""

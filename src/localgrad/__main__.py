@@ -1,0 +1,8 @@
+"""`python -m localgrad` is the command `localgrad`."""
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,227 @@
+"""The command line: `localgrad COMMAND ...`, one function a command."""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from .errors import LocalGradError
+
+USAGE = """\
+localgrad trains a network as gradient-isolated blocks, each with a local loss of its own.
+
+  localgrad demo                       see it work in a minute, on images that need no download
+  localgrad recipes [WORDS]            the named runs of the papers' tables
+  localgrad train RECIPE [FLAGS]       train one of them
+  localgrad evaluate RUN_FOLDER        test the weights that a run left
+  localgrad units MODEL                the units of a network, where it can be cut
+
+`localgrad COMMAND --help` says more. A first run, half a minute on a CPU:
+
+  localgrad train digits-dgl-man --run-dir runs/first
+"""
+
+SHORT = {
+    "--data": "--data.source",
+    "--train-limit": "--data.train-limit",
+    "--test-limit": "--data.test-limit",
+    "--epochs": "--optim.epochs",
+    "--warmup-epochs": "--optim.warmup-epochs",
+    "--batch-size": "--optim.batch-size",
+    "--lr": "--optim.lr",
+}
+"""Short names of flags, and what they stand for."""
+
+TRAIN_HELP = """Train a recipe, or what a run folder's config says, with any field changed by a flag.
+
+Examples:
+  localgrad train digits-dgl-man --epochs 3 --run-dir runs/first
+  localgrad train cifar10-resnet32-k16-dgl-man --data path/to/cifar10 --seed 1
+  localgrad train cifar10-resnet32-k16-dgl-man --momentum.decay 0.99 --dry-run
+  localgrad train runs/first --resume
+
+Short names: """ + ", ".join(f"{short} for {full}" for short, full in SHORT.items())
+
+EVALUATE_HELP = """Test the weights that a finished run left in its folder.
+
+Example:
+  localgrad evaluate runs/first --local-heads
+"""
+
+RECIPES_HELP = """List the named runs: blocks, cuts, and the test error that the paper reports.
+
+Example:
+  localgrad recipes cifar10 resnet32 man
+"""
+
+
+def train(arguments: Sequence[str]) -> int:
+    """`localgrad train RECIPE [FLAGS]`."""
+    import tyro
+
+    from .config import TrainConfig, to_dict, validate
+    from .recipes import recipe
+    from .runs import RunFolder
+
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"usage: localgrad train RECIPE [FLAGS]\n\n{TRAIN_HELP}\n\nAll flags: localgrad train RECIPE --help")
+        return 0
+    name, *flags = arguments
+    if name.startswith("-"):
+        raise LocalGradError(f"train takes the recipe first, as `localgrad train digits-dgl-man {name}`")
+    given = Path(name)
+    is_folder = (given / "config.json").exists()
+    default = RunFolder(given).config() if is_folder else recipe(name).config
+
+    @dataclass(frozen=True)
+    class Train:
+        config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: default)
+        run_dir: Path | None = None
+        """Folder for the run's files; runs/RECIPE-seedSEED unless given."""
+        resume: bool = False
+        """Continue the unfinished run of that folder."""
+        dry_run: bool = False
+        """Print the complete config as JSON and stop."""
+        quiet: bool = False
+        """Print the result only."""
+
+    options = _parse(Train, flags, f"localgrad train {name}", TRAIN_HELP)
+    config = validate(options.config)
+    if options.dry_run:
+        from .build import with_defaults
+
+        print(json.dumps(to_dict(with_defaults(config)), indent=2))
+        return 0
+    run_dir = options.run_dir or (given if is_folder else Path("runs", f"{name}-seed{config.seed}"))
+    from .trainer import fit
+
+    try:
+        result = fit(config, run_dir, resume=options.resume, quiet=options.quiet)
+    except KeyboardInterrupt as interruption:
+        said = str(interruption) or "interrupted"
+        print(f"localgrad: {said}; continue with `localgrad train {run_dir} --resume`", file=sys.stderr)
+        return 130
+    print(
+        f"test error {result.test_error:.2f}% (best {result.best_test_error:.2f}% at epoch {result.best_epoch}), "
+        f"{result.wall_seconds:.0f} s, {result.peak_memory_bytes / 2**20:.0f} MiB a step; see {run_dir}"
+    )
+    return 0
+
+
+def evaluate(arguments: Sequence[str]) -> int:
+    """`localgrad evaluate RUN_FOLDER`."""
+    import tyro
+
+    @dataclass(frozen=True)
+    class Evaluate:
+        run_folder: tyro.conf.Positional[Path]
+        """Folder of a finished run."""
+        data: str | None = None
+        """Other images to test on: a hub name or a folder; those of the run unless given."""
+        local_heads: bool = False
+        """Test each block's own head too."""
+        accelerator: str = "auto"
+        """Device: auto, cpu, cuda or mps."""
+
+    options = _parse(Evaluate, arguments, "localgrad evaluate", EVALUATE_HELP)
+    from .evaluation import evaluate as evaluate_run
+
+    found = evaluate_run(
+        options.run_folder, data=options.data, local_heads=options.local_heads, accelerator=options.accelerator
+    )
+    print(f"test error {found.test_error:.2f}% on {found.images:,} images")
+    for number, error in enumerate(found.local_errors or (), start=1):
+        print(f"  block {number}: {'no class head' if error is None else f'{error:.2f}%'}")
+    return 0
+
+
+def recipes(arguments: Sequence[str]) -> int:
+    """`localgrad recipes [WORDS]`."""
+    import tyro
+
+    from .recipes import RECIPES
+
+    @dataclass(frozen=True)
+    class Recipes:
+        words: tyro.conf.Positional[tuple[str, ...]] = ()
+        """List only the recipes whose names have all of these words."""
+
+    words = _parse(Recipes, arguments, "localgrad recipes", RECIPES_HELP).words
+    names = [name for name in RECIPES if all(word in name for word in words)]
+    if not names:
+        raise LocalGradError(f"no recipe has {' and '.join(words)} in its name; `localgrad recipes` lists all of them")
+    width = max(map(len, names))
+    print(f"{'recipe':{width}}  {'label':>5}  blocks  cuts  paper's error")
+    for name in names:
+        row = RECIPES[name]()
+        error = "-" if row.paper_error is None else f"{row.paper_error:.2f}%"
+        print(f"{name:{width}}  {row.label:>5}  {row.num_blocks:6}  {row.num_blocks - 1:4}  {error:>13}")
+    return 0
+
+
+def demo(arguments: Sequence[str]) -> int:
+    """`localgrad demo`."""
+    from .demo import main as run
+
+    return run(arguments)
+
+
+def units(arguments: Sequence[str]) -> int:
+    """`localgrad units MODEL`."""
+    from .units_command import main as run
+
+    return run(arguments)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "demo": demo,
+    "recipes": recipes,
+    "train": train,
+    "evaluate": evaluate,
+    "units": units,
+}
+
+
+def _parse(kind: Any, arguments: Sequence[str], program: str, text: str) -> Any:
+    """Parses flags into a dataclass, short names first put in full."""
+    import tyro
+
+    full = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        full.append(SHORT.get(name, name) + equals + value if program.startswith("localgrad train") else argument)
+    return tyro.cli(kind, args=full, prog=program, description=text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Returns:
+        The exit code: 0, or 2 for input that cannot be used (one line on stderr), or 130 when interrupted.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0
+    if given[0] == "--version":
+        from . import __version__
+
+        print(f"localgrad {__version__}")
+        return 0
+    try:
+        if given[0] not in COMMANDS:
+            from .config import closest
+
+            raise LocalGradError(
+                f"there is no command {given[0]!r}{closest(given[0], list(COMMANDS))}; "
+                f"commands are {', '.join(COMMANDS)}"
+            )
+        return COMMANDS[given[0]](given[1:])
+    except LocalGradError as error:
+        print(f"localgrad: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("localgrad: interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,119 @@
+"""How often a trained network is wrong: the user's own forward, and each block's own head."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import data as image_data
+from .blocks import Block
+from .config import TrainConfig
+from .runs import RunFolder, load_state
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found."""
+
+    test_error: float
+    """Test error in percent."""
+    local_errors: list[float | None] | None
+    """Test error in percent of each block's own head (None where it has none), when that was asked for."""
+    images: int
+    """Number of test images."""
+
+
+@torch.no_grad()
+def error_rates(
+    fabric: Any, config: TrainConfig, model: nn.Module, blocks: Sequence[Block], images: image_data.ImageSet
+) -> tuple[float, list[float | None] | None]:
+    """Top-1 error in percent, in eval mode, of the model's own forward and, if the config asks, of each block's head.
+
+    Args:
+        fabric: devices and precision; each device takes its share of the images.
+        config: says the batch size, the memory format, and whether local heads are wanted.
+        model: the whole network, left in training mode.
+        blocks: its blocks, left in training mode.
+        images: the test set.
+
+    Returns:
+        The network's error, and one error a block (None for a block without a class head), or None for all of them.
+    """
+    modules = (model, *blocks)
+    for module in modules:
+        module.eval()
+    wrong = torch.zeros(1 + len(blocks), dtype=torch.int64, device=fabric.device)
+    headless: set[int] = set()
+    for inputs, targets in images.batches(
+        config.optim.batch_size // fabric.world_size,
+        train=False,
+        rank=fabric.global_rank,
+        world_size=fabric.world_size,
+        device=fabric.device,
+        channels_last=config.channels_last,
+    ):
+        with fabric.autocast():
+            wrong[0] += _count_wrong(model(inputs), targets)
+            features = inputs
+            for index, block in enumerate(blocks if config.local_heads else (), start=1):
+                features = block.body(features)
+                scores = block.local_logits(features)
+                if scores is None:
+                    headless.add(index)
+                else:
+                    wrong[index] += _count_wrong(scores, targets)
+    for module in modules:
+        module.train()
+    shares = [100 * count / len(images) for count in fabric.all_reduce(wrong, reduce_op="sum").tolist()]
+    if not config.local_heads:
+        return shares[0], None
+    return shares[0], [None if index in headless else shares[index] for index in range(1, len(shares))]
+
+
+def _count_wrong(scores: Tensor, targets: Tensor) -> Tensor:
+    return (scores.argmax(1) != targets).sum()
+
+
+def evaluate(
+    run_dir: str | Path, *, data: str | None = None, local_heads: bool = False, accelerator: str = "auto"
+) -> Evaluation:
+    """Evaluates the weights that a finished run left in its folder.
+
+    Args:
+        run_dir: the run folder.
+        data: other images, a hub name or a folder; None for those the run was trained with.
+        local_heads: evaluate each block's own head too, from the checkpoint.
+        accelerator: `auto`, `cpu`, `cuda` or `mps`.
+
+    Returns:
+        Errors in percent, and the number of images.
+
+    Raises:
+        LocalGradError: the folder holds no finished run, or a file in it is damaged.
+    """
+    from .build import build_blocks, build_model
+    from .trainer import make_fabric
+
+    folder = RunFolder(Path(run_dir))
+    config = folder.config()
+    config = replace(
+        config,
+        accelerator=accelerator,
+        devices=1,
+        local_heads=local_heads,
+        data=config.data if data is None else replace(config.data, source=data),
+    )
+    fabric = make_fabric(config)
+    _, test = image_data.load(replace(config.data, train_limit=1))
+    model = build_model(config.model, test.num_classes)
+    blocks = build_blocks(config, model, test.num_classes) if local_heads else []
+    folder.load_model(model)
+    for block, auxiliary in zip(blocks, folder.load_checkpoint()["auxiliary"] if local_heads else (), strict=True):
+        load_state(block.load_auxiliary_state_dict, auxiliary, folder.checkpoint)
+    for module in (model, *blocks):
+        module.to(fabric.device)
+    test_error, local_errors = error_rates(fabric, config, model, blocks, test.to(fabric.device))
+    return Evaluation(test_error, local_errors, len(test))
