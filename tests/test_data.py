@@ -309,6 +309,20 @@ def test_class_folders_in_memory(folders: Path) -> None:
     assert np.array_equal(train.images[0].numpy(), expected)
 
 
+@pytest.mark.parametrize("name", ["test_bench", "train_car", "val", "dev-board"])
+@pytest.mark.parametrize("second", ["test", "val"])
+def test_a_class_named_like_a_split_stays_in_its_split(tmp_path: Path, second: str, name: str) -> None:
+    """`datasets` alone finds splits by words anywhere in a path: train/test_bench would be in the test set too."""
+    for split, count in (("train", 3), (second, 2)):
+        for label in ("ant", name):
+            (tmp_path / split / label).mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(pictures(1)[0]).save(tmp_path / split / label / f"{i}.png")
+    test_split = "test" if second == "test" else "validation"
+    train, test = load(replace(PLAIN, source=str(tmp_path), test_split=test_split))
+    assert train.labels.tolist() == [0, 0, 0, 1, 1, 1] and test.labels.tolist() == [0, 0, 1, 1]
+
+
 def test_class_folders_streamed(folders: Path) -> None:
     train, test = load(replace(SMALL_IMAGENET, source=str(folders), train_limit=7))
     assert isinstance(train, ImageStream) and train.labels.bincount().tolist() == [3, 2, 2]
@@ -527,6 +541,7 @@ def test_training_images_are_windows(small: Path, mode: data.Mode, streaming: bo
         assert torch.equal(targets, originals.labels[order])
         for picture, original in zip(back(inputs).numpy(), originals.images[order].numpy(), strict=True):
             windows.append(found(picture, original, 2, "reflect" if mode == "reflect" else "constant"))
+    assert windows[:40] != windows[40:80] != windows[80:]  # drawn anew in each epoch
     tops, lefts, flips = zip(*windows, strict=True)
     assert set(tops) == set(lefts) == set(range(5))
     assert 35 < sum(flips) < 85  # 120 tosses: 60 +- 4.6 standard deviations
@@ -674,7 +689,7 @@ def test_images_of_unequal_size(tmp_path: Path, workers: int | None) -> None:
     for split in ("train", "test"):
         write(tmp_path, split, {"image": rows, "label": [0, 1, 2, 0, 1]})
     config = replace(PLAIN, source=str(tmp_path), streaming=workers is not None, workers=workers or 0)
-    with pytest.raises(LocalGradError, match=r"train image 3 has 8 x 9 pixels \(height x width\), and image_size=8"):
+    with pytest.raises(LocalGradError, match=r"^train image 3 has 8 x 9 pixels \(height x width\), and image_size=8"):
         everything(load(config)[0], 5, train=False)
     assert everything(load(replace(config, resize=8))[0], 5, train=False)[0].shape == (5, 3, 8, 8)
 

@@ -1,6 +1,7 @@
 """Train any PyTorch network as gradient-isolated blocks, with local losses and momentum auxiliary networks."""
 
 from localgrad.blocks import Block, Site, split
+from localgrad.errors import LocalGradError as LocalGradError
 from localgrad.memory import plan
 from localgrad.momentum import man, manpp
 from localgrad.objectives.classifier import classifier
@@ -11,4 +12,17 @@ from localgrad.step import local_step
 from localgrad.units import units
 
 __version__ = "0.1.0"
-__all__ = ["units", "split", "local_step", "Block", "Site", "classifier", "predsim", "dgl", "infopro", "man", "manpp", "plan"]
+__all__ = [
+    "units",
+    "split",
+    "local_step",
+    "Block",
+    "Site",
+    "classifier",
+    "predsim",
+    "dgl",
+    "infopro",
+    "man",
+    "manpp",
+    "plan",
+]

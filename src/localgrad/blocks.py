@@ -110,7 +110,7 @@ class Block(nn.Module):
         return None if predict is None else predict(self._mixed(features))
 
     def auxiliary_state_dict(self) -> dict[str, Tensor]:
-        """Momentum and objective tensors, under `momentum.` and `objective.`; the body's are in the model's state_dict."""
+        """Momentum and objective tensors, under `momentum.` and `objective.`; the model has the body's."""
         return {key: value for key, value in self.state_dict().items() if not key.startswith("body.")}
 
     def load_auxiliary_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -192,7 +192,10 @@ def split(
     blocks = []
     for index, run in enumerate(runs[:-1]):
         assert objective is not None
-        auxiliary = build_auxiliary(run[-1], runs[index + 1], example, index, len(runs), objective, momentum)
+        following = (
+            runs[index + 1] if index + 2 < len(runs) else runs[-1][:-1] or runs[-1]
+        )  # the model's head comes last
+        auxiliary = build_auxiliary(run[-1], following, example, index, len(runs), objective, momentum)
         blocks.append(Block(run, *auxiliary, criterion))
     blocks.append(Block(runs[-1], None, None, criterion))
     for block in blocks:

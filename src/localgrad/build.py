@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .blocks import Block, split
-from .config import ModelConfig, MomentumConfig, ObjectiveConfig, OptimConfig, TrainConfig, closest
-from .errors import LocalGradError
-from .models import cifar_resnet
-from .momentum import man, manpp
+from localgrad.blocks import Block, split
+from localgrad.config import ModelConfig, MomentumConfig, ObjectiveConfig, OptimConfig, TrainConfig, closest
+from localgrad.errors import LocalGradError
+from localgrad.models import cifar_resnet
+from localgrad.momentum import man, manpp
+
 from .objectives.classifier import classifier
 from .objectives.dgl import dgl
 from .objectives.infopro import infopro
@@ -37,10 +38,10 @@ def option_problems(kind: str, chosen: ObjectiveConfig | MomentumConfig) -> list
     choices = _CHOICES[kind]
     if chosen.name not in choices:
         allowed = ", ".join(["none", *choices])
-        return [f"{kind}.name is {chosen.name!r}{closest(chosen.name, list(choices))}; it must be one of {allowed}"]
+        return [f"{kind}.name is {chosen.name!r}{closest(chosen.name, list(choices))}, it must be one of {allowed}"]
     allowed_options = _options(choices[chosen.name])
     return [
-        f"{kind}.{name} is given, but {chosen.name} has no such option; it has {', '.join(allowed_options) or 'none'}"
+        f"{kind}.{name} is given, but {chosen.name} has no such option, it has {', '.join(allowed_options) or 'none'}"
         for name in given
         if name not in allowed_options
     ]
@@ -135,7 +136,7 @@ def build_optimizers(config: OptimConfig, blocks: Sequence[Block]) -> list[torch
             momentum=config.momentum,
             nesterov=config.nesterov,
             weight_decay=config.weight_decay,
-            foreach=True,
+            fused=True,
         )
         for block in blocks
     ]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from .errors import LocalGradError
+from localgrad.errors import LocalGradError
 
 USAGE = """\
 localgrad trains a network as gradient-isolated blocks, each with a local loss of its own.
@@ -50,6 +50,22 @@ Example:
   localgrad evaluate runs/first --local-heads
 """
 
+DEMO_HELP = """Train one small ResNet on scikit-learn's digits end-to-end, with DGL, and with DGL+MAN.
+
+Prints a table and writes the learning curves, curves.png. No download, under three minutes on two cores.
+
+Example:
+  localgrad demo --run-dir runs/demo
+"""
+
+UNITS_HELP = """List the units of a network: where it may be cut, and what each costs.
+
+Examples:
+  localgrad units cifar_resnet --depth 110
+  localgrad units torchvision:resnet50 --image-size 128
+  localgrad units timm:vit_tiny_patch16_224 --batch-size 64
+"""
+
 RECIPES_HELP = """List the named runs: blocks, cuts, and the test error that the paper reports.
 
 Example:
@@ -61,9 +77,9 @@ def train(arguments: Sequence[str]) -> int:
     """`localgrad train RECIPE [FLAGS]`."""
     import tyro
 
-    from .config import TrainConfig, to_dict, validate
-    from .recipes import recipe
-    from .runs import RunFolder
+    from localgrad.config import TrainConfig, to_dict, validate
+    from localgrad.recipes import recipe
+    from localgrad.runs import RunFolder
 
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"usage: localgrad train RECIPE [FLAGS]\n\n{TRAIN_HELP}\n\nAll flags: localgrad train RECIPE --help")
@@ -90,20 +106,23 @@ def train(arguments: Sequence[str]) -> int:
     options = _parse(Train, flags, f"localgrad train {name}", TRAIN_HELP)
     config = validate(options.config)
     if options.dry_run:
-        from .build import with_defaults
+        from localgrad.build import with_defaults
 
         print(json.dumps(to_dict(with_defaults(config)), indent=2))
         return 0
     run_dir = options.run_dir or (given if is_folder else Path("runs", f"{name}-seed{config.seed}"))
-    from .trainer import fit
+    from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+    from localgrad.trainer import fit
 
     try:
         result = fit(config, run_dir, resume=options.resume, quiet=options.quiet)
     except KeyboardInterrupt as interruption:
-        said = str(interruption) or "interrupted"
-        print(f"localgrad: {said}; continue with `localgrad train {run_dir} --resume`", file=sys.stderr)
+        started = (run_dir / "config.json").exists()
+        how = f"; continue with `localgrad train {run_dir} --resume`" if started else ""
+        print(f"localgrad: {str(interruption) or 'interrupted'}{how}", file=sys.stderr)
         return 130
-    print(
+    rank_zero_only(print)(
         f"test error {result.test_error:.2f}% (best {result.best_test_error:.2f}% at epoch {result.best_epoch}), "
         f"{result.wall_seconds:.0f} s, {result.peak_memory_bytes / 2**20:.0f} MiB a step; see {run_dir}"
     )
@@ -126,7 +145,7 @@ def evaluate(arguments: Sequence[str]) -> int:
         """Device: auto, cpu, cuda or mps."""
 
     options = _parse(Evaluate, arguments, "localgrad evaluate", EVALUATE_HELP)
-    from .evaluation import evaluate as evaluate_run
+    from localgrad.evaluation import evaluate as evaluate_run
 
     found = evaluate_run(
         options.run_folder, data=options.data, local_heads=options.local_heads, accelerator=options.accelerator
@@ -141,7 +160,7 @@ def recipes(arguments: Sequence[str]) -> int:
     """`localgrad recipes [WORDS]`."""
     import tyro
 
-    from .recipes import RECIPES
+    from localgrad.recipes import RECIPES
 
     @dataclass(frozen=True)
     class Recipes:
@@ -163,16 +182,53 @@ def recipes(arguments: Sequence[str]) -> int:
 
 def demo(arguments: Sequence[str]) -> int:
     """`localgrad demo`."""
-    from .demo import main as run
+    import tyro
 
-    return run(arguments)
+    @dataclass(frozen=True)
+    class Demo:
+        run_dir: Path = Path("runs/demo")
+        """Folder for the three runs, the plot and the table; what is finished in it is not run again."""
+        epochs: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+        """Passes over the images; the recipes' own unless given."""
+        train_limit: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+        """Train on so many images only, evenly from each class."""
+        seed: int = 0
+        """Decides initial weights, order of the images and augmentation."""
+
+    options = _parse(Demo, arguments, "localgrad demo", DEMO_HELP)
+    from localgrad.demo import main as run
+
+    try:
+        run(options.run_dir, epochs=options.epochs, train_limit=options.train_limit, seed=options.seed)
+    except KeyboardInterrupt as interruption:
+        said = str(interruption) or "interrupted"
+        print(f"localgrad: {said}; the same command goes on from there", file=sys.stderr)
+        return 130
+    return 0
 
 
 def units(arguments: Sequence[str]) -> int:
     """`localgrad units MODEL`."""
-    from .units_command import main as run
+    import tyro
 
-    return run(arguments)
+    @dataclass(frozen=True)
+    class Units:
+        model: tyro.conf.Positional[str]
+        """cifar_resnet, torchvision:NAME or timm:NAME."""
+        image_size: int | None = None
+        """Height and width of the images in pixels; 32 for cifar_resnet and 224 for others unless given."""
+        batch_size: int = 128
+        """Images of a batch, for the costs."""
+        depth: int = 32
+        """Layers of a cifar_resnet."""
+
+    options = _parse(Units, arguments, "localgrad units", UNITS_HELP)
+    from localgrad.inspection import inspect_model, show_units
+
+    size = options.image_size or (32 if options.model == "cifar_resnet" else 224)
+    found, costs = inspect_model(options.model, depth=options.depth, image_size=size, batch_size=options.batch_size)
+    show_units(options.model, found, costs, options.batch_size)
+    return 0
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
@@ -206,13 +262,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(USAGE, end="")
         return 0
     if given[0] == "--version":
-        from . import __version__
+        from localgrad import __version__
 
         print(f"localgrad {__version__}")
         return 0
     try:
         if given[0] not in COMMANDS:
-            from .config import closest
+            from localgrad.config import closest
 
             raise LocalGradError(
                 f"there is no command {given[0]!r}{closest(given[0], list(COMMANDS))}; "

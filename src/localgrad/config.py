@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .data import DataConfig
-from .errors import LocalGradError
+from localgrad.data import DataConfig
+from localgrad.errors import LocalGradError
 
 Precision = Literal["auto", "32-true", "bf16-mixed"]
 Balance = Literal["memory", "compute", "count"]
@@ -139,7 +139,7 @@ class TrainConfig:
     local_heads: bool = False
     """Evaluate each block's own head too."""
     checkpoint_every: int = 0
-    """Optimizer steps between two checkpoints; 0 for one at the end of each epoch."""
+    """Optimizer steps between two checkpoints; there is one at the end of each epoch anyway, and with 0 no other."""
     tensorboard: bool = False
     """Write the metrics for TensorBoard too, into the run folder (needs the extra `tensorboard`)."""
 
@@ -151,11 +151,11 @@ def validate(config: TrainConfig) -> TrainConfig:
         The config itself.
 
     Raises:
-        LocalGradError: with all problems at once, one a line.
+        LocalGradError: that lists all problems at once.
     """
     problems = [*_number_problems(config), *_split_problems(config), *_option_problems(config)]
     if problems:
-        raise LocalGradError("this configuration cannot be used:\n  " + "\n  ".join(problems))
+        raise LocalGradError("this configuration cannot be used: " + "; ".join(problems))
     return config
 
 
@@ -177,10 +177,10 @@ def _number_problems(config: TrainConfig) -> list[str]:
         ("evaluate_every", config.evaluate_every, config.evaluate_every >= 1, "1 or more"),
         ("checkpoint_every", config.checkpoint_every, config.checkpoint_every >= 0, "0 or more"),
     ]
-    problems = [f"{name} is {value}; it must be {allowed}" for name, value, fits, allowed in ranges if not fits]
+    problems = [f"{name} is {value}, it must be {allowed}" for name, value, fits, allowed in ranges if not fits]
     if optim.nesterov and optim.momentum == 0:
-        problems.append("optim.nesterov is on with optim.momentum 0; give a momentum, or --optim.no-nesterov")
-    if optim.batch_size % config.devices:
+        problems.append("optim.nesterov is on with optim.momentum 0, give a momentum, or --optim.no-nesterov")
+    if config.devices >= 1 and optim.batch_size % config.devices:
         problems.append(f"optim.batch_size {optim.batch_size} cannot be shared by {config.devices} devices")
     return problems
 
@@ -189,7 +189,7 @@ def _split_problems(config: TrainConfig) -> list[str]:
     problems = []
     if (config.cuts is None) == (config.num_blocks is None):
         given = f"cuts is {config.cuts} and num_blocks is {config.num_blocks}"
-        problems.append(f"{given}; give exactly one of the two (no cuts at all, `--cuts` alone, for end-to-end)")
+        problems.append(f"{given}, give exactly one of the two (no cuts at all, `--cuts` alone, for end-to-end)")
     if config.num_blocks is not None and config.num_blocks < 1:
         problems.append(f"num_blocks is {config.num_blocks}; it must be 1 or more")
     isolated = bool(config.cuts) or (config.num_blocks or 1) > 1
@@ -203,7 +203,7 @@ def _split_problems(config: TrainConfig) -> list[str]:
 
 
 def _option_problems(config: TrainConfig) -> list[str]:
-    from .build import option_problems
+    from localgrad.build import option_problems
 
     problems = [*option_problems("objective", config.objective), *option_problems("momentum", config.momentum)]
     for name, value, allowed in (
@@ -249,7 +249,7 @@ def from_dict(values: Any) -> TrainConfig:
     problems: list[str] = []
     config = _dataclass_from(TrainConfig, values, "config", problems)
     if problems:
-        raise LocalGradError("this saved configuration cannot be used:\n  " + "\n  ".join(problems))
+        raise LocalGradError("this saved configuration cannot be used: " + "; ".join(problems))
     return config
 
 
@@ -262,7 +262,8 @@ def _dataclass_from(kind: Any, values: Any, path: str, problems: list[str]) -> A
     for name in values:
         if name not in names:
             problems.append(f"{path} has no field {name!r}{closest(name, names)}; its fields are {', '.join(names)}")
-    known = {name: _value_from(hints[name], values[name], f"{path}.{name}", problems) for name in names if name in values}
+    given = [name for name in names if name in values]
+    known = {name: _value_from(hints[name], values[name], f"{path}.{name}", problems) for name in given}
     return None if problems else kind(**known)
 
 

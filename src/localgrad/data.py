@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from localgrad.errors import LocalGradError
 
@@ -321,31 +321,42 @@ class ImageStream(ImageSet):
         loader = DataLoader(
             _Samples(self, epoch, _transform(self.config, epoch.train)),
             batch_sampler=keys,
+            collate_fn=_collate,
             num_workers=self.config.workers,
             pin_memory=device.type == "cuda",
             generator=generator,  # else the loader would draw its workers' seeds from the global one
         )
-        for images, labels in loader:
+        for batch in loader:
+            if isinstance(batch, LocalGradError):  # raised here, where it does not keep the loader's workers alive
+                raise batch
+            images, labels = batch
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             yield epoch.normalise(images, self.config), labels
 
 
 @dataclass(frozen=True, eq=False)
-class _Samples(Dataset[tuple[Tensor, int]]):
-    """What the workers read: (index, position) -> augmented uint8 image (3, H, W) and its label."""
+class _Samples(Dataset[tuple[Tensor, int] | LocalGradError]):
+    """What the workers read: (index, position) -> augmented uint8 image (3, H, W) and its label, or what is wrong."""
 
     stream: ImageStream
     epoch: _Epoch
     transform: torch.nn.Module
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | LocalGradError:
         (index, position), stream = key, self.stream
         row = int(stream.indices[index])
-        image = _decode(stream.rows[row : row + 1][stream.column][0].as_py(), row, stream.rows, stream.config)
+        try:
+            image = _decode(stream.rows[row : row + 1][stream.column][0].as_py(), row, stream.rows, stream.config)
+        except LocalGradError as error:
+            return error
         with torch.random.fork_rng(devices=[]):  # the transforms draw from the global generator
             torch.default_generator.manual_seed(_mix(self.epoch.seed, self.epoch.number, position))
             pixels = np.array(self.transform(image))
         return torch.from_numpy(pixels.transpose(2, 0, 1)), int(stream.labels[index])
+
+
+def _collate(samples: list[tuple[Tensor, int] | LocalGradError]) -> list[Tensor] | LocalGradError:
+    return next((sample for sample in samples if isinstance(sample, LocalGradError)), None) or default_collate(samples)
 
 
 def load(config: DataConfig) -> tuple[ImageSet, ImageSet]:
@@ -496,7 +507,7 @@ def _local_arguments(folder: Path, config: DataConfig) -> dict[str, Any]:
     import datasets
 
     splits = {FOLDER_SPLITS.get(path.name, path.name): path.name for path in sorted(folder.iterdir()) if path.is_dir()}
-    wanted = dict.fromkeys(re.findall(r"(?:^|\+)(\w+)", f"{config.train_split}+{config.test_split}"))  # in order: the schema is that of the first
+    wanted = dict.fromkeys(re.findall(r"(?:^|\+)(\w+)", f"{config.train_split}+{config.test_split}"))
     if wanted.keys() <= splits.keys():
         return {"path": str(folder), "data_files": {split: f"{splits[split]}/**" for split in wanted}}
     declared = config.subset and datasets.get_dataset_config_names(str(folder)) != ["default"]

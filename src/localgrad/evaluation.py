@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import data as image_data
-from .blocks import Block
-from .config import TrainConfig
-from .runs import RunFolder, load_state
+from localgrad import data as image_data
+from localgrad.blocks import Block
+from localgrad.config import TrainConfig
+from localgrad.runs import RunFolder, load_state
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,8 @@ def evaluate(
     Raises:
         LocalGradError: the folder holds no finished run, or a file in it is damaged.
     """
-    from .build import build_blocks, build_model
-    from .trainer import make_fabric
+    from localgrad.build import build_blocks, build_model
+    from localgrad.devices import make_fabric
 
     folder = RunFolder(Path(run_dir))
     config = folder.config()

@@ -128,7 +128,7 @@ def unit_costs(
     for position, unit in enumerate(on_meta):
         result, kept, flops = _forward_cost(unit.module, features)
         end: tuple[float, float] = (float("inf"), float("inf"))
-        following = on_meta[position + 1 :]
+        following = on_meta[position + 1 : -1] or on_meta[position + 1 :]
         if objective is None:
             end = (0.0, 0.0)
         elif following:
@@ -172,7 +172,10 @@ def _forward_cost(module: nn.Module, features: Tensor, *rest: Tensor) -> tuple[T
         kept[tensor.untyped_storage()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
         result = module(features, *rest)
     keep(result)
     for tensor in known:

@@ -42,19 +42,20 @@ class MomentumAuxiliary(nn.Module):
         self.bias, self.ema, self.scale = bias, ema, scale
         self.decay, self.recompute = decay, recompute
         self.depth = len(source)
-        self._source = tuple(unit.module for unit in source)  # no list: the next block's parameters are not this module's
+        self._source = tuple(
+            unit.module for unit in source
+        )  # no list: the next block's parameters are not this module's
         self._source_writes_input = source[0].writes_input
 
     def forward(self, features: Tensor) -> Tensor:
-        """Features of the block, `(N, C, H, W)` or `(N, L, D)`, to what the next block's first unit would make of them."""
+        """Features of the block, `(N, C, H, W)` or `(N, L, D)`, as the next block's first unit sees them."""
         if self._source_writes_input:
             features = features.clone()
         if not (self.recompute and torch.is_grad_enabled()):
             return self._mix(features)
-        mixed = checkpoint(
+        return checkpoint(  # pyright: ignore[reportReturnType]
             self._mix, features, use_reentrant=False, context_fn=lambda: (nullcontext(), _statistics_kept(self))
         )
-        return mixed  # pyright: ignore[reportReturnType]
 
     def _mix(self, features: Tensor) -> Tensor:
         if not isinstance(self.bias, nn.Module):
@@ -70,7 +71,7 @@ class MomentumAuxiliary(nn.Module):
 
     @torch.no_grad()
     def update(self) -> None:
-        """Pull the copy towards the next unit: `ema <- m * ema + (1 - m) * unit`, parameters only, in one fused call."""
+        """Pull the copy towards the next unit: `ema <- m * ema + (1 - m) * unit`, in one fused call."""
         if self.ema is None:
             return
         following = [parameter for module in self._source for parameter in module.parameters()]
@@ -110,7 +111,8 @@ def man(
             code does).
         recompute: compute both branches again during the backward pass instead of keeping their activations; batch
             statistics are still counted once a step.
-        depth: how many of the next block's first units are copied (fewer where it has fewer).
+        depth: how many of the next block's first units are copied (fewer where it has fewer; the model's head
+            only where nothing else is left).
 
     Returns:
         A function of the next block's units that builds the module.
@@ -127,7 +129,9 @@ def man(
     if not (bias or ema):
         raise LocalGradError("bias and ema are both False: keep one of them, or give momentum=None for none")
     if form == "fused" and not ema:
-        raise LocalGradError("form is 'fused' and ema is False: the fused form is one module that the EMA pulls; use 'sum'")
+        raise LocalGradError(
+            "form is 'fused' and ema is False: the fused form is one module that the EMA pulls; use 'sum'"
+        )
 
     def build(following: Sequence[Unit]) -> MomentumAuxiliary:
         source = following[:depth]
@@ -187,7 +191,9 @@ def manpp(
 
 def _check(decay: float, initial: str, depth: int) -> None:
     if not 0 <= decay <= 1:
-        raise LocalGradError(f"decay is {decay}: it is from 0 (use the next unit's weights) to 1 (never follow); try 0.995")
+        raise LocalGradError(
+            f"decay is {decay}: it is from 0 (use the next unit's weights) to 1 (never follow); try 0.995"
+        )
     if initial not in ("copy", "random"):
         raise LocalGradError(f"initial is {initial!r}: it is 'copy' (of the next unit) or 'random'")
     if depth < 1:
@@ -212,7 +218,9 @@ def _statistics_kept(module: nn.Module) -> Iterator[None]:
     """Compute with batch statistics, but leave the running ones alone: they were updated in the first pass."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:  # with factor 0 a running average stays what it is; without one, as many tensors would not be saved
+    for (
+        norm
+    ) in norms:  # with factor 0 a running average stays what it is; without one, as many tensors would not be saved
         norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield

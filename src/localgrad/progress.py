@@ -60,7 +60,7 @@ class Display:
 
     def message(self, text: str) -> None:
         """Prints a line that stays."""
-        self.console.print(Text(text))
+        self.console.print(Text(text), soft_wrap=True)
 
     def is_due(self) -> bool:
         """Whether it is time to read the losses and show them; at most once a second."""

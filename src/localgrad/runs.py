@@ -8,8 +8,6 @@ import dataclasses
 import io
 import json
 import os
-import platform
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,8 +17,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import nn
 
-from .config import TrainConfig, differences, from_dict, to_dict
-from .errors import LocalGradError
+from localgrad.config import TrainConfig, differences, from_dict, to_dict
+from localgrad.errors import LocalGradError
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Result:
     peak_memory_bytes: int
     """Most bytes of tensors that one training step held beyond what was there before it."""
     seconds_per_step: float
-    """Median seconds of an optimizer step in the last epoch."""
+    """Median seconds from one optimizer step of the last epoch to the next."""
     wall_seconds: float
     """Seconds of training and evaluation, over all sittings."""
     device: str
@@ -57,45 +55,6 @@ class Result:
     """Versions of localgrad, Python, torch and lightning."""
     commit: str | None
     """Commit of the working directory, or None outside a git repository."""
-
-
-def provenance(device: torch.device) -> dict[str, Any]:
-    """Where a result comes from: `device` name, `versions` and `commit`, as `Result` has them."""
-    from importlib.metadata import version
-
-    from . import __version__
-
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor_name()
-    versions = {package: version(package) for package in ("torch", "torchvision", "lightning")}
-    return {"device": name, "versions": {"localgrad": __version__, "python": platform.python_version(), **versions}, "commit": _commit()}
-
-
-def _processor_name() -> str:
-    """Name of the processor, with the number of threads that torch uses."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
-        name = models[0] if models else name
-    return f"{name}, {torch.get_num_threads()} thread(s)"
-
-
-def _commit() -> str | None:
-    """Commit of the code, with `-dirty` if it was changed; None where it does not lie in its git repository."""
-    source = Path(__file__)
-    git = ["git", "-C", str(source.parent)]
-    try:
-        subprocess.run([*git, "ls-files", "--error-unmatch", source.name], check=True, capture_output=True, timeout=10)
-        described = subprocess.run(
-            [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return described.stdout.strip()
 
 
 @contextmanager
@@ -113,7 +72,8 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise LocalGradError(f"{path} could not be written: {error.strerror or error}; its old content is whole") from error
+        why = error.strerror or str(error)
+        raise LocalGradError(f"{path} could not be written ({why}); what it held before is whole") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -128,6 +88,8 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise LocalGradError(f"{path.parent} is no run folder: it has no {path.name}") from None
+    except OSError as error:
+        raise LocalGradError(f"{path} cannot be read: {error.strerror or error}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise LocalGradError(f"{path} is not readable as JSON ({error}); it was changed or cut short") from None
 
@@ -172,10 +134,11 @@ class RunFolder:
             raise LocalGradError(f"{self.path} holds a finished run; give another --run-dir")
         changed = differences(self.config(), config)
         if changed:
-            lines = "\n  ".join(changed)
-            raise LocalGradError(f"{self.path} holds a different run; give another --run-dir. It differs in:\n  {lines}")
+            raise LocalGradError(
+                f"{self.path} holds a different run (saved -> asked for: {'; '.join(changed)}); give another --run-dir"
+            )
         if not resume:
-            raise LocalGradError(f"{self.path} holds this run, unfinished; --resume continues it, or give another --run-dir")
+            raise LocalGradError(f"{self.path} holds this run, not finished; continue it with --resume")
 
     def start(self, config: TrainConfig, lines: int) -> None:
         """Makes the folder, saves the config in it and cuts the metrics back to their first `lines` lines.
@@ -187,6 +150,8 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise LocalGradError(f"the run folder {self.path} cannot be made: {error.strerror or error}") from error
+        for left_over in self.path.glob(".*.tmp"):
+            left_over.unlink()
         _write_json(self.path / "config.json", to_dict(config))
         kept = self.metrics.read_bytes().splitlines(keepends=True)[:lines] if self.metrics.exists() else []
         with atomic_write(self.metrics) as file:
@@ -206,10 +171,24 @@ class RunFolder:
         except OSError as error:
             raise LocalGradError(f"{self.metrics} could not be written: {error.strerror or error}") from error
 
+    def open_board(self, epoch: int) -> "Board":
+        """A TensorBoard writer in this folder, which overrides what an interrupted sitting wrote from `epoch` on.
+
+        Raises:
+            LocalGradError: TensorBoard is not installed.
+        """
+        try:
+            from torch.utils.tensorboard.writer import SummaryWriter
+        except ImportError:
+            raise LocalGradError("--tensorboard needs TensorBoard: pip install 'localgrad[tensorboard]'") from None
+        return Board(SummaryWriter(str(self.path / "tensorboard"), purge_step=epoch))
+
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Writes the checkpoint, whole or not at all."""
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
         with atomic_write(self.checkpoint) as file:
-            torch.save(state, file)
+            file.write(buffer.getbuffer())
 
     def load_checkpoint(self) -> dict[str, Any]:
         """Reads the checkpoint; only tensors and plain values are accepted, no code is run.
@@ -240,13 +219,33 @@ class RunFolder:
         from safetensors.torch import load
 
         if not self.model.exists():
-            raise LocalGradError(f"{self.path} has no model.safetensors: its run is not finished; --resume continues it")
+            raise LocalGradError(f"{self.path} has no model.safetensors: its run is not finished (train --resume)")
         state = _loaded(self.model, lambda: load(self.model.read_bytes()))
         load_state(model.load_state_dict, state, self.model)
 
     def save_result(self, result: Result) -> None:
         """Writes the result, which marks the run as finished."""
         _write_json(self.result, dataclasses.asdict(result))
+
+
+@dataclass(frozen=True)
+class Board:
+    """Writes lines of metrics for TensorBoard."""
+
+    writer: Any
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Writes every number of a line, with one curve a block where there is one number a block."""
+        for name, value in line.items():
+            values = (
+                {f"{name}/block{number}": part for number, part in enumerate(value, start=1)}
+                if isinstance(value, list)
+                else {name: value}
+            )
+            for label, number in values.items():
+                if number is not None and name != "epoch":
+                    self.writer.add_scalar(label, number, line["epoch"])
+        self.writer.flush()
 
 
 def _loaded(path: Path, read: Callable[[], Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -73,7 +74,9 @@ def _measured(pieces: Sequence[tuple[str, nn.Module]], features: Tensor) -> list
         version = features._version
         module.eval()
         result = module(features)
-        found.append(Unit(name, module, result.shape, _channel_dim(result.shape, following), features._version != version))
+        found.append(
+            Unit(name, module, result.shape, _channel_dim(result.shape, following), features._version != version)
+        )
         features = result
     return found
 
@@ -83,7 +86,7 @@ def check_example(example: Tensor) -> None:
     if not isinstance(example, Tensor) or not example.is_floating_point() or example.ndim < 2 or example.numel() == 0:
         given = f"{tuple(example.shape)} {example.dtype}" if isinstance(example, Tensor) else repr(example)[:80]
         raise LocalGradError(
-            f"example is {given}: it must be a non-empty floating-point batch (N, ...), such as torch.empty(2, 3, 32, 32)"
+            f"example is {given}: it must be a floating-point batch (N, ...), such as torch.empty(2, 3, 32, 32)"
         )
 
 
@@ -216,7 +219,7 @@ def _single_output(graph: fx.Graph, model: nn.Module) -> fx.Graph:
         output.args = (value[0],)
     elif not isinstance(value, fx.Node):
         raise LocalGradError(
-            f"{type(model).__name__} returns a {type(value).__name__}: it must return one tensor, or a tuple that "
+            f"{type(model).__name__} returns {type(value).__name__}: it must return one tensor, or a tuple that "
             "starts with it; wrap the model so that it does"
         )
     graph.eliminate_dead_code(_has_effect)
@@ -296,9 +299,7 @@ def _calls(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
 
 
-def _segments(
-    model: nn.Module, graph: fx.Graph, sizes: list[torch.Size | None] | None
-) -> list[tuple[str, fx.Graph]]:
+def _segments(model: nn.Module, graph: fx.Graph, sizes: list[torch.Size | None] | None) -> list[tuple[str, fx.Graph]]:
     """Cut a graph into named pieces."""
     calls = _calls(graph)
     starts = _starts(model, graph, calls, sizes)
@@ -338,7 +339,7 @@ def _starts(
         for position in range(len(calls))
     ]
     starts = [0]
-    for previous, following in zip(weighted, weighted[1:], strict=False):
+    for previous, following in pairwise(weighted):
         choices = [position for position in range(previous + 1, following + 1) if legal[position]]
         if not choices:
             continue

@@ -18,10 +18,14 @@ class Classifier(nn.Module):
         channels = site.features[site.channel_dim]
         if len(site.features) == 3:
             first_token = AsMap(site, "classifier").prefix_tokens > 0 if len(site.inputs) == 4 else False
-            self.classifier = nn.Sequential(nn.LayerNorm(channels), TokenPool(first_token), nn.Linear(channels, num_classes))
+            self.classifier = nn.Sequential(
+                nn.LayerNorm(channels), TokenPool(first_token), nn.Linear(channels, num_classes)
+            )
         else:
             as_map = AsMap(site, "classifier")
-            self.classifier = nn.Sequential(as_map, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
+            self.classifier = nn.Sequential(
+                as_map, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes)
+            )
         initialise(self)
 
     def predict(self, features: Tensor) -> Tensor:

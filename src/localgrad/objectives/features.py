@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from torch import Tensor, nn
 
 from localgrad.blocks import Site
@@ -37,7 +39,7 @@ class AsMap(nn.Module):
             height, width = 1, 1
         else:
             raise LocalGradError(
-                f"{objective} cannot sit on features of shape {tuple(shape)} (block {site.index}): it takes (N, C, H, W), "
+                f"{objective} cannot sit on features {tuple(shape)} (block {site.index}): it takes (N, C, H, W), "
                 "(N, H, W, C), (N, L, D) or (N, D); cut elsewhere"
             )
         self.size = (height, width)
@@ -52,7 +54,7 @@ class AsMap(nn.Module):
 
 
 def token_grid(tokens: int, site: Site, objective: str) -> tuple[int, int]:
-    """Height and width of the grid of patches, in the image's proportions, behind at most 8 class or register tokens."""
+    """Height and width of the grid of patches, in the image's proportions, behind at most 8 other tokens."""
     height, width = (*site.inputs[2:], 1, 1)[:2]
     for prefix in range(min(MAX_PREFIX_TOKENS, tokens - 1) + 1):
         rows = math.isqrt((tokens - prefix) * height // width)
@@ -62,6 +64,12 @@ def token_grid(tokens: int, site: Site, objective: str) -> tuple[int, int]:
         f"{objective} cannot lay {tokens} tokens on a grid in the proportions of the {height}x{width} input "
         f"(block {site.index}): cut elsewhere, or use localgrad.classifier, which pools tokens"
     )
+
+
+def full_precision(tensor: Tensor) -> AbstractContextManager[object]:
+    """Leave autocast, so that a loss is computed in the precision of its arguments; nothing to leave on `meta`."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def check_num_classes(num_classes: int) -> None:
@@ -76,7 +84,9 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise LocalGradError(f"{name} is {value!r}: it is one of {', '.join(map(repr, choices))}")
 
 
-def conv_norm_relu(in_channels: int, out_channels: int, kernel: int, stride: int = 1, bias: bool = False) -> list[nn.Module]:
+def conv_norm_relu(
+    in_channels: int, out_channels: int, kernel: int, stride: int = 1, bias: bool = False
+) -> list[nn.Module]:
     """A convolution that keeps the size (or halves it), batch norm and ReLU."""
     conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, bias=bias)
     return [conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]

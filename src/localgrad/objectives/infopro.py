@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from localgrad.blocks import Site
 from localgrad.errors import LocalGradError
 from localgrad.models import initialise
-from localgrad.objectives.features import AsMap, check_choice, check_num_classes, conv_norm_relu
+from localgrad.objectives.features import AsMap, check_choice, check_num_classes, conv_norm_relu, full_precision
 
 TaskLoss = Literal["cross_entropy", "contrast"]
 TaskHead = Literal["0c1f", "0c2f", "1c1f", "1c2f", "1c3f", "2c2f", "imagenet"]
@@ -41,7 +41,7 @@ class InfoPro(nn.Module):
         if len(site.inputs) != 4 or site.inputs[1] != len(mean) or len(site.features) == 2:
             raise LocalGradError(
                 f"infopro cannot sit on features {tuple(site.features)} of inputs {tuple(site.inputs)} with "
-                f"{len(mean)} channel means (block {site.index}): it reconstructs images (N, C, H, W) of as many channels "
+                f"{len(mean)} channel means (block {site.index}): it reconstructs images of as many channels "
                 "from maps or tokens; cut before the features are pooled to a vector, or use dgl or classifier"
             )
         self.reconstruction, self.task = weights
@@ -50,26 +50,31 @@ class InfoPro(nn.Module):
         size = (site.inputs[2], site.inputs[3])
         width = num_classes if loss == "cross_entropy" else feature_dim
         self.as_map = as_map
-        self.decoder = nn.Sequential(*_decoder(as_map.channels, as_map.size, size, site.inputs[1]))
-        self.classifier = nn.Sequential(*_head(head, as_map.channels, as_map.size, feature_dim, width))
+        self.decoder = self.classifier = None  # a part without weight in the loss is not made
+        if self.reconstruction:
+            self.decoder = nn.Sequential(*_decoder(as_map.channels, as_map.size, size, site.inputs[1]))
+        if self.task:
+            self.classifier = nn.Sequential(*_head(head, as_map.channels, as_map.size, feature_dim, width))
         initialise(self)
         self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
 
     def predict(self, features: Tensor) -> Tensor | None:
-        """Features to class scores `(N, num_classes)`; None where the task loss is contrastive."""
-        return self.classifier(self.as_map(features)) if self.loss == "cross_entropy" else None
+        """Features to class scores `(N, num_classes)`; None where the task loss is contrastive or has weight 0."""
+        if self.classifier is None or self.loss != "cross_entropy":
+            return None
+        return self.classifier(self.as_map(features))
 
     def forward(self, features: Tensor, targets: Tensor, inputs: Tensor) -> Tensor:
         """Features, classes `(N,)` and normalised images `(N, 3, H, W)` to a scalar loss in float32."""
         features = self.as_map(features)
         total = features.new_zeros((), dtype=torch.float32)
-        if self.reconstruction:
+        if self.decoder is not None:
             images = inputs.float() * self.std + self.mean
             decoded = self.decoder(features).float()
-            with torch.autocast(features.device.type, enabled=False):
+            with full_precision(features):
                 total = total + self.reconstruction * F.binary_cross_entropy_with_logits(decoded, images)
-        if self.task:
+        if self.classifier is not None:
             outputs = self.classifier(features).float()
             task_loss = F.cross_entropy if self.loss == "cross_entropy" else supervised_contrast
             total = total + self.task * task_loss(outputs, targets)
@@ -89,7 +94,7 @@ def supervised_contrast(embeddings: Tensor, targets: Tensor) -> Tensor:
 
     Source: Khosla et al. 2020 (arXiv 2004.11362), equation 2; as used by Wang et al. 2021 (arXiv 2101.10832).
     """
-    with torch.autocast(embeddings.device.type, enabled=False):
+    with full_precision(embeddings):
         unit = F.normalize(embeddings if embeddings.dtype == torch.float64 else embeddings.float(), dim=1)
         itself = torch.eye(len(targets), dtype=torch.bool, device=targets.device)
         scores = (unit @ unit.T / TEMPERATURE).masked_fill(itself, float("-inf"))
@@ -121,9 +126,7 @@ def _decoder(channels: int, size: tuple[int, int], image: tuple[int, int], image
     return [*layers, nn.Conv2d(channels, image_channels, 3, padding=1)]
 
 
-def _head(
-    name: TaskHead, channels: int, size: tuple[int, int], feature_dim: int, out_features: int
-) -> list[nn.Module]:
+def _head(name: TaskHead, channels: int, size: tuple[int, int], feature_dim: int, out_features: int) -> list[nn.Module]:
     """The task head `XcYf` of X convolutions and Y linear layers, or the released ImageNet head.
 
     The first convolution doubles the channels and halves the map; from 64 channels on it keeps both, unless the map is
@@ -181,10 +184,11 @@ def infopro(
         feature_dim: width of the hidden linear layers and of the contrastive embedding.
 
     Returns:
-        A function of a site that builds the module; its parts are `.decoder` and `.classifier`.
+        A function of a site that builds the module; its parts `.decoder` and `.classifier` are None where
+        their weight is 0.
 
     Raises:
-        LocalGradError: an argument is out of range, the weights leave a block without a loss (checked when it is built),
+        LocalGradError: an argument is out of range, the weights leave a block without a loss (found when built),
             or the objective sits on a vector, or on inputs that are no images of `len(mean)` channels.
 
     Source: Wang et al. 2021, Revisiting Locally Supervised Learning (arXiv 2101.10832), equation 8, and released code,
@@ -194,10 +198,14 @@ def infopro(
     check_choice("loss", loss, ("cross_entropy", "contrast"))
     check_choice("head", head, HEADS)
     if len(mean) != len(std) or not mean or min(std) <= 0:
-        raise LocalGradError(f"mean is {mean} and std {std}: give one of each a channel, std above 0, in units of [0, 1]")
+        raise LocalGradError(
+            f"mean is {mean} and std {std}: give one of each a channel, std above 0, in units of [0, 1]"
+        )
     for name, pair in (("reconstruction", reconstruction), ("task", task)):
         if len(pair) != 2 or min(pair) < 0:
-            raise LocalGradError(f"{name} is {pair}: give its weight at the first and the last block, (5.0, 0.0), not negative")
+            raise LocalGradError(
+                f"{name} is {pair}: give its weight at the first and the last block, (5.0, 0.0), not negative"
+            )
     if feature_dim < 1:
         raise LocalGradError(f"feature_dim is {feature_dim}: it must be at least 1; try 128")
 
@@ -206,7 +214,7 @@ def infopro(
         weights = tuple(first * (1 - ratio) + last * ratio for first, last in (reconstruction, task))
         if not any(weights):
             raise LocalGradError(
-                f"reconstruction {reconstruction} and task {task} leave block {site.index} of {site.num_blocks} no loss: "
+                f"reconstruction {reconstruction} and task {task} give block {site.index} of {site.num_blocks} no loss: "
                 "give one of them a last weight above 0, such as task=(0.5, 0.5)"
             )
         return InfoPro(site, num_classes, mean, std, (weights[0], weights[1]), loss, head, feature_dim)

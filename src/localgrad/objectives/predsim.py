@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from localgrad.blocks import Site
 from localgrad.errors import LocalGradError
 from localgrad.models import initialise
-from localgrad.objectives.features import AsMap, check_num_classes
+from localgrad.objectives.features import AsMap, check_num_classes, full_precision
 
 
 class PredSim(nn.Module):
@@ -39,7 +39,7 @@ class PredSim(nn.Module):
         matched = features if isinstance(self.similarity, nn.Linear) else self.as_map(features)
         found = similarity_matrix(self.similarity(matched))
         wanted = similarity_matrix(F.one_hot(targets, self.num_classes))
-        with torch.autocast(features.device.type, enabled=False):
+        with full_precision(features):
             matching = F.mse_loss(found, wanted)
         return (1 - self.beta) * prediction + self.beta * matching
 
@@ -50,7 +50,7 @@ def similarity_matrix(features: Tensor) -> Tensor:
     Maps of more than 3 channels and more than one row are first reduced to the standard deviation of each channel over
     space (unbiased). Each row is centred and divided by its norm (plus 1e-8); entries are clamped to [-1, 1].
     """
-    with torch.autocast(features.device.type, enabled=False):
+    with full_precision(features):
         features = features if features.dtype == torch.float64 else features.float()
         if features.ndim == 4 and features.shape[1] > 3 and features.shape[2] > 1:
             features = features.flatten(2).std(2)

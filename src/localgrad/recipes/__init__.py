@@ -5,11 +5,11 @@
 
 from collections.abc import Callable
 
-from ..config import closest
-from ..errors import LocalGradError
-from .cifar import cifar_recipes
-from .digits import digits_recipes
-from .row import Recipe
+from localgrad.config import closest
+from localgrad.errors import LocalGradError
+from localgrad.recipes.cifar import cifar_recipes
+from localgrad.recipes.digits import digits_recipes
+from localgrad.recipes.row import Recipe
 
 RECIPES: dict[str, Callable[[], Recipe]] = {**digits_recipes(), **cifar_recipes()}
 

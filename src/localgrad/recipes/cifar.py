@@ -19,9 +19,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from .. import data
-from ..config import ModelConfig, MomentumConfig, ObjectiveConfig, OptimConfig, TrainConfig
-from .row import Recipe
+from localgrad import data
+from localgrad.config import ModelConfig, MomentumConfig, ObjectiveConfig, OptimConfig, TrainConfig
+from localgrad.recipes.row import Recipe
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..config import TrainConfig
+from localgrad.config import TrainConfig
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,82 @@
+"""The devices of a run: their Fabric, their precision, and what they are called in a result."""
+
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from localgrad.config import TrainConfig
+from localgrad.errors import LocalGradError
+
+
+def make_fabric(config: TrainConfig) -> Any:
+    """The Fabric of a config: its devices, with `auto` precision decided.
+
+    Raises:
+        LocalGradError: this machine does not have the accelerator, or not as many devices.
+    """
+    from lightning.fabric import Fabric
+
+    try:
+        return Fabric(accelerator=config.accelerator, devices=config.devices, precision=resolve_precision(config))
+    except (RuntimeError, ValueError) as error:
+        given = f"accelerator {config.accelerator!r} with {config.devices} device(s)"
+        raise LocalGradError(f"{given} cannot be used on this machine: {error}") from error
+
+
+def resolve_precision(config: TrainConfig) -> Any:
+    """What `auto` stands for: bf16-mixed where the processor or GPU computes bfloat16 natively, else 32-true."""
+    if config.precision != "auto":
+        return config.precision
+    if config.accelerator in ("auto", "cuda") and torch.cuda.is_available():
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif config.accelerator == "mps" or (config.accelerator == "auto" and torch.backends.mps.is_available()):
+        native = False
+    else:
+        native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "bf16-mixed" if native else "32-true"
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Where a result comes from: `device` name, `versions` and `commit`, as `Result` has them."""
+    from importlib.metadata import version
+
+    from localgrad import __version__
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor_name()
+    versions = {package: version(package) for package in ("torch", "torchvision", "lightning")}
+    return {
+        "device": name,
+        "versions": {"localgrad": __version__, "python": platform.python_version(), **versions},
+        "commit": _commit(),
+    }
+
+
+def _processor_name() -> str:
+    """Name of the processor, with the number of threads that torch uses."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
+        name = models[0] if models else name
+    return f"{name}, {torch.get_num_threads()} thread(s)"
+
+
+def _commit() -> str | None:
+    """Commit of the code, with `-dirty` if it was changed; None where it does not lie in its git repository."""
+    source = Path(__file__)
+    git = ["git", "-C", str(source.parent)]
+    try:
+        subprocess.run([*git, "ls-files", "--error-unmatch", source.name], check=True, capture_output=True, timeout=10)
+        described = subprocess.run(
+            [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip()

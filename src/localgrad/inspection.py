@@ -1,0 +1,63 @@
+"""The table of a model's units: where it may be cut, and what each unit costs."""
+
+import torch
+
+from localgrad.blocks import Objective
+from localgrad.build import build_model
+from localgrad.config import ModelConfig
+from localgrad.errors import LocalGradError
+from localgrad.memory import UnitCost, unit_costs
+from localgrad.objectives.dgl import dgl
+from localgrad.units import Unit, units
+
+
+def inspect_model(name: str, *, depth: int, image_size: int, batch_size: int) -> tuple[list[Unit], list[UnitCost]]:
+    """Units of a model by name, and their costs for a batch, with the local head that a cut would need.
+
+    Args:
+        name: `cifar_resnet`, `torchvision:NAME` or `timm:NAME`.
+        depth: of a `cifar_resnet`.
+        image_size: height and width of the images in pixels.
+        batch_size: number of images.
+
+    Raises:
+        LocalGradError: there is no such model, a size is not positive, or the model cannot be traced.
+    """
+    if image_size < 1 or batch_size < 1:
+        raise LocalGradError(f"image_size is {image_size} and batch_size {batch_size}: both must be at least 1")
+    model = build_model(ModelConfig(name=name, depth=depth), num_classes=1000)
+    found = units(model, torch.empty(2, 3, image_size, image_size))
+    objective: Objective = dgl(num_classes=1000)
+    return found, unit_costs(found, torch.empty(batch_size, 3, image_size, image_size, device="meta"), objective)
+
+
+def show_units(name: str, found: list[Unit], costs: list[UnitCost], batch_size: int) -> None:
+    """Print the table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{name}: {len(found)} units, so 1 to {len(found)} blocks; batch {batch_size}, float32")
+    table.title_justify = "left"
+    for heading in ("cut after", "features", "parameters", "activations", "GFLOP", "local head"):
+        table.add_column(heading, justify="left" if heading == "cut after" else "right", overflow="fold")
+    for unit, cost in zip(found, costs, strict=True):
+        last = unit is found[-1]
+        table.add_row(
+            f"({unit.name}, the end)" if last else unit.name,
+            "x".join(map(str, unit.features[1:])),
+            f"{cost.parameters:,}",
+            _mebibytes(cost.activations),
+            f"{cost.flops / 1e9:.2f}",
+            "-" if cost.end_activations == float("inf") else _mebibytes(cost.end_activations),
+        )
+    console = Console()
+    console.print(table)
+    console.print(
+        "Activations: MiB kept for the backward pass. Local head: what the head of localgrad.dgl would add at a cut "
+        "there; - where none can sit. Give names to split(cuts=[...]) or --cuts, or a number to --num-blocks.",
+        style="dim",
+    )
+
+
+def _mebibytes(count: float) -> str:
+    return f"{count / 2**20:.1f}"

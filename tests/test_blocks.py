@@ -1,0 +1,185 @@
+"""Splitting: isolation of gradients, ownership of parameters, and what is refused."""
+
+import copy
+
+import pytest
+import torch
+from cases import IMAGE, MODELS, MOMENTA, NUM_CLASSES, OBJECTIVES, batch
+from torch import nn
+
+import localgrad
+from localgrad import LocalGradError, Site, split
+from localgrad.models import cifar_resnet
+
+EXAMPLE = torch.empty(2, 3, IMAGE, IMAGE)
+DGL = localgrad.dgl(NUM_CLASSES)
+
+
+@pytest.mark.parametrize("momentum", MOMENTA)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("model_name", MODELS)
+def test_a_loss_reaches_its_own_block_and_nothing_else(model_name: str, objective: str, momentum: str) -> None:
+    torch.manual_seed(0)
+    make, cuts = MODELS[model_name]
+    model = make()
+    keys = list(model.state_dict())
+    blocks = split(model, EXAMPLE, cuts=cuts, objective=OBJECTIVES[objective], momentum=MOMENTA[momentum])
+    inputs, targets = batch()
+    features = inputs
+    for index, block in enumerate(blocks):
+        for other in blocks:
+            other.zero_grad()
+        features, loss = block(features.detach(), targets, inputs)
+        loss.backward()
+        assert loss.isfinite()
+        assert loss.dtype == torch.float32
+        for other_index, other in enumerate(blocks):
+            if other_index != index:
+                assert all(parameter.grad is None for parameter in other.parameters())
+        assert all(parameter.grad is not None for parameter in block.body.parameters())
+        ema = None if block.momentum is None else block.momentum.ema
+        if ema is not None and "fused" not in momentum:
+            assert all(parameter.grad is None and not parameter.requires_grad for parameter in ema.parameters())
+            assert not {*map(id, ema.parameters())} & {*map(id, block.trainable_parameters())}
+        trained = [p for p in block.trainable_parameters() if p.grad is not None]
+        assert len(trained) == len(block.trainable_parameters())
+    assert list(model.state_dict()) == keys
+
+
+@pytest.mark.parametrize("model_name", MODELS)
+def test_the_ema_branch_passes_a_gradient_into_the_features(model_name: str) -> None:
+    make, cuts = MODELS[model_name]
+    blocks = split(make(), EXAMPLE, cuts=cuts, objective=DGL, momentum=localgrad.man(bias=False))
+    inputs, targets = batch()
+    features = blocks[0].body(inputs).detach().requires_grad_()
+    loss = blocks[0].objective(blocks[0].momentum(features), targets, inputs)
+    loss.backward()
+    assert features.grad is not None
+    assert features.grad.abs().sum() > 0
+
+
+def test_the_bodies_are_the_models_modules() -> None:
+    model = cifar_resnet(8, NUM_CLASSES)
+    blocks = split(model, EXAMPLE, cuts=["layer1.0"], objective=DGL, momentum=localgrad.man())
+    bodies = [parameter for block in blocks for parameter in block.body.parameters()]
+    assert [id(p) for p in bodies] == [id(p) for p in model.parameters()]
+    assert blocks[0].names == ("conv1", "layer1.0")
+    assert blocks[1].names == ("layer2.0", "layer3.0", "fc")
+    assert blocks[1].objective is None
+    assert blocks[1].momentum is None
+    inputs, targets = batch()
+    features, _ = blocks[0](inputs, targets, inputs)
+    logits, loss = blocks[1](features, targets, inputs)
+    assert torch.equal(loss, nn.functional.cross_entropy(logits, targets))
+
+
+def test_a_submodule_stands_for_its_last_unit() -> None:
+    blocks = split(cifar_resnet(20), EXAMPLE, cuts=["layer1", "layer2"], objective=localgrad.dgl(10))
+    assert [block.names[-1] for block in blocks] == ["layer1.2", "layer2.2", "fc"]
+
+
+@pytest.mark.parametrize("balance", ["memory", "compute", "count"])
+def test_a_number_of_blocks_is_met(balance: str) -> None:
+    for count in (1, 2, 3, 6):
+        blocks = split(cifar_resnet(14), EXAMPLE, num_blocks=count, balance=balance, objective=localgrad.dgl(10))
+        assert len(blocks) == count
+        assert blocks[0].names[0] == "conv1"
+
+
+def test_memory_and_compute_balance_differently() -> None:
+    """Early units of a ResNet keep more bytes; all units of a stage cost the same operations."""
+    by_memory = split(cifar_resnet(32), EXAMPLE, num_blocks=2, balance="memory", objective=localgrad.classifier(10))
+    by_compute = split(cifar_resnet(32), EXAMPLE, num_blocks=2, balance="compute", objective=localgrad.classifier(10))
+    assert len(by_memory[0].names) < len(by_compute[0].names)
+
+
+def test_auxiliary_networks_follow_dtype_and_mode_of_the_model() -> None:
+    model = cifar_resnet(8).double().eval()
+    blocks = split(model, EXAMPLE.double(), cuts=["layer1"], objective=localgrad.dgl(10), momentum=localgrad.man())
+    assert {parameter.dtype for block in blocks for parameter in block.parameters()} == {torch.float64}
+    assert not any(module.training for block in blocks for module in block.modules())
+
+
+def test_the_auxiliary_state_is_what_the_model_has_not() -> None:
+    def make() -> tuple[nn.Module, list[localgrad.Block]]:
+        model = cifar_resnet(8)
+        return model, split(model, EXAMPLE, cuts=["layer1"], objective=localgrad.dgl(10), momentum=localgrad.man())
+
+    (_, first), (_, second) = make(), make()
+    state = copy.deepcopy(first[0].auxiliary_state_dict())
+    assert {key.split(".")[0] for key in state} == {"momentum", "objective"}
+    assert first[1].auxiliary_state_dict() == {}
+    second[0].load_auxiliary_state_dict(state)
+    assert all(torch.equal(value, state[key]) for key, value in second[0].auxiliary_state_dict().items())
+    state.pop("objective.classifier.1.weight", None)
+    with pytest.raises(LocalGradError, match=r"auxiliary state of the block conv1\.\.layer1\.0 does not fit"):
+        second[0].load_auxiliary_state_dict({key: value[:1] for key, value in state.items() if value.ndim})
+
+
+def test_local_heads_give_class_scores_where_they_have_any() -> None:
+    contrast = OBJECTIVES["infopro contrast"]
+    for objective, has_scores in ((DGL, True), (contrast, False)):
+        blocks = split(cifar_resnet(8, NUM_CLASSES), EXAMPLE, cuts=["layer1"], objective=objective)
+        features = blocks[0].body(batch()[0])
+        scores = blocks[0].local_logits(features)
+        assert (scores is not None) == has_scores
+        assert scores is None or scores.shape == (6, NUM_CLASSES)
+        logits = blocks[1].body(features)
+        assert blocks[1].local_logits(logits) is logits
+
+
+def test_an_objective_of_ones_own_is_a_function_of_the_site() -> None:
+    sites: list[Site] = []
+
+    class MeanSquare(nn.Module):
+        def forward(self, features: torch.Tensor, targets: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+            return features.square().mean()
+
+    def mean_square(site: Site) -> nn.Module:
+        sites.append(site)
+        return MeanSquare()
+
+    blocks = split(cifar_resnet(8), EXAMPLE, cuts=["conv1", "layer2"], objective=mean_square, momentum=localgrad.man())
+    assert [(site.index, site.num_blocks, tuple(site.features), site.channel_dim) for site in sites] == [
+        (0, 3, (2, 16, IMAGE, IMAGE), 1),
+        (1, 3, (2, 64, IMAGE // 4, IMAGE // 4), 1),
+    ]
+    assert sites[0].inputs == EXAMPLE.shape
+    assert blocks[0].local_logits(blocks[0].body(batch()[0])) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, r"cuts is None and num_blocks is None: give one"),
+        ({"cuts": ["layer1"], "num_blocks": 2}, r"cuts is \['layer1'\] and num_blocks is 2: give one"),
+        ({"cuts": "layer1"}, r"cuts is the text 'layer1': give a list of names, \['layer1'\]"),
+        ({"cuts": ["layer9.0"]}, r"cut 'layer9.0' is not a unit: the units are conv1, layer1.0"),
+        ({"cuts": ["layer2", "layer1"]}, r"cuts are layer2, layer1: .*in the model's order, layer1.0, layer2.0"),
+        ({"cuts": ["layer1", "layer1"]}, r"must be different units"),
+        ({"cuts": ["fc"]}, r"cut 'fc' is at the end of the model"),
+        ({"num_blocks": 6}, r"num_blocks is 6: the model has 5 units"),
+        ({"num_blocks": 0}, r"num_blocks is 0"),
+        ({"num_blocks": 2, "balance": "luck"}, r"balance is 'luck': it is 'memory', 'compute' or 'count'"),
+        ({"cuts": ["layer1"], "objective": None}, r"objective is None with 2 blocks"),
+    ],
+)
+def test_a_wrong_split_is_refused(arguments: dict, message: str) -> None:
+    with pytest.raises(LocalGradError, match=message):
+        split(cifar_resnet(8), EXAMPLE, **{"objective": localgrad.dgl(10), **arguments})
+
+
+def test_a_parameter_of_two_blocks_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3))
+    model[1].weight = model[0].weight
+    with pytest.raises(LocalGradError, match=r"parameter '0.weight' is shared by blocks 0 and 1"):
+        split(model, torch.empty(2, 4), num_blocks=3, balance="count", objective=localgrad.classifier(3))
+
+
+def test_an_objective_that_cannot_sit_at_a_cut_says_so() -> None:
+    infopro = OBJECTIVES["infopro"]
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(4 * IMAGE**2, 8), nn.Linear(8, NUM_CLASSES))
+    with pytest.raises(LocalGradError, match=r"infopro cannot sit on features \(2, 8\).*dgl or classifier"):
+        split(model, EXAMPLE, cuts=["2"], objective=infopro)
+    blocks = split(model, EXAMPLE, num_blocks=2, objective=infopro)
+    assert [block.names for block in blocks] == [("0",), ("2", "3")]

@@ -1,0 +1,51 @@
+"""The README's code runs as it stands, and the package keeps its promises about names and imports."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import localgrad
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_first_block_of_the_readme_trains_a_model() -> None:
+    torch.manual_seed(0)
+    batches = [(torch.randn(4, 3, 64, 64), torch.arange(4)) for _ in range(2)]
+    names = {"loader": batches}
+    exec(BLOCKS[0], names)
+    losses = names["losses"]
+    assert len(losses) == 4
+    assert all(loss.isfinite() and not loss.requires_grad for loss in losses)
+    assert not names["model"].training
+    names["model"].load_state_dict(names["model"].state_dict())
+    exec(BLOCKS[1], names)
+    assert len(names["blocks"]) == 4
+    assert len(BLOCKS) == 2
+
+
+def test_the_public_names_have_docstrings() -> None:
+    assert len(localgrad.__all__) <= 12
+    for name in localgrad.__all__:
+        assert name in README or name in ("Block", "Site"), name
+        assert (getattr(localgrad, name).__doc__ or "").strip(), name
+
+
+def test_importing_localgrad_imports_nothing_heavy() -> None:
+    heavy = "torchvision", "datasets", "matplotlib", "sklearn", "lightning", "timm", "rich", "tyro", "PIL", "pandas"
+    code = f"import sys, localgrad; print([name for name in {heavy!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("word", ["demo", "train", "evaluate", "units", "recipes"])
+def test_every_command_of_the_readme_exists(word: str) -> None:
+    from localgrad.cli import COMMANDS
+
+    assert f"localgrad {word}" in README
+    assert word in COMMANDS

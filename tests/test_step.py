@@ -1,0 +1,147 @@
+"""The local step: equal to backpropagation for one block, isolated for more, exact and deterministic."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from cases import IMAGE, NUM_CLASSES, batch
+from torch import nn
+
+import localgrad
+from localgrad import LocalGradError, local_step, split
+from localgrad.blocks import Block
+from localgrad.models import cifar_resnet
+from localgrad.step import apply_updates, local_gradients
+
+EXAMPLE = torch.empty(2, 3, IMAGE, IMAGE)
+
+
+def optimizers_of(blocks: list[Block]) -> list[torch.optim.Optimizer]:
+    return [torch.optim.SGD(block.trainable_parameters(), lr=0.1, momentum=0.9, nesterov=True) for block in blocks]
+
+
+def train(model: nn.Module, steps: int = 5, **arguments) -> list[list[torch.Tensor]]:
+    blocks = split(model, EXAMPLE, **arguments)
+    optimizers = optimizers_of(blocks)
+    return [local_step(blocks, optimizers, *batch(seed)) for seed in range(steps)]
+
+
+def train_by_hand(model: nn.Module, steps: int = 5) -> list[torch.Tensor]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True)
+    losses = []
+    for seed in range(steps):
+        inputs, targets = batch(seed)
+        loss = nn.functional.cross_entropy(model(inputs), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return losses
+
+
+def test_one_block_is_backpropagation_bit_for_bit() -> None:
+    torch.manual_seed(0)
+    model = cifar_resnet(14, NUM_CLASSES)
+    by_hand, by_blocks = copy.deepcopy(model), copy.deepcopy(model)
+    expected = train_by_hand(by_hand)
+    assert [loss for (loss,) in train(by_blocks, cuts=[])] == expected
+    assert all(map(torch.equal, by_hand.state_dict().values(), by_blocks.state_dict().values()))
+
+    several = copy.deepcopy(model)
+    train(several, cuts=["layer1"], objective=localgrad.dgl(NUM_CLASSES))
+    assert not torch.equal(several.conv1.weight, by_hand.conv1.weight)
+    assert not torch.equal(several.fc.weight, by_hand.fc.weight)
+
+
+def test_two_blocks_are_two_separate_backpropagations() -> None:
+    """By hand: the first block with its head, and the second on what the first gave, with the weights of the begin."""
+    torch.manual_seed(0)
+    model = cifar_resnet(8, NUM_CLASSES)
+    blocks = split(model, EXAMPLE, cuts=["layer1"], objective=localgrad.classifier(NUM_CLASSES))
+    body, rest = copy.deepcopy(blocks[0].body), copy.deepcopy(blocks[1].body)
+    head = copy.deepcopy(blocks[0].objective.classifier)
+    first = torch.optim.SGD([*body.parameters(), *head.parameters()], lr=0.1, momentum=0.9)
+    second = torch.optim.SGD(rest.parameters(), lr=0.1, momentum=0.9)
+    optimizers = [torch.optim.SGD(block.trainable_parameters(), lr=0.1, momentum=0.9) for block in blocks]
+    for seed in range(3):
+        inputs, targets = batch(seed)
+        losses = local_step(blocks, optimizers, inputs, targets)
+        features = body(inputs)
+        expected = nn.functional.cross_entropy(head(features), targets)
+        expected_last = nn.functional.cross_entropy(rest(features.detach()), targets)
+        for loss, optimizer in ((expected, first), (expected_last, second)):
+            optimizer.zero_grad()
+            loss.backward()
+        first.step()
+        second.step()
+        assert losses == [expected.detach(), expected_last.detach()]
+    assert all(map(torch.equal, blocks[0].body.parameters(), body.parameters()))
+    assert all(map(torch.equal, blocks[1].body.parameters(), rest.parameters()))
+
+
+def test_the_same_seed_gives_the_same_weights() -> None:
+    states = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        model = cifar_resnet(8, NUM_CLASSES)
+        losses = train(model, num_blocks=3, objective=localgrad.dgl(NUM_CLASSES), momentum=localgrad.man())
+        states.append(model.state_dict())
+    assert all(map(torch.equal, states[0].values(), states[1].values()))
+    assert all(not loss.requires_grad for step in losses for loss in step)
+
+
+def test_gradients_add_up_over_the_parts_of_a_batch() -> None:
+    """Without batch norm, two halves with scale 1/2 are the whole."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    objective = localgrad.classifier(3)
+    blocks = split(model, torch.empty(2, 4).double(), num_blocks=2, objective=objective)
+    inputs, targets = torch.randn(8, 4).double(), torch.arange(8) % 3
+    local_gradients(blocks, inputs, targets)
+    whole = [parameter.grad.clone() for block in blocks for parameter in block.parameters()]
+    for block in blocks:
+        block.zero_grad()
+    for part in (slice(0, 4), slice(4, 8)):
+        local_gradients(blocks, inputs[part], targets[part], scale=0.5)
+    parts = [parameter.grad for block in blocks for parameter in block.parameters()]
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(whole, parts, strict=True))
+
+
+def test_gradients_are_freed_and_each_block_is_stepped_once() -> None:
+    blocks = split(cifar_resnet(8), EXAMPLE, cuts=["layer1"], objective=localgrad.dgl(10))
+    optimizers = optimizers_of(blocks)
+    local_gradients(blocks, *batch())
+    before = [block.body[0] for block in blocks]
+    weights = [next(module.parameters()).clone() for module in before]
+    apply_updates(blocks, optimizers)
+    assert not any(torch.equal(next(module.parameters()), w) for module, w in zip(before, weights, strict=True))
+    assert all(parameter.grad is None for block in blocks for parameter in block.parameters())
+
+
+def test_what_does_not_fit_is_explained() -> None:
+    blocks = split(cifar_resnet(8, NUM_CLASSES), EXAMPLE, cuts=["layer1"], objective=localgrad.dgl(NUM_CLASSES))
+    inputs, targets = batch()
+    with pytest.raises(LocalGradError, match=r"1 optimizers for 2 blocks: give one a block"):
+        local_step(blocks, optimizers_of(blocks)[:1], inputs, targets)
+    with pytest.raises(LocalGradError, match=r"targets hold classes 0 to 7.*not among the classes of block 0"):
+        local_step(blocks, optimizers_of(blocks), inputs, torch.full((6,), 7) * (torch.arange(6) > 0))
+    with pytest.raises(LocalGradError, match=r"a batch of 1 leaves a batch norm of block 0 one value a channel"):
+        local_step(blocks, optimizers_of(blocks), inputs[:1], targets[:1])
+    with pytest.raises(ValueError, match="batch_size"):
+        local_step(blocks, optimizers_of(blocks), inputs, targets[:3])
+
+
+ORACLES = Path(__file__).parents[2] / "shared" / "oracles"
+
+
+@pytest.mark.skipif(not ORACLES.exists(), reason="the released implementations' losses are not beside the project")
+def test_the_losses_of_two_released_implementations() -> None:
+    import subprocess
+    import sys
+
+    assert set(json.loads((ORACLES / "dgl_k16.json").read_text())) >= {"losses"}
+    done = subprocess.run([sys.executable, str(ORACLES / "check.py")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("losses agree") == 2
