@@ -120,7 +120,7 @@ def _decoder(channels: int, size: tuple[int, int], image: tuple[int, int], image
     layers: list[nn.Module] = []
     for step, width in enumerate(widths, 1):
         kernel = 1 if step == 1 or width == 64 else 3
-        bigger = tuple(image[axis] >> (doublings - step) for axis in (0, 1))
+        bigger = (image[0] >> (doublings - step), image[1] >> (doublings - step))
         layers += [*conv_norm_relu(channels, width, kernel, bias=True), nn.UpsamplingBilinear2d(bigger)]
         channels = width
     return [*layers, nn.Conv2d(channels, image_channels, 3, padding=1)]

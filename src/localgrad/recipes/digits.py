@@ -29,6 +29,6 @@ def _digits(name: str, objective: str, momentum: str) -> Recipe:
         cuts=cuts,
         objective=ObjectiveConfig(name=objective, head="compact" if objective == "dgl" else None),
         momentum=MomentumConfig(name=momentum, decay=None if momentum == "none" else 0.995),
-        optim=OptimConfig(lr=0.1, batch_size=64, epochs=5, warmup_epochs=1),
+        optim=OptimConfig(lr=0.1, batch_size=64, epochs=8, warmup_epochs=1),
     )
     return Recipe(config, label=f"K={len(cuts) + 1}")
