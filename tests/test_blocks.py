@@ -183,3 +183,22 @@ def test_an_objective_that_cannot_sit_at_a_cut_says_so() -> None:
         split(model, EXAMPLE, cuts=["2"], objective=infopro)
     blocks = split(model, EXAMPLE, num_blocks=2, objective=infopro)
     assert [block.names for block in blocks] == [("0",), ("2", "3")]
+
+
+def test_a_model_that_starts_in_place_leaves_the_batch_as_it_is() -> None:
+    model = nn.Sequential(_Wrapped(nn.ReLU(inplace=True), nn.Conv2d(3, 4, 1)), nn.Conv2d(4, 4, 1), nn.Flatten())
+    model.append(nn.Linear(4 * IMAGE**2, NUM_CLASSES))
+    blocks = split(model, EXAMPLE, cuts=["0"], objective=OBJECTIVES["infopro"])
+    inputs, targets = batch()
+    before = inputs.clone()
+    blocks[0](inputs, targets, inputs)
+    assert torch.equal(inputs, before)
+
+
+class _Wrapped(nn.Module):
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.layers(features)

@@ -858,5 +858,5 @@ def test_arguments_that_cannot_be_used_are_named(name: str) -> None:
 
 
 def test_tokens_without_a_grid_can_still_be_classified() -> None:
-    module = on((2, 30, 7), classifier(10), (2, 3, 7, 11))
+    module = classifier(10)(site((2, 30, 7), (2, 3, 7, 11), channel_dim=2))
     assert module(noise(2, 30, 7), torch.tensor([0, 9]), image(2, 3, 7, 11)).isfinite()

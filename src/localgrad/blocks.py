@@ -65,6 +65,7 @@ class Block(nn.Module):
         self.objective = objective
         self.criterion = criterion
         self.names = tuple(unit.name for unit in found)
+        self._writes_input = found[0].writes_input
 
     def forward(self, features: Tensor, targets: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Features before the block to features after it, and the block's loss.
@@ -78,6 +79,8 @@ class Block(nn.Module):
             The body's output, still attached to the block's graph, and a scalar loss. The last block's output is the
             model's.
         """
+        if self._writes_input and features.data_ptr() == inputs.data_ptr():
+            features = features.clone()  # objectives of later blocks read the inputs too
         features = self.body(features)
         if self.objective is None:
             return features, self.criterion(features, targets)

@@ -49,8 +49,6 @@ class MomentumAuxiliary(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Features of the block, `(N, C, H, W)` or `(N, L, D)`, as the next block's first unit sees them."""
-        if self._source_writes_input:
-            features = features.clone()
         if not (self.recompute and torch.is_grad_enabled()):
             return self._mix(features)
         return checkpoint(  # pyright: ignore[reportReturnType]
@@ -58,16 +56,19 @@ class MomentumAuxiliary(nn.Module):
         )
 
     def _mix(self, features: Tensor) -> Tensor:
+        def own() -> Tensor:  # a unit that starts in place must not spoil the features of the others
+            return features.clone() if self._source_writes_input else features
+
         if not isinstance(self.bias, nn.Module):
             assert self.ema is not None
-            mixed = self.ema(features)
+            mixed = self.ema(own())
             return mixed if self.bias is None else mixed + self.bias
+        biased = self.bias(own())
         if self.ema is None:
-            return self.bias(features)
-        biased = self.bias(features.clone() if self._source_writes_input else features)
+            return biased
         if self.scale is None:
-            return biased + self.ema(features)
-        return self.scale * biased + (2 - self.scale) * self.ema(features)
+            return biased + self.ema(own())
+        return self.scale * biased + (2 - self.scale) * self.ema(own())
 
     @torch.no_grad()
     def update(self) -> None:
@@ -108,7 +109,7 @@ def man(
         bias: whether there is a trained part.
         ema: whether there is a part that follows the next unit.
         initial: `"copy"` starts both from the next unit's values, `"random"` from independent draws (what the released
-            code does).
+            code does), in each layer that can reset itself; bare parameters of a unit stay copies.
         recompute: compute both branches again during the backward pass instead of keeping their activations; batch
             statistics are still counted once a step.
         depth: how many of the next block's first units are copied (fewer where it has fewer; the model's head
@@ -134,7 +135,7 @@ def man(
         )
 
     def build(following: Sequence[Unit]) -> MomentumAuxiliary:
-        source = following[:depth]
+        source = _source(following, depth)
         follower = _copy(source, initial) if ema else None
         trained: nn.Module | nn.Parameter | None = _copy(source, initial) if bias and form == "sum" else None
         if follower is not None and form == "sum":
@@ -180,7 +181,7 @@ def manpp(
     _check(decay, initial, depth)
 
     def build(following: Sequence[Unit]) -> MomentumAuxiliary:
-        source = following[:depth]
+        source = _source(following, depth)
         follower = _copy(source, initial).requires_grad_(False)
         like = next(source[0].module.parameters())
         scale = nn.Parameter(torch.ones((), dtype=like.dtype, device=like.device))
@@ -200,13 +201,23 @@ def _check(decay: float, initial: str, depth: int) -> None:
         raise LocalGradError(f"depth is {depth}: copy at least the first unit of the next block, depth=1")
 
 
+def _source(following: Sequence[Unit], depth: int) -> Sequence[Unit]:
+    source = following[:depth]
+    if not any(True for _ in source[0].module.parameters()):
+        raise LocalGradError(
+            f"the unit {source[0].name!r} after a cut has no parameters, so there is nothing for a momentum auxiliary "
+            "network to follow: cut after it instead, or name it together with the unit that follows"
+        )
+    return source
+
+
 def _copy(source: Sequence[Unit], initial: str) -> nn.Module:
     copies = [copy.deepcopy(unit.module) for unit in source]
     module = copies[0] if len(copies) == 1 else nn.Sequential(*copies)
     module.requires_grad_(True)
     if initial == "random":
         for layer in module.modules():
-            reset: Any = getattr(layer, "reset_parameters", None)
+            reset: Any = getattr(layer, "reset_parameters", None) or getattr(layer, "_reset_parameters", None)
             if callable(reset):
                 reset()
         initialise(module)

@@ -71,14 +71,20 @@ def _measured(pieces: Sequence[tuple[str, nn.Module]], features: Tensor) -> list
     found = []
     for position, (name, module) in enumerate(pieces):
         following = pieces[position + 1][1] if position + 1 < len(pieces) else None
-        version = features._version
-        module.eval()
-        result = module(features)
-        found.append(
-            Unit(name, module, result.shape, _channel_dim(result.shape, following), features._version != version)
-        )
-        features = result
+        writes_input = _writes_input(module, features)
+        features = module.eval()(features)
+        found.append(Unit(name, module, features.shape, _channel_dim(features.shape, following), writes_input))
     return found
+
+
+def _writes_input(module: nn.Module, features: Tensor) -> bool:
+    """Whether the unit changes its input in place while training; found by running it, on copies of its buffers."""
+    doubled = torch.cat([features, features])  # batch norm needs more than one value
+    version = doubled._version
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    with torch.random.fork_rng(devices=[]):
+        torch.func.functional_call(module.train(), buffers, doubled)
+    return doubled._version != version
 
 
 def check_example(example: Tensor) -> None:

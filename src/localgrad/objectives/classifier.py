@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localgrad.blocks import Site
+from localgrad.errors import LocalGradError
 from localgrad.models import initialise
 from localgrad.objectives.features import AsMap, check_num_classes
 
@@ -17,7 +18,7 @@ class Classifier(nn.Module):
         super().__init__()
         channels = site.features[site.channel_dim]
         if len(site.features) == 3:
-            first_token = AsMap(site, "classifier").prefix_tokens > 0 if len(site.inputs) == 4 else False
+            first_token = _has_class_token(site)
             self.classifier = nn.Sequential(
                 nn.LayerNorm(channels), TokenPool(first_token), nn.Linear(channels, num_classes)
             )
@@ -35,6 +36,13 @@ class Classifier(nn.Module):
     def forward(self, features: Tensor, targets: Tensor, inputs: Tensor) -> Tensor:
         """Features, classes `(N,)` and inputs (unused) to a scalar loss in float32."""
         return F.cross_entropy(self.predict(features).float(), targets)
+
+
+def _has_class_token(site: Site) -> bool:
+    try:
+        return AsMap(site, "classifier").prefix_tokens > 0
+    except LocalGradError:
+        return False  # no image, or no grid of patches in it
 
 
 class TokenPool(nn.Module):

@@ -1,5 +1,6 @@
 """InfoPro: keep what is needed to reconstruct the image, and tell classes apart."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -197,12 +198,12 @@ def infopro(
     check_num_classes(num_classes)
     check_choice("loss", loss, ("cross_entropy", "contrast"))
     check_choice("head", head, HEADS)
-    if len(mean) != len(std) or not mean or min(std) <= 0:
+    if len(mean) != len(std) or not mean or not all(0 < s < math.inf for s in std) or not all(map(math.isfinite, mean)):
         raise LocalGradError(
             f"mean is {mean} and std {std}: give one of each a channel, std above 0, in units of [0, 1]"
         )
     for name, pair in (("reconstruction", reconstruction), ("task", task)):
-        if len(pair) != 2 or min(pair) < 0:
+        if len(pair) != 2 or not all(0 <= weight < math.inf for weight in pair):
             raise LocalGradError(
                 f"{name} is {pair}: give its weight at the first and the last block, (5.0, 0.0), not negative"
             )
@@ -214,7 +215,7 @@ def infopro(
         weights = tuple(first * (1 - ratio) + last * ratio for first, last in (reconstruction, task))
         if not any(weights):
             raise LocalGradError(
-                f"reconstruction {reconstruction} and task {task} give block {site.index} of {site.num_blocks} no loss: "
+                f"reconstruction {reconstruction}, task {task} give block {site.index} of {site.num_blocks} no loss: "
                 "give one of them a last weight above 0, such as task=(0.5, 0.5)"
             )
         return InfoPro(site, num_classes, mean, std, (weights[0], weights[1]), loss, head, feature_dim)

@@ -1,0 +1,163 @@
+"""Seconds a step: local learning, end-to-end, and activation checkpointing, side by side.
+
+The rows take turns, a step each, so that whatever else the machine does hits all of them; a ratio is the median over
+the rounds of a row's time over the reference's time in the same round.
+
+    python benchmarks/speed.py --data path/to/cifar10 --rounds 15 -o results/speed.json
+
+Reference: a plain end-to-end loop of the same network in float32, NCHW, written out below.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from report import environment, print_table, write
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from localgrad.models import CifarResNet, cifar_resnet
+from localgrad.recipes import recipe
+from localgrad.runs import RunFolder
+from localgrad.trainer import set_up, train_step
+
+ROWS = {
+    "end-to-end, localgrad": "cifar10-resnet32-e2e",
+    "DGL, 15 blocks": "cifar10-resnet32-k16-dgl",
+    "DGL+MAN, 15 blocks": "cifar10-resnet32-k16-dgl-man",
+    "InfoPro, 15 blocks": "cifar10-resnet32-k16-infopro",
+    "InfoPro+MAN, 15 blocks": "cifar10-resnet32-k16-infopro-man",
+}
+Step = Callable[[], Any]
+
+
+def plain_step(batches: Iterator[tuple[Tensor, Tensor]], *, dtype: torch.dtype, channels_last: bool) -> Step:
+    """A hand-written end-to-end step."""
+    torch.manual_seed(0)
+    model = cifar_resnet(32)
+    if channels_last:
+        model.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4, fused=True)
+
+    def step() -> None:
+        inputs, targets = next(batches)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = F.cross_entropy(model(inputs), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def checkpointed_step(batches: Iterator[tuple[Tensor, Tensor]]) -> Step:
+    """End-to-end with every residual unit computed again in the backward pass; channels last, float32."""
+    torch.manual_seed(0)
+    model = cifar_resnet(32).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4, fused=True)
+
+    def step() -> None:
+        inputs, targets = next(batches)
+        loss = F.cross_entropy(checkpointed(model, inputs), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def checkpointed(model: CifarResNet, inputs: Tensor) -> Tensor:
+    """The forward pass of a CIFAR ResNet with every residual unit checkpointed."""
+    features: Any = model.relu(model.bn1(model.conv1(inputs)))
+    for unit in (unit for stage in (model.layer1, model.layer2, model.layer3) for unit in stage):
+        features = checkpoint(unit, features, use_reentrant=False)
+    return model.fc(model.avgpool(features).flatten(1))
+
+
+def trainer_step(name: str, data: str, batch_size: int, folder: Path) -> tuple[Step, Any]:
+    """A step of the trainer, as `localgrad train` does it; also the run."""
+    config = recipe(name).config
+    config = replace(
+        config,
+        data=replace(config.data, source=data, train_limit=64 * batch_size, test_limit=100),
+        optim=replace(config.optim, batch_size=batch_size),
+    )
+    run = set_up(config, RunFolder(folder / name), resume=False)
+    batches = forever(run, batch_size, channels_last=True)
+    return lambda: train_step(run, *next(batches)), run
+
+
+def forever(run: Any, batch_size: int, *, channels_last: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """Augmented training batches without end."""
+    epoch = 0
+    while True:
+        epoch += 1
+        yield from run.train.batches(batch_size, train=True, epoch=epoch, channels_last=channels_last)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="uoft-cs/cifar10", help="CIFAR-10, a hub name or a folder")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("-o", "--output", type=Path, default=Path("results/speed.json"))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    steps: dict[str, Step] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for label, name in ROWS.items():
+            steps[label], run = trainer_step(name, options.data, options.batch_size, Path(folder))
+        native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        best = torch.bfloat16 if native else torch.float32
+        loops = {
+            "plain loop, float32 NCHW": (torch.float32, False),
+            f"plain loop, {'bfloat16' if native else 'float32'} channels last": (best, True),
+        }
+        for label, (dtype, channels_last) in loops.items():
+            batches = forever(run, options.batch_size, channels_last=channels_last)
+            steps[label] = plain_step(batches, dtype=dtype, channels_last=channels_last)
+        batches = forever(run, options.batch_size, channels_last=True)
+        steps["end-to-end, every unit checkpointed"] = checkpointed_step(batches)
+        seconds = take_turns(steps, options.rounds)
+    reference, same = list(loops)
+    rows = [
+        {
+            "row": label,
+            "seconds_per_step": statistics.median(times),
+            "ratio_to_float32_nchw": ratio(times, seconds[reference]),
+            "ratio_to_same_precision_and_layout": ratio(times, seconds[same]),
+        }
+        for label, times in seconds.items()
+    ]
+    print_table(f"ResNet-32, 32 px, batch {options.batch_size}, {options.threads} thread(s)", rows)
+    settings = {name: str(value) for name, value in vars(options).items() if name not in ("output", "data")}
+    write(options.output, {"settings": settings, "rows": rows, "seconds": seconds, **environment()})
+
+
+def take_turns(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each step, round by round, after two rounds that are not counted."""
+    seconds: dict[str, list[float]] = {label: [] for label in steps}
+    for number in range(rounds + 2):
+        for label, step in steps.items():
+            begin = time.perf_counter()
+            step()
+            if number >= 2:
+                seconds[label].append(time.perf_counter() - begin)
+    return seconds
+
+
+def ratio(times: list[float], reference: list[float]) -> float:
+    """Median over the rounds of one time over the other."""
+    return statistics.median(a / b for a, b in zip(times, reference, strict=True))
+
+
+if __name__ == "__main__":
+    main()
