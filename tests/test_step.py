@@ -145,3 +145,14 @@ def test_the_losses_of_two_released_implementations() -> None:
     done = subprocess.run([sys.executable, str(ORACLES / "check.py")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("losses agree") == 2
+
+
+def test_recomputed_units_give_the_same_weights_and_statistics() -> None:
+    states = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(cifar_resnet(8, 8), nn.Dropout(0.5), nn.Linear(8, NUM_CLASSES))
+        train(model, cuts=["0.layer1"], objective=localgrad.dgl(NUM_CLASSES), recompute=recompute)
+        states.append(model.state_dict())
+    assert all(map(torch.equal, states[0].values(), states[1].values()))
+    assert states[1]["0.bn1.num_batches_tracked"] == 5

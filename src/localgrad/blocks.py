@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from localgrad.errors import LocalGradError
 from localgrad.momentum import Momentum
 from localgrad.partition import cut_by_cost, cut_evenly
+from localgrad.recompute import recomputed
 from localgrad.units import Unit, find_unit, units
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -49,6 +50,7 @@ class Block(nn.Module):
         momentum: the momentum auxiliary network, or None.
         objective: the auxiliary network and local loss, or None on the last block.
         criterion: loss of the model's output, on the last block.
+        recompute: whether the activations of each unit are computed again in the backward pass.
         names: names of the units.
     """
 
@@ -58,12 +60,14 @@ class Block(nn.Module):
         momentum: nn.Module | None,
         objective: nn.Module | None,
         criterion: Criterion,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         self.body = nn.Sequential(*(unit.module for unit in found))
         self.momentum = momentum
         self.objective = objective
         self.criterion = criterion
+        self.recompute = recompute
         self.names = tuple(unit.name for unit in found)
         self._writes_input = found[0].writes_input
 
@@ -81,7 +85,8 @@ class Block(nn.Module):
         """
         if self._writes_input and features.data_ptr() == inputs.data_ptr():
             features = features.clone()  # objectives of later blocks read the inputs too
-        features = self.body(features)
+        for unit in self.body:
+            features = recomputed(unit, features, unit) if self.recompute else unit(features)
         if self.objective is None:
             return features, self.criterion(features, targets)
         return features, self.objective(self._mixed(features), targets, inputs)
@@ -142,6 +147,7 @@ def split(
     objective: Objective | None = None,
     momentum: Momentum | None = None,
     criterion: Criterion = F.cross_entropy,
+    recompute: bool = False,
     names: Sequence[str] | None = None,
 ) -> list[Block]:
     """Split `model` into gradient-isolated blocks, each with a local loss.
@@ -161,6 +167,8 @@ def split(
         objective: the local objective, such as `dgl(num_classes=10)`. Needed for more than one block.
         momentum: `man(...)`, `manpp(...)` or None.
         criterion: loss of the model's output and the targets, for the last block.
+        recompute: activation checkpointing inside the blocks: keep only what is between units, and compute each unit
+            again in the backward pass. Weights and running statistics come out the same, bit for bit.
         names: the units by name, for a model that cannot be traced.
 
     Returns:
@@ -199,8 +207,8 @@ def split(
             runs[index + 1] if index + 2 < len(runs) else runs[-1][:-1] or runs[-1]
         )  # the model's head comes last
         auxiliary = build_auxiliary(run[-1], following, example, index, len(runs), objective, momentum)
-        blocks.append(Block(run, *auxiliary, criterion))
-    blocks.append(Block(runs[-1], None, None, criterion))
+        blocks.append(Block(run, *auxiliary, criterion, recompute))
+    blocks.append(Block(runs[-1], None, None, criterion, recompute))
     for block in blocks:
         block.train(model.training)
     return blocks

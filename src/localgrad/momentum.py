@@ -1,17 +1,16 @@
 """Momentum auxiliary networks: what lets a block see its successor without a gradient."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torch.utils.checkpoint import checkpoint
 
 from localgrad.errors import LocalGradError
 from localgrad.models import initialise
+from localgrad.recompute import recomputed
 from localgrad.units import Unit
 
 Momentum = Callable[[Sequence[Unit]], "MomentumAuxiliary"]
@@ -49,11 +48,7 @@ class MomentumAuxiliary(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Features of the block, `(N, C, H, W)` or `(N, L, D)`, as the next block's first unit sees them."""
-        if not (self.recompute and torch.is_grad_enabled()):
-            return self._mix(features)
-        return checkpoint(  # pyright: ignore[reportReturnType]
-            self._mix, features, use_reentrant=False, context_fn=lambda: (nullcontext(), _statistics_kept(self))
-        )
+        return recomputed(self._mix, features, self) if self.recompute else self._mix(features)
 
     def _mix(self, features: Tensor) -> Tensor:
         def own() -> Tensor:  # a unit that starts in place must not spoil the features of the others
@@ -222,19 +217,3 @@ def _copy(source: Sequence[Unit], initial: str) -> nn.Module:
                 reset()
         initialise(module)
     return module
-
-
-@contextmanager
-def _statistics_kept(module: nn.Module) -> Iterator[None]:
-    """Compute with batch statistics, but leave the running ones alone: they were updated in the first pass."""
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for (
-        norm
-    ) in norms:  # with factor 0 a running average stays what it is; without one, as many tensors would not be saved
-        norm.momentum, norm.num_batches_tracked = 0.0, None
-    try:
-        yield
-    finally:
-        for norm, factor, batches in kept:
-            norm.momentum, norm.num_batches_tracked = factor, batches
