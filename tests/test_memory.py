@@ -6,7 +6,7 @@ from cases import MOMENTA, NUM_CLASSES, OBJECTIVES
 from torch import nn
 
 import localgrad
-from localgrad import LocalGradError, local_step, plan, split, units
+from localgrad import local_step, split, units
 from localgrad.memory import PeakMemory, measure_peak, step_peak, unit_costs
 from localgrad.models import cifar_resnet
 
@@ -95,34 +95,3 @@ def test_the_peak_on_meta_is_that_of_the_real_step(objective: str, momentum: str
     lasting += [value for optimizer in optimizers for state in optimizer.state.values() for value in state.values()]
     measured = step + sum(tensor.nbytes for tensor in {id(t): t for t in lasting if t is not None}.values())
     assert predicted == pytest.approx(measured, rel=0.05)
-
-
-def test_more_blocks_take_less_memory_and_the_model_stays_as_it_is() -> None:
-    model = cifar_resnet(14)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    rows = plan(model, torch.empty(64, 3, 32, 32, device="meta"), objective=localgrad.dgl(10), num_blocks=[1, 2, 4])
-    assert [row.num_blocks for row in rows] == [1, 2, 4]
-    assert [len(row.cuts) for row in rows] == [0, 1, 3]
-    assert rows[0].peak > rows[1].peak > rows[2].peak
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    budget = (rows[0].peak + rows[2].peak) // 2
-    example = torch.empty(64, 3, 32, 32, device="meta")
-    small = plan(model, example, objective=localgrad.dgl(10), num_blocks=[1, 4], budget=budget)
-    assert [row.fits for row in small] == [False, True]
-
-
-def test_every_power_of_two_is_tried_up_to_all_units() -> None:
-    rows = plan(cifar_resnet(8), EXAMPLE, objective=localgrad.classifier(10))
-    assert [row.num_blocks for row in rows] == [1, 2, 4, 5]
-    rows = plan(cifar_resnet(8), EXAMPLE, objective=OBJECTIVES["infopro"], momentum=localgrad.man())
-    assert [row.num_blocks for row in rows][-1] == 4  # after the last residual unit a copy of `fc` would be a vector
-
-
-def test_impossible_plans_are_refused() -> None:
-    model, example = cifar_resnet(8), EXAMPLE
-    with pytest.raises(LocalGradError, match="budget is 0 bytes: give more than 0"):
-        plan(model, example, objective=localgrad.dgl(10), budget=0)
-    with pytest.raises(LocalGradError, match="num_blocks is 9: the model has 5 units"):
-        plan(model, example, objective=localgrad.dgl(10), num_blocks=[9])
-    with pytest.raises(LocalGradError, match="infopro cannot sit on features"):
-        plan(model, example, objective=OBJECTIVES["infopro"], momentum=localgrad.man(), num_blocks=[5])

@@ -561,7 +561,7 @@ def test_recomputing_runs_the_branches_again_in_the_backward_pass(factory: Calla
         saved.clear()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             module(h)
-        assert kept < sum(saved) / 2
+        assert kept < sum(saved) * (0.5 if module.scale is None else 1)  # the scale needs what both branches gave
 
 
 # Gradients.

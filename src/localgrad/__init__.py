@@ -2,12 +2,12 @@
 
 from localgrad.blocks import Block, Site, split
 from localgrad.errors import LocalGradError as LocalGradError
-from localgrad.memory import plan
 from localgrad.momentum import man, manpp
 from localgrad.objectives.classifier import classifier
 from localgrad.objectives.dgl import dgl
 from localgrad.objectives.infopro import infopro
 from localgrad.objectives.predsim import predsim
+from localgrad.planning import plan
 from localgrad.step import local_step
 from localgrad.units import units
 

@@ -17,6 +17,7 @@ localgrad trains a network as gradient-isolated blocks, each with a local loss o
   localgrad train RECIPE [FLAGS]       train one of them
   localgrad evaluate RUN_FOLDER        test the weights that a run left
   localgrad units MODEL                the units of a network, where it can be cut
+  localgrad plan MODEL                 the memory that a step would take, and the best cuts
 
 `localgrad COMMAND --help` says more. A first run, half a minute on a CPU:
 
@@ -64,6 +65,16 @@ Examples:
   localgrad units cifar_resnet --depth 110
   localgrad units torchvision:resnet50 --image-size 128
   localgrad units timm:vit_tiny_patch16_224 --batch-size 64
+"""
+
+PLAN_HELP = """Predict the peak memory of a training step, and find the cuts that make it smallest. Needs no GPU.
+
+Compares end-to-end training, with and without activation checkpointing, and local learning for several numbers of
+blocks, with and without momentum.
+
+Examples:
+  localgrad plan torchvision:resnet101 --budget 8GiB
+  localgrad plan cifar_resnet --depth 110 --batch-size 1024 --output runs/plan
 """
 
 RECIPES_HELP = """List the named runs: blocks, cuts, and the test error that the paper reports.
@@ -231,12 +242,66 @@ def units(arguments: Sequence[str]) -> int:
     return 0
 
 
+def plan(arguments: Sequence[str]) -> int:
+    """`localgrad plan MODEL`."""
+    import tyro
+
+    @dataclass(frozen=True)
+    class Plan:
+        model: tyro.conf.Positional[str]
+        """cifar_resnet, torchvision:NAME or timm:NAME."""
+        batch_size: int = 128
+        """Images of a batch."""
+        image_size: int | None = None
+        """Height and width of the images in pixels; 32 for cifar_resnet and 224 for others unless given."""
+        num_classes: int | None = None
+        """Number of classes; 10 for cifar_resnet and 1000 for others unless given."""
+        depth: int = 32
+        """Layers of a cifar_resnet."""
+        objective: str = "dgl"
+        """Local loss: classifier, predsim, dgl or infopro."""
+        momentum: str = "man"
+        """Momentum auxiliary network: none, man or manpp."""
+        budget: str | None = None
+        """Memory that a step may take, such as 8GiB."""
+        num_blocks: tuple[int, ...] = ()
+        """Numbers of blocks to try; 1, 2, 4, 8, ... unless given."""
+        output: Path | None = None
+        """Folder for plan.json and plan.png; nothing is written unless given."""
+
+    options = _parse(Plan, arguments, "localgrad plan", PLAN_HELP)
+    from localgrad.sheet import parse_bytes, plan_model, show_sheets, write_sheets
+
+    small = options.model == "cifar_resnet"
+    size = options.image_size or (32 if small else 224)
+    budget = None if options.budget is None else parse_bytes(options.budget)
+    sheets = plan_model(
+        options.model,
+        depth=options.depth,
+        num_classes=options.num_classes or (10 if small else 1000),
+        batch_size=options.batch_size,
+        image_size=size,
+        objective=options.objective,
+        momentum=options.momentum,
+        budget=budget,
+        num_blocks=options.num_blocks or None,
+    )
+    name = f"cifar_resnet {options.depth}" if small else options.model
+    title = f"{name}, batch {options.batch_size}, {size} px, float32, SGD, {options.objective}"
+    show_sheets(title, sheets, budget)
+    if options.output is not None:
+        write_sheets(options.output, title, sheets, budget)
+        print(f"wrote {options.output / 'plan.json'} and {options.output / 'plan.png'}")
+    return 0
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "demo": demo,
     "recipes": recipes,
     "train": train,
     "evaluate": evaluate,
     "units": units,
+    "plan": plan,
 }
 
 

@@ -12,11 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from localgrad.blocks import Objective, build_auxiliary, choose_cuts, split
+from localgrad.blocks import Objective, build_auxiliary, split
 from localgrad.errors import LocalGradError
 from localgrad.momentum import Momentum
 from localgrad.step import local_gradients
-from localgrad.units import Unit, units
+from localgrad.units import Unit
 
 Result = TypeVar("Result")
 
@@ -123,7 +123,7 @@ def unit_costs(
     features = torch.empty_like(example, device="meta")
     inputs = features
     targets = torch.zeros(len(example), dtype=torch.long, device="meta")
-    on_meta = [replace(unit, module=_to_meta(unit.module)) for unit in found]
+    on_meta = [replace(unit, module=to_meta(unit.module)) for unit in found]
     costs = []
     for position, unit in enumerate(on_meta):
         result, kept, flops = _forward_cost(unit.module, features)
@@ -158,7 +158,8 @@ def _end_cost(
     return kept + head_kept, flops + head_flops
 
 
-def _to_meta(module: nn.Module) -> nn.Module:
+def to_meta(module: nn.Module) -> nn.Module:
+    """A copy on `meta`, in training mode."""
     return copy.deepcopy(module).to("meta").train()
 
 
@@ -184,73 +185,6 @@ def _forward_cost(module: nn.Module, features: Tensor, *rest: Tensor) -> tuple[T
 
 
 # --- peak of a step --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PlanRow:
-    """One way to train the model, and the memory that a step takes.
-
-    Attributes:
-        num_blocks: K; 1 is end-to-end.
-        cuts: names of the units after which to cut.
-        peak: bytes, of weights, gradients, optimizer state, activations, auxiliary networks and temporary tensors.
-        fits: whether the peak is within the budget; True without one.
-    """
-
-    num_blocks: int
-    cuts: tuple[str, ...]
-    peak: int
-    fits: bool
-
-
-def plan(
-    model: nn.Module,
-    example: Tensor,
-    *,
-    objective: Objective,
-    momentum: Momentum | None = None,
-    budget: int | None = None,
-    num_blocks: Sequence[int] | None = None,
-    names: Sequence[str] | None = None,
-) -> list[PlanRow]:
-    """Predict the peak memory of a training step for several numbers of blocks, without running or allocating it.
-
-    Each row is a real `local_step` with SGD and momentum on `meta` tensors, every live storage counted. The cuts are
-    those that `split(num_blocks=K, balance="memory")` chooses.
-
-    Args:
-        model: as for `split`; it is not changed.
-        example: a batch of the size to train with, such as `torch.empty(128, 3, 224, 224, device="meta")`.
-        objective: the local objective.
-        momentum: `man(...)`, `manpp(...)` or None.
-        budget: bytes that a step may take.
-        num_blocks: the K to try; 1, 2, 4, 8, ... up to the number of units if not given.
-        names: the units by name, for a model that cannot be traced.
-
-    Returns:
-        One row a K, in the order of K.
-
-    Raises:
-        LocalGradError: the budget is not positive, a K is out of range, or the model cannot be split.
-    """
-    if budget is not None and budget <= 0:
-        raise LocalGradError(f"budget is {budget} bytes: give more than 0, such as 8 * 2**30")
-    blueprint = copy.deepcopy(model).to("meta").train()
-    small = torch.empty_like(example, device="meta")
-    found = units(blueprint, small, names)
-    counts = num_blocks or sorted({1, *(2**power for power in range(1, 12) if 2**power < len(found)), len(found)})
-    rows = []
-    for count in counts:
-        ends = choose_cuts(found, small, count, "memory", objective, momentum)
-        cuts = tuple(found[end].name for end in ends)
-        try:
-            peak = step_peak(blueprint, small, cuts, objective, momentum, names)
-        except LocalGradError:
-            if num_blocks:
-                raise
-            continue  # the objective cannot sit at every unit, so the largest K may not exist
-        rows.append(PlanRow(count, cuts, peak, budget is None or peak <= budget))
-    return rows
 
 
 def step_peak(

@@ -48,22 +48,24 @@ class MomentumAuxiliary(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Features of the block, `(N, C, H, W)` or `(N, L, D)`, as the next block's first unit sees them."""
-        return recomputed(self._mix, features, self) if self.recompute else self._mix(features)
-
-    def _mix(self, features: Tensor) -> Tensor:
-        def own() -> Tensor:  # a unit that starts in place must not spoil the features of the others
-            return features.clone() if self._source_writes_input else features
-
         if not isinstance(self.bias, nn.Module):
             assert self.ema is not None
-            mixed = self.ema(own())
+            mixed = self._branch(self.ema, features)
             return mixed if self.bias is None else mixed + self.bias
-        biased = self.bias(own())
+        biased = self._branch(self.bias, features)
         if self.ema is None:
             return biased
         if self.scale is None:
-            return biased + self.ema(own())
-        return self.scale * biased + (2 - self.scale) * self.ema(own())
+            return biased + self._branch(self.ema, features)
+        return self.scale * biased + (2 - self.scale) * self._branch(self.ema, features)
+
+    def _branch(self, branch: nn.Module, features: Tensor) -> Tensor:
+        """One branch alone, so that a recomputed one is gone before the other is computed again."""
+
+        def run(features: Tensor) -> Tensor:  # a unit that starts in place must not spoil the features of the others
+            return branch(features.clone() if self._source_writes_input else features)
+
+        return recomputed(run, features, branch) if self.recompute else run(features)
 
     @torch.no_grad()
     def update(self) -> None:

@@ -11,7 +11,7 @@ from localgrad.blocks import Site
 from localgrad.models import initialise
 from localgrad.objectives.features import AsMap, check_choice, check_num_classes, conv_norm_relu
 
-Head = Literal["original", "compact", "wide"]
+Head = Literal["original", "compact", "wide", "light"]
 
 
 class DGL(nn.Module):
@@ -20,7 +20,7 @@ class DGL(nn.Module):
     def __init__(self, site: Site, num_classes: int, head: Head) -> None:
         super().__init__()
         as_map = AsMap(site, "dgl")
-        build = {"original": _original, "compact": _compact, "wide": _wide}[head]
+        build = {"original": _original, "compact": _compact, "wide": _wide, "light": _light}[head]
         self.classifier = nn.Sequential(as_map, *build(as_map.channels, as_map.size, num_classes))
         initialise(self)
 
@@ -76,6 +76,12 @@ def _wide(channels: int, size: tuple[int, int], num_classes: int) -> list[nn.Mod
     ]
 
 
+def _light(channels: int, size: tuple[int, int], num_classes: int) -> list[nn.Module]:
+    width = max(channels // 4, 1)
+    convs = [*conv_norm_relu(channels, width, 1), *conv_norm_relu(width, width, 3, 2)]
+    return [*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes)]
+
+
 def _pooled(size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
     """A quarter of the size, rounded up, and at most 2x2 of that."""
     quarter = (math.ceil(size[0] / 4), math.ceil(size[1] / 4))
@@ -93,14 +99,16 @@ def _linear_norm_relu(in_features: int, out_features: int, bias: bool) -> list[n
 def dgl(num_classes: int, head: Head = "compact") -> Callable[[Site], nn.Module]:
     """Decoupled greedy learning: `L = CE(head(h), y)`, with the head MLP-SR-aux.
 
-    The head averages the map to a quarter of its size, applies three 1x1 convolutions (each with batch norm and ReLU),
-    averages to 2x2, and ends in an MLP. For features `(N, C, H, W)`:
+    The papers' heads average the map to a quarter of its size, apply three 1x1 convolutions (each with batch norm and
+    ReLU), average to 2x2, and end in an MLP. For features `(N, C, H, W)`:
 
     - `"original"` (DGL's own): C channels; three linear layers 4C to 4C with bias and batch norm, then one to classes.
     - `"compact"` (the head behind the papers' CIFAR tables, AugLocal's code): C channels; two linear layers 4C to 4C
       without bias; 9,962 parameters at C = 16 and 10 classes.
     - `"wide"` (MAN++'s): the map is averaged to 8x8 and later to 1x1; 128 channels, then 512 features, three layers;
       635,146 parameters at C = 16 and 10 classes.
+    - `"light"` (no paper's; for wide features, where the MLPs above would outweigh the network): 1x1 to C/4, 3x3 with
+      stride 2, each with batch norm and ReLU, the mean over space, one linear layer.
 
     Tokens `(N, L, D)` are laid on the grid of patches, without class tokens.
 
@@ -119,5 +127,5 @@ def dgl(num_classes: int, head: Head = "compact") -> Callable[[Site], nn.Module]
     `networks/auxiliary_nets.py`.
     """
     check_num_classes(num_classes)
-    check_choice("head", head, ("original", "compact", "wide"))
+    check_choice("head", head, ("original", "compact", "wide", "light"))
     return lambda site: DGL(site, num_classes, head)

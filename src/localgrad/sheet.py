@@ -1,0 +1,181 @@
+"""The plan of a model on paper: one table, one JSON and one picture of memory against K."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from localgrad.blocks import Objective
+from localgrad.build import MOMENTA, OBJECTIVES, build_model
+from localgrad.config import ModelConfig, closest
+from localgrad.errors import LocalGradError
+from localgrad.objectives.dgl import dgl
+from localgrad.objectives.infopro import infopro
+from localgrad.planning import PlanRow, plan
+
+UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """Rows of a plan under one choice of momentum."""
+
+    label: str
+    rows: list[PlanRow]
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a size such as `8GiB`, `500MB` or `1.5 gib`.
+
+    Raises:
+        LocalGradError: it is no positive size with a unit.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*", text)
+    unit = found and UNITS.get(found[2].lower())
+    if not found or not unit or float(found[1]) <= 0:
+        raise LocalGradError(f"budget is {text!r}: give a size with its unit, such as 8GiB or 500MB")
+    return round(float(found[1]) * unit)
+
+
+def plan_model(
+    name: str,
+    *,
+    depth: int,
+    num_classes: int,
+    batch_size: int,
+    image_size: int,
+    objective: str,
+    momentum: str,
+    budget: int | None,
+    num_blocks: Sequence[int] | None,
+) -> list[Sheet]:
+    """Plan a model by name without momentum and, if one is given, with it, kept and recomputed.
+
+    Raises:
+        LocalGradError: an argument is out of range, a name is unknown, or nothing fits the budget.
+    """
+    sizes = {"batch_size": batch_size, "image_size": image_size, "num_classes": num_classes}
+    wrong = [f"{key} is {value}" for key, value in sizes.items() if value < (2 if key == "num_classes" else 1)]
+    for kind, given, known in (("objective", objective, OBJECTIVES), ("momentum", momentum, {"none": 0, **MOMENTA})):
+        if given not in known:
+            wrong.append(f"{kind} is {given!r}{closest(given, list(known))}; it is one of {', '.join(known)}")
+    if wrong:
+        raise LocalGradError("; ".join(wrong) + ": sizes must be at least 1, classes at least 2")
+    model = build_model(ModelConfig(name=name, depth=depth), num_classes)
+    example = torch.empty(batch_size, 3, image_size, image_size, device="meta")
+    factory = _objective(objective, num_classes, large=image_size > 96)
+    choices = {"no momentum": None}
+    if momentum != "none":
+        choices[momentum] = MOMENTA[momentum]()
+        choices[f"{momentum}, recomputed"] = MOMENTA[momentum](recompute=True)
+    # the budget is checked over all sheets, so that one that fits is enough
+    sheets = [
+        Sheet(label, plan(model, example, objective=factory, momentum=choice, num_blocks=num_blocks))
+        for label, choice in choices.items()
+    ]
+    least = min(row.peak for sheet in sheets for row in sheet.rows)
+    if budget is not None and least > budget:
+        plan(model, example, objective=factory, num_blocks=num_blocks, budget=min(budget, least - 1))
+    return [
+        Sheet(
+            sheet.label,
+            [PlanRow(**{**asdict(row), "fits": budget is None or row.peak <= budget}) for row in sheet.rows],
+        )
+        for sheet in sheets
+    ]
+
+
+def _objective(name: str, num_classes: int, *, large: bool) -> Objective:
+    """The objective with its defaults; with the heads for wide features where images are large."""
+    if name == "dgl":
+        return dgl(num_classes, head="light" if large else "compact")
+    if name == "infopro":
+        half = (0.5, 0.5, 0.5)
+        return infopro(num_classes, half, half, task=(0.5, 0.5), head="imagenet" if large else "1c2f")
+    return OBJECTIVES[name](num_classes)
+
+
+def show_sheets(title: str, sheets: Sequence[Sheet], budget: int | None) -> None:
+    """Print GiB by number of blocks, kept and checkpointed, and the cuts of the rows to choose from."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{title}: peak GiB of a step, activations kept | units checkpointed", title_justify="left")
+    table.add_column("blocks", justify="right")
+    for sheet in sheets:
+        table.add_column(sheet.label, justify="right")
+    counts = sorted({row.num_blocks for sheet in sheets for row in sheet.rows})
+    for count in counts:
+        cells = []
+        for number, sheet in enumerate(sheets):
+            rows = [row for row in sheet.rows if row.num_blocks == count and (count > 1 or number == 0)]
+            cells.append(" | ".join(f"{row.peak / 2**30:.2f}{'*' if budget and row.fits else ''}" for row in rows))
+        table.add_row("end-to-end" if count == 1 else str(count), *cells)
+    console = Console()
+    console.print(table)
+    if budget:
+        console.print(f"* fits {budget / 2**30:.2f} GiB")
+    for heading, (label, row) in _choices(sheets).items():
+        how = "end-to-end" if row.num_blocks == 1 else f"{row.num_blocks} blocks, {label}"
+        console.print(f"{heading}: {how}{', units checkpointed' if row.recompute else ''}: {row.peak / 2**30:.2f} GiB")
+        if row.cuts:
+            console.print(f"  cuts {' '.join(row.cuts)}", soft_wrap=True)
+
+
+def _choices(sheets: Sequence[Sheet]) -> dict[str, tuple[str, PlanRow]]:
+    """For each choice of momentum the row of fewest blocks that fits, activations kept before checkpointed."""
+    choices = {}
+    for sheet in sheets:
+        fitting = [row for row in sheet.rows if row.fits and row.num_blocks > 1]
+        if fitting:
+            best = min(fitting, key=lambda row: (row.recompute, row.num_blocks))
+            choices[f"fewest blocks that fit, {sheet.label}"] = (sheet.label, best)
+    least = min(((sheet.label, row) for sheet in sheets for row in sheet.rows), key=lambda choice: choice[1].peak)
+    return {**choices, "least memory": least}
+
+
+def write_sheets(folder: Path, title: str, sheets: Sequence[Sheet], budget: int | None) -> None:
+    """Write `plan.json` and `plan.png` into the folder.
+
+    Raises:
+        LocalGradError: the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = [{"training": sheet.label, **asdict(row)} for sheet in sheets for row in sheet.rows]
+        text = json.dumps({"title": title, "budget": budget, "rows": rows}, indent=1) + "\n"
+        (folder / "plan.json").write_text(text)
+        _plot(folder / "plan.png", title, sheets, budget)
+    except OSError as error:
+        raise LocalGradError(
+            f"{folder} cannot be written ({error.strerror or error}); give another --output"
+        ) from error
+
+
+def _plot(path: Path, title: str, sheets: Sequence[Sheet], budget: int | None) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
+    for sheet, color in zip(sheets, ("C0", "C1", "C2"), strict=False):
+        for recompute, style in ((False, "o-"), (True, "s--")):
+            rows = [row for row in sheet.rows if row.recompute == recompute]
+            label = f"{sheet.label}{', units checkpointed' if recompute else ''}"
+            axes.plot([r.num_blocks for r in rows], [r.peak / 2**30 for r in rows], style, color=color, label=label)
+    if budget:
+        axes.axhline(budget / 2**30, color="0.5", linewidth=1)
+        axes.annotate("budget", (1, budget / 2**30), xytext=(0, 3), textcoords="offset points", color="0.4")
+    axes.set_xscale("log", base=2)
+    counts = sorted({row.num_blocks for sheet in sheets for row in sheet.rows})
+    axes.set_xticks(counts, [str(count) for count in counts])
+    axes.set_ylim(bottom=0)
+    axes.set(xlabel="blocks (1 is end-to-end)", ylabel="peak of a step (GiB)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize="small")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
