@@ -7,7 +7,7 @@ from functools import cached_property
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from localgrad.blocks import Objective, build_auxiliary
 from localgrad.errors import LocalGradError
@@ -230,12 +230,21 @@ def profile(
     on_meta = [replace(unit, module=to_meta(unit.module)) for unit in found]
     features, profiles = inputs, []
     ends: list[list[EndProfile]] = [[], [], []]
+    known: dict[object, UnitProfile] = {}
+    known_ends: dict[object, list[EndProfile]] = {}
     for position, unit in enumerate(on_meta):
-        profiles.append(_profile_unit(unit.module, features, recompute))
+        key = (features.shape, _signature(unit.module))
+        if key not in known:
+            known[key] = _profile_unit(unit.module, features, recompute)
+        profiles.append(known[key])
         with torch.no_grad():
             features = unit.module(features)
         following = on_meta[position + 1 : -1] or on_meta[position + 1 :]
-        for role, end in enumerate(_profile_ends(unit, following, features, targets, inputs, objective, momentum)):
+        depth = 1 if momentum is None or not following else getattr(momentum(following), "depth", 1)
+        end_key = (features.shape, unit.channel_dim, *(_signature(after.module) for after in following[:depth]))
+        if end_key not in known_ends:
+            known_ends[end_key] = _profile_ends(unit, following, features, targets, inputs, objective, momentum)
+        for role, end in enumerate(known_ends[end_key]):
             ends[role].append(end)
     first, middle, last = map(tuple, ends)
     return Profile(tuple(profiles), (first, middle, last), inputs.nbytes + targets.nbytes)
@@ -318,11 +327,30 @@ def _obstacle(budget: int, rows: Sequence[PlanRow], found: Sequence[Unit], profi
     weights = sum(unit.lasting + unit.gradients for unit in profiled.units)
     worst = max(range(len(found)), key=lambda position: profiled.units[position].backward)
     return (
-        f"budget is {budget / 2**30:.2f} GiB, and {batch} samples a step take at least {least.peak / 2**30:.2f} GiB "
-        f"({least.num_blocks} blocks{', recomputed' if least.recompute else ''}): {weights / 2**30:.2f} GiB are "
+        f"budget is {_readable(budget)}, and {batch} samples a step take at least {_readable(least.peak)} "
+        f"({least.num_blocks} blocks{', recomputed' if least.recompute else ''}): {_readable(weights)} are "
         f"weights, gradients and optimizer state, and the unit {found[worst].name!r} alone needs "
-        f"{profiled.units[worst].backward / 2**30:.2f} GiB; give {least.peak / 2**30:.2f} GiB or a smaller batch"
+        f"{_readable(profiled.units[worst].backward)}; give {_readable(least.peak)} or a smaller batch"
     )
+
+
+def _readable(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def _signature(module: nn.Module) -> tuple[object, ...]:
+    """What the memory behaviour of a module depends on: types, settings and shapes; equal modules are profiled once."""
+    parts: list[object] = []
+    for name, layer in module.named_modules():
+        settings = [
+            (key, repr(value))
+            for key, value in sorted(vars(layer).items())
+            if isinstance(value, int | str | list | tuple | type(None)) and not key.startswith("_")
+        ]
+        tensors = [(key, tensor.shape, tensor.requires_grad) for key, tensor in layer.named_parameters(recurse=False)]
+        code = layer.code if isinstance(layer, fx.GraphModule) else ""
+        parts.append((name, type(layer), tuple(settings), tuple(tensors), code))
+    return tuple(parts)
 
 
 def _profile_unit(module: nn.Module, features: Tensor, recompute: bool) -> UnitProfile:

@@ -172,7 +172,9 @@ def _plot(path: Path, title: str, sheets: Sequence[Sheet], budget: int | None) -
         axes.annotate("budget", (1, budget / 2**30), xytext=(0, 3), textcoords="offset points", color="0.4")
     axes.set_xscale("log", base=2)
     counts = sorted({row.num_blocks for sheet in sheets for row in sheet.rows})
-    axes.set_xticks(counts, [str(count) for count in counts])
+    apart = [count for count in counts[:-1] if 1.2 * count < counts[-1]] + counts[-1:]
+    axes.set_xticks(apart, [str(count) for count in apart])
+    axes.minorticks_off()
     axes.set_ylim(bottom=0)
     axes.set(xlabel="blocks (1 is end-to-end)", ylabel="peak of a step (GiB)", title=title)
     axes.grid(alpha=0.3)
