@@ -1,5 +1,6 @@
 """The README's code runs as it stands, and the package keeps its promises about names and imports."""
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -49,3 +50,15 @@ def test_every_command_of_the_readme_exists(word: str) -> None:
 
     assert f"localgrad {word}" in README
     assert word in COMMANDS
+
+
+def test_the_figures_of_the_readme_are_those_of_the_results() -> None:
+    path = Path(__file__).parents[1] / "benchmarks" / "readme.py"
+    spec = importlib.util.spec_from_file_location("readme", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.filled(README) == README
+    assert module.filled(README.replace("15.56", "14.56")) == README
+    assert "15.56" in README

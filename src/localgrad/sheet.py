@@ -11,6 +11,7 @@ import torch
 from localgrad.blocks import Objective
 from localgrad.build import MOMENTA, OBJECTIVES, build_model
 from localgrad.config import ModelConfig, closest
+from localgrad.devices import provenance
 from localgrad.errors import LocalGradError
 from localgrad.objectives.dgl import dgl
 from localgrad.objectives.infopro import infopro
@@ -118,23 +119,23 @@ def show_sheets(title: str, sheets: Sequence[Sheet], budget: int | None) -> None
     console.print(table)
     if budget:
         console.print(f"* fits {budget / 2**30:.2f} GiB")
-    for heading, (label, row) in _choices(sheets).items():
-        how = "end-to-end" if row.num_blocks == 1 else f"{row.num_blocks} blocks, {label}"
-        console.print(f"{heading}: {how}{', units checkpointed' if row.recompute else ''}: {row.peak / 2**30:.2f} GiB")
-        if row.cuts:
-            console.print(f"  cuts {' '.join(row.cuts)}", soft_wrap=True)
+    for heading, row in _choices(sheets, budget).items():
+        how = f"{row.num_blocks} blocks{', units checkpointed' if row.recompute else ''}"
+        console.print(f"{heading}: {how}, {row.peak / 2**30:.2f} GiB")
+        console.print(f"  cuts {' '.join(row.cuts)}", soft_wrap=True)
 
 
-def _choices(sheets: Sequence[Sheet]) -> dict[str, tuple[str, PlanRow]]:
-    """For each choice of momentum the row of fewest blocks that fits, activations kept before checkpointed."""
+def _choices(sheets: Sequence[Sheet], budget: int | None) -> dict[str, PlanRow]:
+    """For each choice of momentum: the row of fewest blocks that fits, kept before checkpointed, or of least memory."""
     choices = {}
     for sheet in sheets:
-        fitting = [row for row in sheet.rows if row.fits and row.num_blocks > 1]
-        if fitting:
-            best = min(fitting, key=lambda row: (row.recompute, row.num_blocks))
-            choices[f"fewest blocks that fit, {sheet.label}"] = (sheet.label, best)
-    least = min(((sheet.label, row) for sheet in sheets for row in sheet.rows), key=lambda choice: choice[1].peak)
-    return {**choices, "least memory": least}
+        local = [row for row in sheet.rows if row.num_blocks > 1]
+        fitting = [row for row in local if row.fits]
+        if budget and fitting:
+            choices[f"fewest blocks that fit, {sheet.label}"] = min(fitting, key=lambda r: (r.recompute, r.num_blocks))
+        elif local:
+            choices[f"least memory, {sheet.label}"] = min(local, key=lambda row: row.peak)
+    return choices
 
 
 def write_sheets(folder: Path, title: str, sheets: Sequence[Sheet], budget: int | None) -> None:
@@ -146,7 +147,10 @@ def write_sheets(folder: Path, title: str, sheets: Sequence[Sheet], budget: int 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         rows = [{"training": sheet.label, **asdict(row)} for sheet in sheets for row in sheet.rows]
-        text = json.dumps({"title": title, "budget": budget, "rows": rows}, indent=1) + "\n"
+        text = (
+            json.dumps({"title": title, "budget": budget, "rows": rows, **provenance(torch.device("cpu"))}, indent=1)
+            + "\n"
+        )
         (folder / "plan.json").write_text(text)
         _plot(folder / "plan.png", title, sheets, budget)
     except OSError as error:

@@ -1,0 +1,46 @@
+"""Write the README's figures from the files in `results/`; a test fails where they disagree.
+
+python benchmarks/readme.py
+"""
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def plan_table(path: Path) -> str:
+    """The peaks of `plan.json` as a Markdown table."""
+    rows = json.loads(path.read_text())["rows"]
+    labels = list(dict.fromkeys(row["training"] for row in rows))
+    titles = {"no momentum": "DGL", "man": "DGL+MAN", "man, recomputed": "DGL+MAN, recomputed"}
+    lines = [
+        f"| blocks | {' | '.join(f'{titles[label]} | checkpointed' for label in labels)} |",
+        f"|{'--:|' * (1 + 2 * len(labels))}",
+    ]
+    for count in sorted({row["num_blocks"] for row in rows}):
+        cells = [
+            f"{row['peak'] / 2**30:.2f}" if count > 1 or label == labels[0] else ""
+            for label in labels
+            for row in sorted(rows, key=lambda row: row["recompute"])
+            if row["training"] == label and row["num_blocks"] == count
+        ]
+        lines.append(f"| {'end-to-end' if count == 1 else count} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+TABLES = {"plan": lambda: plan_table(ROOT / "results" / "plan-resnet101" / "plan.json")}
+
+
+def filled(text: str) -> str:
+    """The README with every table between its two marks written anew."""
+    for name, table in TABLES.items():
+        marks = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
+        text = re.sub(f"{marks[0]}.*?{marks[1]}", lambda _, m=marks, t=table: m[0] + t() + m[1], text, flags=re.DOTALL)
+    return text
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(filled(readme.read_text()))
