@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
+import torchvision
 from cases import IMAGE, MODELS, MOMENTA, NUM_CLASSES, OBJECTIVES, batch
 from torch import nn
 
 import localgrad
 from localgrad import LocalGradError, Site, split
+from localgrad.memory import step_peak
 from localgrad.models import cifar_resnet
 
 EXAMPLE = torch.empty(2, 3, IMAGE, IMAGE)
@@ -162,6 +164,9 @@ def test_an_objective_of_ones_own_is_a_function_of_the_site() -> None:
         ({"num_blocks": 0}, r"num_blocks is 0"),
         ({"num_blocks": 2, "balance": "luck"}, r"balance is 'luck': it is 'memory', 'compute' or 'count'"),
         ({"cuts": ["layer1"], "objective": None}, r"objective is None with 2 blocks"),
+        ({"cuts": ["layer1"], "objective": nn.CrossEntropyLoss()}, r"objective is CrossEntropyLoss.*must be a factory"),
+        ({"cuts": ["layer1"], "momentum": 0.995}, r"momentum is 0.995: it must be a factory, such as localgrad.man"),
+        ({"cuts": ["layer1"], "objective": lambda site: None}, r"objective gave NoneType for block 0"),
     ],
 )
 def test_a_wrong_split_is_refused(arguments: dict, message: str) -> None:
@@ -202,3 +207,25 @@ class _Wrapped(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         return self.layers(features)
+
+
+def test_an_objective_that_writes_into_its_features_is_refused() -> None:
+    class InPlace(nn.Module):
+        def forward(self, features: torch.Tensor, targets: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+            return features.relu_().square().mean()
+
+    blocks = split(cifar_resnet(8), EXAMPLE, cuts=["layer1"], objective=lambda site: InPlace())
+    inputs, targets = batch()
+    with pytest.raises(LocalGradError, match=r"objective of block conv1\.\.layer1\.0 changes its features in place"):
+        blocks[0](inputs, targets, inputs)
+
+
+def test_of_equal_memory_the_smaller_auxiliary_networks_are_chosen() -> None:
+    """In ResNet-18 the stem sets the largest block; copies of layer4 would outweigh what cutting saves."""
+    model, objective, momentum = torchvision.models.resnet18(num_classes=10), localgrad.dgl(10), localgrad.man()
+    blocks = split(model, torch.empty(2, 3, 64, 64), num_blocks=4, objective=objective, momentum=momentum)
+    example = torch.empty(32, 3, 64, 64, device="meta")
+    cuts = [block.names[-1] for block in blocks[:-1]]
+    assert step_peak(model.to("meta"), example, cuts, objective, momentum) < 0.9 * step_peak(
+        model.to("meta"), example, [], None, None
+    )

@@ -21,8 +21,11 @@ from PIL import Image
 from torch import Tensor
 
 from localgrad import data
-from localgrad.data import DataConfig, Images, ImageSet, ImageStream, balanced, crop_and_flip, load
+from localgrad.data import DataConfig
 from localgrad.errors import LocalGradError
+from localgrad.images import Images, ImageSet, ImageStream, crop_and_flip
+from localgrad.sources import balanced
+from localgrad.sources import load_images as load
 
 # Linux starts the loader's workers by fork; newer Pythons warn since pyarrow has threads, which the workers do not use.
 fork = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")

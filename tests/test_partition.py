@@ -60,3 +60,12 @@ def test_a_number_of_blocks_out_of_range_is_refused(num_blocks: int) -> None:
         cut_by_cost([1, 2, 3, 4], num_blocks)
     with pytest.raises(LocalGradError, match="1 to 4 blocks"):
         cut_evenly(4, num_blocks)
+
+
+def test_of_equal_peaks_the_lightest_cuts_are_taken() -> None:
+    costs, weights = [10, 1, 1, 1, 1], [9, 5, 1, 7, 0]
+    best = min(
+        (max(cost_of_blocks(costs, [0] * 5, cuts)), sum(weights[cut] for cut in cuts), cuts)
+        for cuts in itertools.combinations(range(4), 2)
+    )
+    assert cut_by_cost(costs, 3, weights=weights) == list(best[2]) == [0, 2]

@@ -156,3 +156,14 @@ def test_recomputed_units_give_the_same_weights_and_statistics() -> None:
         states.append(model.state_dict())
     assert all(map(torch.equal, states[0].values(), states[1].values()))
     assert states[1]["0.bn1.num_batches_tracked"] == 5
+
+
+def test_training_after_model_eval_is_refused_until_the_blocks_train_again() -> None:
+    model = cifar_resnet(8, NUM_CLASSES)
+    blocks = split(model, EXAMPLE, cuts=["layer1"], objective=localgrad.dgl(NUM_CLASSES))
+    model.eval()
+    with pytest.raises(LocalGradError, match=r"block conv1\.\.layer1\.0 is in evaluation mode.*block\.train\(\)"):
+        local_step(blocks, optimizers_of(blocks), *batch())
+    for block in blocks:
+        block.train()
+    local_step(blocks, optimizers_of(blocks), *batch())

@@ -25,6 +25,7 @@ from localgrad.errors import LocalGradError
 from localgrad.models import cifar_resnet
 from localgrad.runs import RunFolder
 from localgrad.schedule import learning_rate
+from localgrad.sources import load_images
 from localgrad.trainer import fit
 
 LOCAL = TrainConfig(
@@ -129,7 +130,7 @@ def test_weights_are_under_the_models_own_names(straight: Path) -> None:
 def test_the_last_weights_give_the_error_that_is_reported(straight: Path) -> None:
     model = cifar_resnet(8)
     model.load_state_dict(_weights(straight))
-    _, test = data.load(LOCAL.data)
+    _, test = load_images(LOCAL.data)
     (inputs, targets), *_ = list(test.batches(len(test), train=False))
     wrong = (model.eval()(inputs).argmax(1) != targets).float().mean()
     assert _metrics(straight)[-1]["test_error"] == pytest.approx(100 * float(wrong))
@@ -156,7 +157,7 @@ def test_end_to_end_is_an_ordinary_training_loop(tmp_path: Path) -> None:
     fit(replace(END_TO_END, channels_last=False), tmp_path / "run", quiet=True)
     torch.manual_seed(0)
     model = cifar_resnet(8, num_classes=10)
-    train, _ = data.load(LOCAL.data)
+    train, _ = load_images(LOCAL.data)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4, fused=True)
     for epoch in (1, 2):
         optimizer.param_groups[0]["lr"] = learning_rate(epoch, epochs=2, peak=0.1, warmup_epochs=1)

@@ -302,3 +302,45 @@ def test_tracing_leaves_no_warning_and_no_change_behind() -> None:
         warnings.simplefilter("error")
         units(model, torch.empty(2, 3, 64, 64))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+class Stochastic(nn.Module):
+    """A forward pass with an operation that only training has, `what(features)`."""
+
+    def __init__(self, what) -> None:
+        super().__init__()
+        self.a, self.b, self.fc = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 10)
+        self.register_buffer("seen", torch.zeros(()))
+        self.what = what
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        features = self.a(inputs)
+        if self.training:
+            features = self.what(self, features)
+        return self.fc(torch.relu(self.b(features)).mean((2, 3)))
+
+
+def test_an_operation_that_only_training_has_is_kept() -> None:
+    model = Stochastic(lambda self, features: features + 0.1 * torch.randn_like(features))
+    found = units(model, torch.empty(4, 3, 16, 16))
+    assert [unit.name for unit in found] == ["a", "b", "fc"]
+    for unit in found:
+        unit.module.train()
+    inputs = torch.randn(4, 3, 16, 16)
+    torch.manual_seed(0)
+    expected = model.train()(inputs)
+    torch.manual_seed(0)
+    assert torch.equal(composed(found, inputs), expected)
+
+
+def _count(model: nn.Module, features: torch.Tensor) -> torch.Tensor:
+    model.seen += 1
+    return features
+
+
+@pytest.mark.parametrize("what", [_count, lambda self, features: features + torch.randn(1)], ids=["counter", "noise"])
+def test_what_tracing_would_freeze_is_refused_and_nothing_is_changed(what) -> None:
+    model = Stochastic(what)
+    with pytest.raises(LocalGradError, match=r"Stochastic, traced by torch.fx, does not compute.* in training"):
+        units(model, torch.empty(4, 3, 16, 16))
+    assert model.seen == 0

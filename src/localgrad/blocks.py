@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -70,6 +71,7 @@ class Block(nn.Module):
         self.recompute = recompute
         self.names = tuple(unit.name for unit in found)
         self._writes_input = found[0].writes_input
+        self._layers = [module for module in self.body.modules() if module._parameters]
 
     def forward(self, features: Tensor, targets: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Features before the block to features after it, and the block's loss.
@@ -89,7 +91,14 @@ class Block(nn.Module):
             features = recomputed(unit, features, unit) if self.recompute else unit(features)
         if self.objective is None:
             return features, self.criterion(features, targets)
-        return features, self.objective(self._mixed(features), targets, inputs)
+        version = features._version
+        loss = self.objective(self._mixed(features), targets, inputs)
+        if features._version != version:
+            raise LocalGradError(
+                f"the objective of block {self.names[0]}..{self.names[-1]} changes its features in place, and the next "
+                "block would get them changed: start it without inplace=True, or with features.clone()"
+            )
+        return features, loss
 
     def _mixed(self, features: Tensor) -> Tensor:
         return features if self.momentum is None else self.momentum(features)
@@ -97,6 +106,14 @@ class Block(nn.Module):
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The parameters to hand to this block's optimizer: all but frozen ones, so without the EMA branch."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def check_training(self) -> None:
+        """Refuse to train a body in evaluation mode, as `model.eval()` leaves it."""
+        if not any(module.training for module in self._layers):
+            raise LocalGradError(
+                f"block {self.names[0]}..{self.names[-1]} is in evaluation mode (after model.eval()?), so its norms "
+                "and dropout would not train: call block.train() for every block before the next step"
+            )
 
     def update_momentum(self) -> None:
         """Move the EMA branch towards the next block's first unit; nothing where there is none."""
@@ -154,7 +171,8 @@ def split(
 
     Block j minimises `L_j = objective(momentum(h_j), y, x)` with `h_j = body_j(stop_gradient(h_{j-1}))`, the last
     `criterion(model(x), y)`. The model is trained in place: the blocks hold its own modules, its `state_dict` keeps
-    its keys, and there is nothing to unwrap.
+    its keys, and there is nothing to unwrap. Move the model to its device and dtype first; copy or pickle the list of
+    blocks as a whole, since each momentum reads the next block.
 
     Args:
         model: any classification model with one tensor in and one out (see `units`).
@@ -163,7 +181,8 @@ def split(
             an empty list leaves one block, which is end-to-end training.
         num_blocks: K, instead of `cuts`.
         balance: what the K blocks share evenly: `"memory"` (activation bytes kept for the backward pass, auxiliary
-            network included), `"compute"` (floating-point operations, likewise) or `"count"` (units).
+            network included), `"compute"` (floating-point operations, likewise) or `"count"` (units). Of equal choices
+            the one with the smallest auxiliary networks is taken. For the smallest peak of a given batch see `plan`.
         objective: the local objective, such as `dgl(num_classes=10)`. Needed for more than one block.
         momentum: `man(...)`, `manpp(...)` or None.
         criterion: loss of the model's output and the targets, for the last block.
@@ -186,6 +205,9 @@ def split(
             f"cuts is {cuts!r} and num_blocks is {num_blocks!r}: give one of them, "
             'such as cuts=["layer1", "layer2"] or num_blocks=4'
         )
+    for name, given, example_of in (("objective", objective, "dgl(num_classes=10)"), ("momentum", momentum, "man()")):
+        if given is not None and (not callable(given) or isinstance(given, nn.Module)):
+            raise LocalGradError(f"{name} is {given!r}: it must be a factory, such as localgrad.{example_of}, or None")
     if isinstance(cuts, str):
         raise LocalGradError(f"cuts is the text {cuts!r}: give a list of names, [{cuts!r}]")
     found = units(model, example, names)
@@ -198,7 +220,8 @@ def split(
             f"objective is None with {len(ends) + 1} blocks: every block but the last needs a local objective, "
             "such as localgrad.dgl(num_classes=10)"
         )
-    runs = [found[start:stop] for start, stop in zip([0, *(e + 1 for e in ends)], [*(e + 1 for e in ends), len(found)])]  # noqa: B905
+    edges = [0, *(end + 1 for end in ends), len(found)]
+    runs = [found[start:stop] for start, stop in pairwise(edges)]
     _check_no_sharing(model, runs)
     blocks = []
     for index, run in enumerate(runs[:-1]):
@@ -246,9 +269,10 @@ def choose_cuts(
     from localgrad.memory import unit_costs
 
     costs = unit_costs(found, example, objective, momentum, num_blocks)
+    weights = [cost.end_parameters for cost in costs]
     if balance == "memory":
-        return cut_by_cost([c.activations for c in costs], num_blocks, [c.end_activations for c in costs])
-    return cut_by_cost([c.flops for c in costs], num_blocks, [c.end_flops for c in costs])
+        return cut_by_cost([c.activations for c in costs], num_blocks, [c.end_activations for c in costs], weights)
+    return cut_by_cost([c.flops for c in costs], num_blocks, [c.end_flops for c in costs], weights)
 
 
 def build_auxiliary(
@@ -267,6 +291,11 @@ def build_auxiliary(
         seen = last if branches is None else following[branches.depth - 1]
         site = Site(seen.features, seen.channel_dim, example.shape, index, num_blocks)
         head = objective(site)
+    if not isinstance(head, nn.Module):
+        raise LocalGradError(
+            f"objective gave {type(head).__name__} for block {index}: a factory takes a Site and returns an nn.Module "
+            "with forward(features, targets, inputs) -> loss"
+        )
     return branches, head.to(like.device, like.dtype)
 
 

@@ -1,9 +1,10 @@
 """The command line: `localgrad COMMAND ...`, one function a command."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -101,6 +102,8 @@ def train(arguments: Sequence[str]) -> int:
     given = Path(name)
     is_folder = (given / "config.json").exists()
     default = RunFolder(given).config() if is_folder else recipe(name).config
+    if any(flag.partition("=")[0] == "--num-blocks" for flag in flags) and "--cuts" not in flags:
+        default = replace(default, cuts=None)  # a number of blocks stands instead of the recipe's cuts
 
     @dataclass(frozen=True)
     class Train:
@@ -149,7 +152,9 @@ def evaluate(arguments: Sequence[str]) -> int:
         run_folder: tyro.conf.Positional[Path]
         """Folder of a finished run."""
         data: str | None = None
-        """Other images to test on: a hub name or a folder; those of the run unless given."""
+        """Other images to test on, all of them: a hub name or a folder; those of the run unless given."""
+        test_split: str | None = None
+        """Split to test on; that of the run unless given."""
         local_heads: bool = False
         """Test each block's own head too."""
         accelerator: str = "auto"
@@ -159,7 +164,11 @@ def evaluate(arguments: Sequence[str]) -> int:
     from localgrad.evaluation import evaluate as evaluate_run
 
     found = evaluate_run(
-        options.run_folder, data=options.data, local_heads=options.local_heads, accelerator=options.accelerator
+        options.run_folder,
+        data=options.data,
+        test_split=options.test_split,
+        local_heads=options.local_heads,
+        accelerator=options.accelerator,
     )
     print(f"test error {found.test_error:.2f}% on {found.images:,} images")
     for number, error in enumerate(found.local_errors or (), start=1):
@@ -236,7 +245,7 @@ def units(arguments: Sequence[str]) -> int:
     options = _parse(Units, arguments, "localgrad units", UNITS_HELP)
     from localgrad.inspection import inspect_model, show_units
 
-    size = options.image_size or (32 if options.model == "cifar_resnet" else 224)
+    size = (32 if options.model == "cifar_resnet" else 224) if options.image_size is None else options.image_size
     found, costs = inspect_model(options.model, depth=options.depth, image_size=size, batch_size=options.batch_size)
     show_units(options.model, found, costs, options.batch_size)
     return 0
@@ -273,12 +282,12 @@ def plan(arguments: Sequence[str]) -> int:
     from localgrad.sheet import parse_bytes, plan_model, show_sheets, write_sheets
 
     small = options.model == "cifar_resnet"
-    size = options.image_size or (32 if small else 224)
+    size = (32 if small else 224) if options.image_size is None else options.image_size
     budget = None if options.budget is None else parse_bytes(options.budget)
     sheets = plan_model(
         options.model,
         depth=options.depth,
-        num_classes=options.num_classes or (10 if small else 1000),
+        num_classes=(10 if small else 1000) if options.num_classes is None else options.num_classes,
         batch_size=options.batch_size,
         image_size=size,
         objective=options.objective,
@@ -346,3 +355,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("localgrad: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of the output has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141

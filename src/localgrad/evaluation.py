@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from localgrad import data as image_data
 from localgrad.blocks import Block
 from localgrad.config import TrainConfig
+from localgrad.data import DataConfig
+from localgrad.images import ImageSet
 from localgrad.runs import RunFolder, load_state
+from localgrad.sources import load_images
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Evaluation:
 
 @torch.no_grad()
 def error_rates(
-    fabric: Any, config: TrainConfig, model: nn.Module, blocks: Sequence[Block], images: image_data.ImageSet
+    fabric: Any, config: TrainConfig, model: nn.Module, blocks: Sequence[Block], images: ImageSet
 ) -> tuple[float, list[float | None] | None]:
     """Top-1 error in percent, in eval mode, of the model's own forward and, if the config asks, of each block's head.
 
@@ -77,14 +79,27 @@ def _count_wrong(scores: Tensor, targets: Tensor) -> Tensor:
     return (scores.argmax(1) != targets).sum()
 
 
+def _test_only(config: DataConfig, source: str | None, split: str | None) -> DataConfig:
+    """The config with its test split in both places, so that no other is needed."""
+    split = split or config.test_split
+    config = replace(config, train_limit=1, test_split=split, train_split=split if config.on_disk else "train")
+    return config if source is None else replace(config, source=source, train_split=split, test_limit=None)
+
+
 def evaluate(
-    run_dir: str | Path, *, data: str | None = None, local_heads: bool = False, accelerator: str = "auto"
+    run_dir: str | Path,
+    *,
+    data: str | None = None,
+    test_split: str | None = None,
+    local_heads: bool = False,
+    accelerator: str = "auto",
 ) -> Evaluation:
     """Evaluates the weights that a finished run left in its folder.
 
     Args:
         run_dir: the run folder.
-        data: other images, a hub name or a folder; None for those the run was trained with.
+        data: other images, a hub name or a folder, all of them; None for those the run was tested on.
+        test_split: another split to test on; only this one is read.
         local_heads: evaluate each block's own head too, from the checkpoint.
         accelerator: `auto`, `cpu`, `cuda` or `mps`.
 
@@ -104,10 +119,10 @@ def evaluate(
         accelerator=accelerator,
         devices=1,
         local_heads=local_heads,
-        data=config.data if data is None else replace(config.data, source=data),
+        data=_test_only(config.data, data, test_split),
     )
     fabric = make_fabric(config)
-    _, test = image_data.load(replace(config.data, train_limit=1))
+    _, test = load_images(config.data)
     model = build_model(config.model, test.num_classes)
     blocks = build_blocks(config, model, test.num_classes) if local_heads else []
     folder.load_model(model)

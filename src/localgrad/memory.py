@@ -19,6 +19,7 @@ from localgrad.step import local_gradients
 from localgrad.units import Unit
 
 Result = TypeVar("Result")
+NOWHERE = (float("inf"), float("inf"), float("inf"))
 
 
 class PeakMemory(TorchDispatchMode):
@@ -94,6 +95,7 @@ class UnitCost:
         end_activations: bytes kept by the momentum auxiliary network and the objective of a block that ends here;
             infinite where they cannot sit, or at the last unit.
         end_flops: floating-point operations of their forward pass, likewise.
+        end_parameters: number of elements of their parameters, likewise.
     """
 
     name: str
@@ -102,6 +104,7 @@ class UnitCost:
     flops: float
     end_activations: float
     end_flops: float
+    end_parameters: float
 
 
 def unit_costs(
@@ -127,10 +130,10 @@ def unit_costs(
     costs = []
     for position, unit in enumerate(on_meta):
         result, kept, flops = _forward_cost(unit.module, features)
-        end: tuple[float, float] = (float("inf"), float("inf"))
+        end: tuple[float, float, float] = NOWHERE
         following = on_meta[position + 1 : -1] or on_meta[position + 1 :]
         if objective is None:
-            end = (0.0, 0.0)
+            end = (0.0, 0.0, 0.0)
         elif following:
             end = _end_cost(unit, following, result, targets, inputs, objective, momentum, num_blocks)
         parameters = sum(parameter.numel() for parameter in unit.module.parameters())
@@ -148,14 +151,15 @@ def _end_cost(
     objective: Objective,
     momentum: Momentum | None,
     num_blocks: int,
-) -> tuple[float, float]:
+) -> tuple[float, float, float]:
     try:
         branches, head = build_auxiliary(unit, following, inputs, 0, num_blocks, objective, momentum)
     except LocalGradError:
-        return float("inf"), float("inf")
+        return NOWHERE
     mixed, kept, flops = (features, 0, 0) if branches is None else _forward_cost(branches, features)
     _, head_kept, head_flops = _forward_cost(head, mixed, targets, inputs)
-    return kept + head_kept, flops + head_flops
+    parameters = sum(p.numel() for module in (branches, head) if module is not None for p in module.parameters())
+    return kept + head_kept, flops + head_flops, parameters
 
 
 def to_meta(module: nn.Module) -> nn.Module:

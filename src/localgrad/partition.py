@@ -30,7 +30,12 @@ def cut_evenly(num_units: int, num_blocks: int) -> list[int]:
     return [num_units * block // num_blocks - 1 for block in range(1, num_blocks)]
 
 
-def cut_by_cost(costs: Sequence[float], num_blocks: int, ends: Sequence[float] | None = None) -> list[int]:
+def cut_by_cost(
+    costs: Sequence[float],
+    num_blocks: int,
+    ends: Sequence[float] | None = None,
+    weights: Sequence[float] | None = None,
+) -> list[int]:
     """Cut so that the most expensive block costs as little as any choice of cuts allows.
 
     A block costs the sum of its units, and what its auxiliary network costs at its last unit:
@@ -40,6 +45,8 @@ def cut_by_cost(costs: Sequence[float], num_blocks: int, ends: Sequence[float] |
         costs: cost of each unit, in any unit of measure, not negative.
         num_blocks: K, from 1 to `len(costs)`.
         ends: what it costs to end a block after each unit; zero if not given.
+        weights: of choices with the same most expensive block, the one with the smallest sum of these at its cuts is
+            taken; zero if not given.
 
     Returns:
         The K - 1 indices of the units after which to cut, ascending.
@@ -50,25 +57,32 @@ def cut_by_cost(costs: Sequence[float], num_blocks: int, ends: Sequence[float] |
     sums = [0.0]
     for cost in costs:
         sums.append(sums[-1] + cost)
-    extra = [*(ends if ends is not None else [0.0] * len(costs))]
+    nothing = [0.0] * len(costs)
+    extra, tie = ends or nothing, weights or nothing
     last = len(costs) - 1
 
     def cost_of(start: int, stop: int) -> float:
         return sums[stop + 1] - sums[start] + (extra[stop] if stop < last else 0.0)
 
-    return cut_by_peak(cost_of, len(costs), num_blocks)
+    return cut_by_peak(cost_of, len(costs), num_blocks, lambda _, stop: tie[stop] if stop < last else 0.0)
 
 
-def cut_by_peak(cost_of: Callable[[int, int], float], num_units: int, num_blocks: int) -> list[int]:
+def cut_by_peak(
+    cost_of: Callable[[int, int], float],
+    num_units: int,
+    num_blocks: int,
+    tie_of: Callable[[int, int], float] = lambda start, stop: 0.0,
+) -> list[int]:
     """Cut so that the largest `cost_of(first unit, last unit)` over all blocks is as small as possible.
 
-    Exact, by dynamic programming over (number of blocks, last unit); of equal peaks the one with the smaller sum of
-    block costs is taken. Time: O(K n^2) for n units.
+    Exact, by dynamic programming over (number of blocks, last unit), once for the smallest peak and once for the
+    smallest sum of `tie_of` among the choices that reach it. Time: O(K n^2) for n units.
 
     Args:
         cost_of: cost of a block from its first to its last unit, both included.
         num_units: n.
         num_blocks: K, from 1 to n.
+        tie_of: what decides between choices of the same peak, likewise.
 
     Returns:
         The K - 1 indices of the units after which to cut, ascending.
@@ -77,18 +91,26 @@ def cut_by_peak(cost_of: Callable[[int, int], float], num_units: int, num_blocks
         LocalGradError: K is out of range.
     """
     check_num_blocks(num_blocks, num_units)
-    best: list[tuple[float, float, tuple[int, ...]] | None]
-    best = [(cost_of(0, stop), cost_of(0, stop), ()) for stop in range(num_units)]
+    peak, _ = _chain(cost_of, max, num_units, num_blocks)
+    _, cuts = _chain(
+        lambda start, stop: tie_of(start, stop) if cost_of(start, stop) <= peak else float("inf"),
+        lambda total, cost: total + cost,
+        num_units,
+        num_blocks,
+    )
+    return list(cuts)
+
+
+def _chain(
+    cost_of: Callable[[int, int], float], join: Callable[[float, float], float], num_units: int, num_blocks: int
+) -> tuple[float, tuple[int, ...]]:
+    """The smallest `join` of block costs over all choices of cuts, and the first choice that gives it."""
+    best = {stop: (cost_of(0, stop), ()) for stop in range(num_units)}
     for blocks in range(2, num_blocks + 1):
-        longer: list[tuple[float, float, tuple[int, ...]] | None] = [None] * num_units
-        for stop in range(blocks - 1, num_units):
-            for cut in range(blocks - 2, stop):
-                before = best[cut]
-                if before is None:
-                    continue
-                cost = cost_of(cut + 1, stop)
-                choice = (max(before[0], cost), before[1] + cost, (*before[2], cut))
-                longer[stop] = choice if longer[stop] is None else min(longer[stop], choice)  # pyright: ignore
-        best = longer
-    found = best[-1]
-    return list(found[2]) if found else []
+        best = {
+            stop: min(
+                (join(best[cut][0], cost_of(cut + 1, stop)), (*best[cut][1], cut)) for cut in range(blocks - 2, stop)
+            )
+            for stop in range(blocks - 1, num_units)
+        }
+    return best[num_units - 1]

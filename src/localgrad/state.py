@@ -10,8 +10,8 @@ from torch import nn
 
 from localgrad.blocks import Block
 from localgrad.config import TrainConfig
-from localgrad.data import ImageSet
 from localgrad.errors import LocalGradError
+from localgrad.images import ImageSet
 from localgrad.runs import Board, RunFolder, load_state
 from localgrad.schedule import learning_rate
 

@@ -28,8 +28,8 @@ def local_step(
         One detached scalar loss a block.
 
     Raises:
-        LocalGradError: there is not one optimizer a block, or the batch does not fit the blocks (a class that does
-            not exist, a batch of one where a norm needs more).
+        LocalGradError: there is not one optimizer a block, a block is in evaluation mode, or the batch does not fit the
+            blocks (a class that does not exist, a batch of one where a norm needs more).
     """
     losses = local_gradients(blocks, inputs, targets)
     apply_updates(blocks, optimizers)
@@ -47,6 +47,7 @@ def local_gradients(
     """The first half of `local_step`: add the gradients of every block's loss, times `scale`, to its parameters."""
     features, losses = inputs, []
     for index, block in enumerate(blocks):
+        block.check_training()
         try:
             features, loss = block(features.detach(), targets, inputs)
         except (IndexError, ValueError) as error:

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from localgrad import data as image_data
 from localgrad.build import build_blocks, build_model, build_optimizers, with_defaults
 from localgrad.config import TrainConfig, to_dict, validate
 from localgrad.devices import make_fabric, provenance, resolve_precision
@@ -20,6 +19,7 @@ from localgrad.interrupts import noted_interrupts
 from localgrad.memory import measure_peak
 from localgrad.progress import Display
 from localgrad.runs import Result, RunFolder
+from localgrad.sources import load_images
 from localgrad.state import Run, State, load, save
 from localgrad.step import apply_updates, local_gradients
 
@@ -70,7 +70,7 @@ def set_up(config: TrainConfig, folder: RunFolder, resume: bool) -> Run:
     fabric.launch()
     if fabric.device.type == "cuda":
         torch.backends.cudnn.benchmark = True
-    train, test = image_data.load(config.data)
+    train, test = load_images(config.data)
     torch.manual_seed(config.seed)
     model = build_model(config.model, train.num_classes)
     blocks = build_blocks(config, model, train.num_classes)

@@ -59,11 +59,12 @@ def units(model: nn.Module, example: Tensor, names: Sequence[str] | None = None)
         LocalGradError: the model cannot be traced or run on the example, or `names` do not compose to it.
     """
     check_example(example)
-    with modes_kept(model), torch.no_grad():
-        if names is None:
-            return _measured(_traced(model, torch.zeros_like(example)), torch.zeros_like(example))
-        inputs = torch.randn_like(example)
-        return _measured(_named(model, inputs, names), inputs)
+    with _left_as_it_is(model), torch.no_grad():
+        inputs = example
+        if not example.is_meta:
+            inputs = torch.randn(example.shape, generator=torch.Generator().manual_seed(0)).to(example)
+        pieces = _traced(model, inputs) if names is None else _named(model, inputs, names)
+        return _measured(pieces, inputs)
 
 
 def _measured(pieces: Sequence[tuple[str, nn.Module]], features: Tensor) -> list[Unit]:
@@ -97,14 +98,18 @@ def check_example(example: Tensor) -> None:
 
 
 @contextmanager
-def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Restore the training flag of every submodule on leaving."""
+def _left_as_it_is(model: nn.Module) -> Iterator[None]:
+    """Restore every training flag and every buffer on leaving."""
     modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         yield
     finally:
         for module, training in modes:
             module.training = training
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
 
 
 def find_unit(found: Sequence[Unit], name: str) -> int:
@@ -266,18 +271,58 @@ def _traced(model: nn.Module, example: Tensor) -> list[tuple[str, nn.Module]]:
             f"{type(model).__name__} does not run on the example of shape {tuple(example.shape)} ({reason}); "
             "give an example of the size, dtype and device that the model takes"
         ) from error
-    sizes = [shapes.shapes.get(node) for node in _calls(evaluating)]
-    segments = _segments(model, evaluating, sizes)
-    training_segments = _segments(model, training, sizes if len(_calls(training)) == len(sizes) else None)
+    training_shapes = _Shapes(model, training)
+    with torch.random.fork_rng(devices=[]):
+        training_shapes.run(example)
+    segments, training_segments = _segments(model, evaluating, shapes), _segments(model, training, training_shapes)
     if [name for name, _ in segments] != [name for name, _ in training_segments]:
         raise LocalGradError(
             f"{type(model).__name__} runs different modules in training and in evaluation; name the submodules "
             "that make it up: units(model, example, names=[...])"
         )
-    return [
+    pieces = [
         (name, _one_module(model, segment, training_segment))
         for (name, segment), (_, training_segment) in zip(segments, training_segments, strict=True)
     ]
+    _check_composition(model, pieces, example)
+    return pieces
+
+
+def _check_composition(model: nn.Module, pieces: Sequence[tuple[str, nn.Module]], example: Tensor) -> None:
+    """Compare the pieces with the model in both modes, from one random state: tracing freezes what it cannot see."""
+    if example.is_meta:
+        return
+    inputs = torch.cat([example, example])  # batch norm needs more than one value
+    before = [buffer.clone() for buffer in model.buffers()]
+
+    def composed(features: Tensor) -> Tensor:
+        for _, module in pieces:
+            features = module(features)
+        return features
+
+    for training in (False, True):
+        outcomes = []
+        for run in (model, composed):
+            for module in (model, *(module for _, module in pieces)):
+                module.train(training)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                output = run(inputs.clone())
+            outcomes.append([output, *(buffer.clone() for buffer in model.buffers())])
+            for buffer, value in zip(model.buffers(), before, strict=True):
+                buffer.copy_(value)
+        if isinstance(outcomes[0][0], Tensor) and not all(map(_same, *outcomes)):
+            raise LocalGradError(
+                f"{type(model).__name__}, traced by torch.fx, does not compute what it did in "
+                f"{'training' if training else 'evaluation'}: its forward pass draws random numbers, changes a buffer "
+                "or branches outside of a torch.nn layer; move that into a submodule of an nn.Sequential, or name the "
+                "submodules: units(model, example, names=[...])"
+            )
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    close = 0.0 if first.device.type == "cpu" else 1e-3  # other devices may add in another order
+    return first.shape == second.shape and torch.allclose(first, second, rtol=close, atol=close, equal_nan=True)
 
 
 class _TwoModes(nn.Module):
@@ -292,23 +337,23 @@ class _TwoModes(nn.Module):
 
 
 def _one_module(model: nn.Module, evaluating: fx.Graph, training: fx.Graph) -> nn.Module:
+    name = type(model).__name__
+    if str(evaluating) != str(training):
+        return _TwoModes(fx.GraphModule(model, training, name), fx.GraphModule(model, evaluating, name))
     calls = _calls(evaluating)
     if len(calls) == 1 and calls[0].op == "call_module" and len(calls[0].args) == 1 and not calls[0].kwargs:
         return model.get_submodule(cast(str, calls[0].target))
-    name = type(model).__name__
-    if str(evaluating) == str(training):
-        return fx.GraphModule(model, evaluating, name)
-    return _TwoModes(fx.GraphModule(model, training, name), fx.GraphModule(model, evaluating, name))
+    return fx.GraphModule(model, evaluating, name)
 
 
 def _calls(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
 
 
-def _segments(model: nn.Module, graph: fx.Graph, sizes: list[torch.Size | None] | None) -> list[tuple[str, fx.Graph]]:
+def _segments(model: nn.Module, graph: fx.Graph, shapes: _Shapes) -> list[tuple[str, fx.Graph]]:
     """Cut a graph into named pieces."""
     calls = _calls(graph)
-    starts = _starts(model, graph, calls, sizes)
+    starts = _starts(model, graph, calls, [shapes.shapes.get(node) for node in calls])
     pieces = []
     value = next(node for node in graph.nodes if node.op == "placeholder" and node.users)
     for start, stop in zip(starts, [*starts[1:], len(calls)], strict=True):
@@ -332,14 +377,13 @@ def _alive(graph: fx.Graph, calls: list[fx.Node], position: int) -> list[fx.Node
     return [node for node in graph.nodes if node in before and any(user in after for user in node.users)]
 
 
-def _starts(
-    model: nn.Module, graph: fx.Graph, calls: list[fx.Node], sizes: list[torch.Size | None] | None
-) -> list[int]:
+def _starts(model: nn.Module, graph: fx.Graph, calls: list[fx.Node], sizes: list[torch.Size | None]) -> list[int]:
     """Positions in `calls` at which a unit starts."""
     weighted = [i for i, node in enumerate(calls) if _has_weight(model, node)]
     inputs = {node for node in graph.nodes if node.op == "placeholder"}
-    last_use = [max((calls.index(u) if u.op != "output" else len(calls) for u in n.users), default=-1) for n in calls]
-    input_use = max((calls.index(u) for n in inputs for u in n.users if u.op != "output"), default=-1)
+    place = {node: position for position, node in enumerate(calls)}  # an output is used after all calls
+    last_use = [max((place.get(user, len(calls)) for user in node.users), default=-1) for node in calls]
+    input_use = max((place.get(user, -1) for node in inputs for user in node.users), default=-1)
     legal = [
         position > input_use and sum(last_use[i] >= position for i in range(position)) == 1
         for position in range(len(calls))
@@ -352,7 +396,7 @@ def _starts(
         if _is_block(model.get_submodule(cast(str, calls[previous].target))):
             starts.append(choices[0])
             continue
-        reduced = _first_reduction(sizes, previous, following) if sizes else following
+        reduced = _first_reduction(sizes, previous, following)
         starts.append(max((p for p in choices if p <= reduced), default=choices[-1]))
     return starts
 
