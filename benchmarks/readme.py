@@ -30,7 +30,18 @@ def plan_table(path: Path) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"plan": lambda: plan_table(ROOT / "results" / "plan-resnet101" / "plan.json")}
+def speed_table(path: Path) -> str:
+    """Seconds a step of `speed.json` and their ratio to the plain loop as a Markdown table."""
+    rows = json.loads(path.read_text())["rows"]
+    lines = ["| step | seconds | to the plain float32 NCHW loop |", "|---|--:|--:|"]
+    lines += [f"| {r['row']} | {r['seconds_per_step']:.2f} | {r['ratio_to_float32_nchw']:.2f} |" for r in rows]
+    return "\n".join(lines)
+
+
+TABLES = {
+    "plan": lambda: plan_table(ROOT / "results" / "plan-resnet101" / "plan.json"),
+    "speed": lambda: speed_table(ROOT / "results" / "speed.json"),
+}
 
 
 def filled(text: str) -> str:
