@@ -90,9 +90,8 @@ def test_all_problems_come_at_once_in_one_line() -> None:
 
 
 def test_num_blocks_instead_of_cuts_and_one_block_are_fine() -> None:
-    validate(replace(LOCAL, cuts=None, num_blocks=4))
-    validate(TrainConfig(cuts=()))
-    validate(TrainConfig(num_blocks=1))
+    for config in (replace(LOCAL, cuts=None, num_blocks=4), TrainConfig(cuts=()), TrainConfig(num_blocks=1)):
+        assert validate(config) is config
 
 
 def test_json_gives_the_config_back() -> None:

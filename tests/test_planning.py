@@ -12,7 +12,7 @@ import localgrad
 from localgrad import LocalGradError, plan, units
 from localgrad.memory import step_peak
 from localgrad.models import cifar_resnet
-from localgrad.planning import EndProfile, Profile, UnitProfile, profile
+from localgrad.profiles import EndProfile, Profile, UnitProfile, profile
 
 EXAMPLE = torch.empty(16, 3, 16, 16, device="meta")
 

@@ -193,7 +193,11 @@ def test_a_model_with_tied_weights_can_be_saved(folder: RunFolder) -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = model[0].weight
     folder.save_model(model)
+    saved = model[0].weight.detach().clone()
+    nn.init.zeros_(model[0].weight)
     folder.load_model(model)
+    assert torch.equal(model[1].weight, saved)
+    assert model[1].weight is model[0].weight
 
 
 def test_weights_of_another_model(folder: RunFolder) -> None:

@@ -147,6 +147,7 @@ def imagenette(source: str = "frgfm/imagenette") -> DataConfig:
 
 
 def check_rules(what: str, rules: list[tuple[str, bool]]) -> None:
+    """Refuse `what` with every problem whose rule does not hold, all at once."""
     problems = [problem for problem, holds in rules if not holds]
     if problems:
         raise LocalGradError(f"{what} cannot be used: " + "; ".join(problems))

@@ -1,0 +1,331 @@
+"""Tracing: a model as a chain of pieces, found with `torch.fx`, that hold the model's own modules."""
+
+import inspect
+import operator
+import warnings
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from localgrad.errors import LocalGradError
+
+CHAIN = (nn.Sequential, nn.ModuleList)
+_CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict, object)
+
+
+class _Tracer(fx.Tracer):
+    """A tracer with blocks as leaves, which remembers where tracing failed."""
+
+    def __init__(self, leaves: set[str]) -> None:
+        super().__init__()
+        self.leaves = leaves
+        self.failed: str | None = None
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return module_qualified_name in self.leaves
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.failed = self.failed or self.path_of_module(m)
+            raise
+
+
+def _is_block(module: nn.Module) -> bool:
+    return not isinstance(module, CHAIN) and any(True for child in module.children() for _ in child.parameters())
+
+
+def _is_stage(module: nn.Module) -> bool:
+    """Whether a module is or holds a chain of blocks of one class, as the stages of RegNet and of timm are."""
+    return any(
+        isinstance(chain, CHAIN)
+        and len(chain) > 0
+        and len({type(block) for block in chain}) == 1
+        and all(_is_block(block) for block in chain)
+        for chain in (module, *module.children())
+    )
+
+
+def _leaves(model: nn.Module) -> set[str]:
+    """Names of the modules that are not traced into.
+
+    These are the layers of torch.nn and what is derived from them (timm's norm + activation layers read
+    `self.training`, which tracing would freeze), and the children of chains.
+    """
+    leaves = set[str]()
+    for name, module in model.named_modules():
+        for child_name, child in module.named_children():
+            path = f"{name}.{child_name}" if name else child_name
+            plain_chain = type(child) in (*CHAIN, nn.ModuleDict)
+            is_layer = any(c.__module__.startswith("torch.nn") for c in type(child).__mro__ if c not in _CONTAINERS)
+            if not plain_chain and (is_layer or (isinstance(module, CHAIN) and not _is_stage(child))):
+                leaves.add(path)
+    return leaves
+
+
+def _trace(model: nn.Module) -> fx.Graph:
+    """Trace the model; a submodule whose forward cannot be traced becomes a leaf, and stays one unit."""
+    leaves = _leaves(model)
+    while True:
+        tracer = _Tracer(leaves)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # shape checks of the model warn about the tracer's proxies
+                graph = tracer.trace(model, concrete_args=_defaults(model))
+        except Exception as error:
+            if tracer.failed and tracer.failed not in leaves:
+                leaves.add(tracer.failed)
+                continue
+            reason = str(error).strip().split("\n")[0]
+            raise LocalGradError(
+                f"{type(model).__name__} cannot be traced by torch.fx ({type(error).__name__}: {reason}); name the "
+                'submodules that make it up, in order: units(model, example, names=["stem", "blocks.0", ..., "head"])'
+            ) from error
+        return _single_output(graph, model)
+
+
+def _defaults(model: nn.Module) -> dict[str, Any]:
+    """The optional arguments of the forward pass, at their default values."""
+    arguments = list(inspect.signature(model.forward).parameters.values())[1:]
+    return {a.name: a.default for a in arguments if a.default is not inspect.Parameter.empty}
+
+
+def _has_effect(node: fx.Node) -> bool:
+    """Whether a call counts even if its result is not used: it writes in place."""
+    if node.op in ("placeholder", "output") or node.target is operator.setitem:
+        return True
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return node.op in ("call_method", "call_function") and name.endswith("_") and not name.endswith("__")
+
+
+def _single_output(graph: fx.Graph, model: nn.Module) -> fx.Graph:
+    """Keep the first of several outputs (a main head before auxiliary ones), and drop what only the others need."""
+    output = next(node for node in graph.nodes if node.op == "output")
+    value = output.args[0]
+    if isinstance(value, fx.Node) and isinstance(value.target, type) and issubclass(value.target, tuple):
+        value = tuple(value.args)  # a named tuple is traced as a call of its class
+    if isinstance(value, tuple | list) and value and isinstance(value[0], fx.Node):
+        warnings.warn(
+            f"{type(model).__name__} returns {len(value)} values while training: the first is trained, "
+            "auxiliary outputs are left out",
+            stacklevel=5,
+        )
+        output.args = (value[0],)
+    elif not isinstance(value, fx.Node):
+        raise LocalGradError(
+            f"{type(model).__name__} returns {type(value).__name__}: it must return one tensor, or a tuple that "
+            "starts with it; wrap the model so that it does"
+        )
+    graph.eliminate_dead_code(_has_effect)
+    if len([node for node in graph.nodes if node.op == "placeholder" and node.users]) != 1:
+        raise LocalGradError(
+            f"{type(model).__name__}.forward uses more than one argument: it must take one tensor; wrap the model"
+        )
+    return graph
+
+
+class _Shapes(fx.Interpreter):
+    """Run a graph and note the shape of every node's output."""
+
+    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(model, graph=graph)
+        self.shapes: dict[fx.Node, torch.Size] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            self.shapes[n] = value.shape
+        return value
+
+
+def traced(model: nn.Module, example: Tensor) -> list[tuple[str, nn.Module]]:
+    """Pieces of the model by name, in order; composed they are the model, which is checked in both modes.
+
+    Raises:
+        LocalGradError: the model cannot be traced or run on the example, or the pieces do not compute what it does.
+    """
+    model.train()
+    training = _trace(model)
+    model.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        evaluating = _trace(model)
+    try:
+        shapes = _Shapes(model, evaluating)
+        shapes.run(example)
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise LocalGradError(
+            f"{type(model).__name__} does not run on the example of shape {tuple(example.shape)} ({reason}); "
+            "give an example of the size, dtype and device that the model takes"
+        ) from error
+    training_shapes = _Shapes(model, training)
+    with torch.random.fork_rng(devices=[]):
+        training_shapes.run(example)
+    segments, training_segments = _segments(model, evaluating, shapes), _segments(model, training, training_shapes)
+    if [name for name, _ in segments] != [name for name, _ in training_segments]:
+        raise LocalGradError(
+            f"{type(model).__name__} runs different modules in training and in evaluation; name the submodules "
+            "that make it up: units(model, example, names=[...])"
+        )
+    pieces = [
+        (name, _one_module(model, segment, training_segment))
+        for (name, segment), (_, training_segment) in zip(segments, training_segments, strict=True)
+    ]
+    _check_composition(model, pieces, example)
+    return pieces
+
+
+def _check_composition(model: nn.Module, pieces: Sequence[tuple[str, nn.Module]], example: Tensor) -> None:
+    """Compare the pieces with the model in both modes, from one random state: tracing freezes what it cannot see."""
+    if example.is_meta:
+        return
+    inputs = torch.cat([example, example])  # batch norm needs more than one value
+    before = [buffer.clone() for buffer in model.buffers()]
+
+    def composed(features: Tensor) -> Tensor:
+        for _, module in pieces:
+            features = module(features)
+        return features
+
+    for training in (False, True):
+        outcomes = []
+        for run in (model, composed):
+            for module in (model, *(module for _, module in pieces)):
+                module.train(training)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                output = run(inputs.clone())
+            outcomes.append([output, *(buffer.clone() for buffer in model.buffers())])
+            for buffer, value in zip(model.buffers(), before, strict=True):
+                buffer.copy_(value)
+        if isinstance(outcomes[0][0], Tensor) and not all(map(_same, *outcomes)):
+            raise LocalGradError(
+                f"{type(model).__name__}, traced by torch.fx, does not compute what it did in "
+                f"{'training' if training else 'evaluation'}: its forward pass draws random numbers, changes a buffer "
+                "or branches outside of a torch.nn layer; move that into a submodule of an nn.Sequential, or name the "
+                "submodules: units(model, example, names=[...])"
+            )
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    close = 0.0 if first.device.type == "cpu" else 1e-3  # other devices may add in another order
+    return first.shape == second.shape and torch.allclose(first, second, rtol=close, atol=close, equal_nan=True)
+
+
+class _TwoModes(nn.Module):
+    """One unit whose graph depends on the training flag."""
+
+    def __init__(self, training: nn.Module, evaluating: nn.Module) -> None:
+        super().__init__()
+        self.when_training, self.when_evaluating = training, evaluating
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.when_training(features) if self.training else self.when_evaluating(features)
+
+
+def _one_module(model: nn.Module, evaluating: fx.Graph, training: fx.Graph) -> nn.Module:
+    name = type(model).__name__
+    if str(evaluating) != str(training):
+        return _TwoModes(fx.GraphModule(model, training, name), fx.GraphModule(model, evaluating, name))
+    calls = _calls(evaluating)
+    if len(calls) == 1 and calls[0].op == "call_module" and len(calls[0].args) == 1 and not calls[0].kwargs:
+        return model.get_submodule(cast(str, calls[0].target))
+    return fx.GraphModule(model, evaluating, name)
+
+
+def _calls(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
+
+
+def _segments(model: nn.Module, graph: fx.Graph, shapes: _Shapes) -> list[tuple[str, fx.Graph]]:
+    """Cut a graph into named pieces."""
+    calls = _calls(graph)
+    starts = _starts(model, graph, calls, [shapes.shapes.get(node) for node in calls])
+    pieces = []
+    value = next(node for node in graph.nodes if node.op == "placeholder" and node.users)
+    for start, stop in zip(starts, [*starts[1:], len(calls)], strict=True):
+        piece = fx.Graph()
+        copies = {value: piece.placeholder("features")}
+        for node in calls[start:stop]:
+            for attribute in node.all_input_nodes:
+                if attribute.op == "get_attr" and attribute not in copies:
+                    copies[attribute] = piece.node_copy(attribute)
+            copies[node] = piece.node_copy(node, lambda needed, copies=copies: copies[needed])
+        value = _alive(graph, calls, stop)[0]
+        piece.output(copies[value])
+        pieces.append((_name(model, calls, start, stop), piece))
+    return pieces
+
+
+def _alive(graph: fx.Graph, calls: list[fx.Node], position: int) -> list[fx.Node]:
+    """The values computed before `calls[position]` that are used from there on."""
+    before = {node for node in graph.nodes if node.op == "placeholder"} | set(calls[:position])
+    after = {*calls[position:], *(node for node in graph.nodes if node.op == "output")}
+    return [node for node in graph.nodes if node in before and any(user in after for user in node.users)]
+
+
+def _starts(model: nn.Module, graph: fx.Graph, calls: list[fx.Node], sizes: list[torch.Size | None]) -> list[int]:
+    """Positions in `calls` at which a unit starts."""
+    weighted = [i for i, node in enumerate(calls) if _has_weight(model, node)]
+    inputs = {node for node in graph.nodes if node.op == "placeholder"}
+    place = {node: position for position, node in enumerate(calls)}  # an output is used after all calls
+    last_use = [max((place.get(user, len(calls)) for user in node.users), default=-1) for node in calls]
+    input_use = max((place.get(user, -1) for node in inputs for user in node.users), default=-1)
+    legal = [
+        position > input_use and sum(last_use[i] >= position for i in range(position)) == 1
+        for position in range(len(calls))
+    ]
+    starts = [0]
+    for previous, following in pairwise(weighted):
+        choices = [position for position in range(previous + 1, following + 1) if legal[position]]
+        if not choices:
+            continue
+        if _is_block(model.get_submodule(cast(str, calls[previous].target))):
+            starts.append(choices[0])
+            continue
+        reduced = _first_reduction(sizes, previous, following)
+        starts.append(max((p for p in choices if p <= reduced), default=choices[-1]))
+    return starts
+
+
+def _has_weight(model: nn.Module, node: fx.Node) -> bool:
+    if node.op != "call_module":
+        return False
+    return any(parameter.ndim >= 2 for parameter in model.get_submodule(cast(str, node.target)).parameters())
+
+
+def _first_reduction(sizes: list[torch.Size | None], previous: int, following: int) -> int:
+    """Position of the first call between two weights that gives up the spatial dimensions: a head starts there."""
+    before = sizes[previous]
+    for position in range(previous + 1, following):
+        size = sizes[position]
+        if size is None or before is None:
+            continue
+        collapsed = len(size) == 4 and len(before) == 4 and size[2:].numel() == 1 < before[2:].numel()
+        if len(size) < len(before) and len(before) == 4 and len(size) == 2:
+            return position
+        if collapsed or (len(before) == 3 and len(size) == 2):
+            return position
+        before = size
+    return following
+
+
+def _name(model: nn.Module, calls: list[fx.Node], start: int, stop: int) -> str:
+    """The deepest submodule that holds all weights of the unit and nothing else, or else the first with a weight."""
+    inside = [cast(str, node.target) for node in calls[start:stop] if _has_weight(model, node)]
+    if not inside:
+        return next((str(node.target) for node in calls[start:stop] if node.op == "call_module"), calls[start].name)
+    others = [cast(str, n.target) for n in [*calls[:start], *calls[stop:]] if _has_weight(model, n)]
+    common = inside[0].split(".")
+    for name in inside[1:]:
+        parts = name.split(".")
+        common = [a for i, a in enumerate(common) if parts[: i + 1] == common[: i + 1]]
+    prefix = ".".join(common)
+    if not prefix or any(name == prefix or name.startswith(f"{prefix}.") for name in others):
+        return inside[0]
+    return prefix
