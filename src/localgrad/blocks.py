@@ -226,9 +226,9 @@ def split(
     blocks = []
     for index, run in enumerate(runs[:-1]):
         assert objective is not None
-        following = (
-            runs[index + 1] if index + 2 < len(runs) else runs[-1][:-1] or runs[-1]
-        )  # the model's head comes last
+        following = runs[index + 1]
+        if following is runs[-1]:
+            following = following[:-1] or following  # the model's head is copied only where nothing else is left
         auxiliary = build_auxiliary(run[-1], following, example, index, len(runs), objective, momentum)
         blocks.append(Block(run, *auxiliary, criterion, recompute))
     blocks.append(Block(runs[-1], None, None, criterion, recompute))

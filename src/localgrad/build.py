@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,11 +13,10 @@ from localgrad.config import ModelConfig, MomentumConfig, ObjectiveConfig, Optim
 from localgrad.errors import LocalGradError
 from localgrad.models import cifar_resnet
 from localgrad.momentum import man, manpp
-
-from .objectives.classifier import classifier
-from .objectives.dgl import dgl
-from .objectives.infopro import infopro
-from .objectives.predsim import predsim
+from localgrad.objectives.classifier import classifier
+from localgrad.objectives.dgl import dgl
+from localgrad.objectives.infopro import infopro
+from localgrad.objectives.predsim import predsim
 
 OBJECTIVES: dict[str, Callable[..., Any]] = {
     "classifier": classifier,
@@ -53,8 +53,6 @@ def _options(factory: Callable[..., Any]) -> list[str]:
 
 def with_defaults(config: TrainConfig) -> TrainConfig:
     """The config with every option of its objective and momentum network written out."""
-    from dataclasses import replace
-
     return replace(
         config,
         objective=_with_defaults(config.objective, OBJECTIVES),
@@ -63,8 +61,6 @@ def with_defaults(config: TrainConfig) -> TrainConfig:
 
 
 def _with_defaults(chosen: Any, choices: dict[str, Callable[..., Any]]) -> Any:
-    from dataclasses import replace
-
     if chosen.name == "none":
         return chosen
     parameters = inspect.signature(choices[chosen.name]).parameters

@@ -41,9 +41,8 @@ class MomentumAuxiliary(nn.Module):
         self.bias, self.ema, self.scale = bias, ema, scale
         self.decay, self.recompute = decay, recompute
         self.depth = len(source)
-        self._source = tuple(
-            unit.module for unit in source
-        )  # no list: the next block's parameters are not this module's
+        # a tuple is not registered: the next block's parameters are not this module's
+        self._source = tuple(unit.module for unit in source)
         self._source_writes_input = source[0].writes_input
 
     def forward(self, features: Tensor) -> Tensor:
