@@ -17,6 +17,7 @@ from localgrad.data import DataConfig
 from localgrad.errors import LocalGradError
 
 Precision = Literal["auto", "32-true", "bf16-mixed"]
+Parallel = Literal["data", "blocks"]
 Balance = Literal["memory", "compute", "count"]
 
 
@@ -131,7 +132,13 @@ class TrainConfig:
     accelerator: str = "auto"
     """Device to train on: `auto`, `cpu`, `cuda` or `mps`."""
     devices: int = 1
-    """Number of devices (processes); more than one trains data-parallel, with a wrapper a block."""
+    """Number of devices, with a process each."""
+    parallel: Parallel = "data"
+    """What several devices share: the images of a batch (`data`), or the blocks of the network (`blocks`)."""
+    replicas: int = 1
+    """Copies of the network with `--parallel blocks`; each is spread over devices / replicas of them."""
+    sync_batchnorm: bool = False
+    """Normalise by the statistics of the whole batch where its images are shared between devices."""
     seed: int = 0
     """Decides initial weights, order of the images and augmentation."""
     evaluate_every: int = 1
@@ -173,6 +180,7 @@ def _number_problems(config: TrainConfig) -> list[str]:
         ("optim.accumulate", optim.accumulate, 1 <= optim.accumulate <= optim.batch_size, "from 1 to the batch size"),
         ("optim.label_smoothing", optim.label_smoothing, 0 <= optim.label_smoothing < 1, "from 0 to less than 1"),
         ("devices", config.devices, config.devices >= 1, "1 or more"),
+        ("replicas", config.replicas, config.replicas >= 1, "1 or more"),
         ("seed", config.seed, 0 <= config.seed < 2**32, "from 0 to 2**32 - 1"),
         ("evaluate_every", config.evaluate_every, config.evaluate_every >= 1, "1 or more"),
         ("checkpoint_every", config.checkpoint_every, config.checkpoint_every >= 0, "0 or more"),
@@ -180,8 +188,25 @@ def _number_problems(config: TrainConfig) -> list[str]:
     problems = [f"{name} is {value}, it must be {allowed}" for name, value, fits, allowed in ranges if not fits]
     if optim.nesterov and optim.momentum == 0:
         problems.append("optim.nesterov is on with optim.momentum 0, give a momentum, or --optim.no-nesterov")
-    if config.devices >= 1 and optim.batch_size % config.devices:
-        problems.append(f"optim.batch_size {optim.batch_size} cannot be shared by {config.devices} devices")
+    return [*problems, *_device_problems(config)]
+
+
+def _device_problems(config: TrainConfig) -> list[str]:
+    devices, replicas, batch_size = config.devices, config.replicas, config.optim.batch_size
+    if devices < 1 or replicas < 1:
+        return []
+    if config.parallel == "data":
+        shares, what = devices, "devices"
+        problems = [] if replicas == 1 else [f"replicas is {replicas}, which needs --parallel blocks"]
+    else:
+        shares, what = replicas, "replicas"
+        problems = []
+        if devices % replicas:
+            problems.append(f"devices {devices} cannot be shared by {replicas} replicas")
+        if config.optim.accumulate > 1:
+            problems.append("optim.accumulate cuts a batch into parts, which --parallel blocks cannot; give 1")
+    if batch_size % shares:
+        problems.append(f"optim.batch_size {batch_size} cannot be shared by {shares} {what}")
     return problems
 
 
@@ -209,6 +234,7 @@ def _option_problems(config: TrainConfig) -> list[str]:
     for name, value, allowed in (
         ("precision", config.precision, typing.get_args(Precision)),
         ("balance", config.balance, typing.get_args(Balance)),
+        ("parallel", config.parallel, typing.get_args(Parallel)),
         ("accelerator", config.accelerator, ("auto", "cpu", "cuda", "mps")),
     ):
         if value not in allowed:

@@ -1,14 +1,31 @@
 """The devices of a run: their Fabric, their precision, and what they are called in a result."""
 
+import os
 import platform
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from localgrad.config import TrainConfig
 from localgrad.errors import LocalGradError
+
+
+def as_launched(config: TrainConfig) -> TrainConfig:
+    """The config with as many devices as torchrun has started processes, where it has and the config names none.
+
+    Raises:
+        LocalGradError: the config names another number.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1")) if dist.is_torchelastic_launched() else 1
+    if started > 1 and config.devices not in (1, started):
+        raise LocalGradError(
+            f"devices is {config.devices} and torchrun started {started} processes: leave --devices out under torchrun"
+        )
+    return replace(config, devices=max(started, config.devices))
 
 
 def make_fabric(config: TrainConfig) -> Any:
@@ -19,8 +36,16 @@ def make_fabric(config: TrainConfig) -> Any:
     """
     from lightning.fabric import Fabric
 
+    here = config.devices
+    if dist.is_torchelastic_launched():
+        here = min(here, int(os.environ["LOCAL_WORLD_SIZE"]))
     try:
-        return Fabric(accelerator=config.accelerator, devices=config.devices, precision=resolve_precision(config))
+        return Fabric(
+            accelerator=config.accelerator,
+            devices=here,
+            num_nodes=config.devices // here,
+            precision=resolve_precision(config),
+        )
     except (RuntimeError, ValueError) as error:
         given = f"accelerator {config.accelerator!r} with {config.devices} device(s)"
         raise LocalGradError(f"{given} cannot be used on this machine: {error}") from error

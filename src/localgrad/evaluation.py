@@ -50,7 +50,7 @@ def error_rates(
     wrong = torch.zeros(1 + len(blocks), dtype=torch.int64, device=fabric.device)
     headless: set[int] = set()
     for inputs, targets in images.batches(
-        config.optim.batch_size // fabric.world_size,
+        max(1, config.optim.batch_size // fabric.world_size),
         train=False,
         rank=fabric.global_rank,
         world_size=fabric.world_size,

@@ -52,6 +52,19 @@ class ImageSet(ABC):
         full, left = divmod(len(self), batch_size * world_size)
         return full + (left >= 2 * world_size if train else left > 0)
 
+    def batch_sizes(
+        self, batch_size: int, *, train: bool, start: int = 0, rank: int = 0, world_size: int = 1
+    ) -> list[int]:
+        """Number of images of each batch that `batches` gives with the same arguments."""
+        plan = self._plan(batch_size, train, start, rank, world_size)
+        return [len(range(part.start, part.stop, part.step)) for part in plan]
+
+    def _plan(self, batch_size: int, train: bool, start: int, rank: int, world_size: int) -> list[slice]:
+        """Positions in the epoch of each batch."""
+        step, count = batch_size * world_size, self.num_batches(batch_size, world_size, train)
+        slices = (slice(n * step + rank, min((n + 1) * step, len(self)), world_size) for n in range(start, count))
+        return [part for part in slices if part.start < part.stop]
+
     def batches(
         self,
         batch_size: int,
@@ -99,9 +112,7 @@ class ImageSet(ABC):
             (f"training on {len(self)} images: give 2 or more for each of {world_size} ranks", count > 0 or not train),
         ]
         check_rules("these batches", rules)
-        step = batch_size * world_size
-        slices = (slice(n * step + rank, min((n + 1) * step, len(self)), world_size) for n in range(start, count))
-        plan = [part for part in slices if part.start < part.stop]
+        plan = self._plan(batch_size, train, start, rank, world_size)
         return self._read(_Epoch(plan, train, seed, epoch, device, channels_last))
 
 

@@ -66,13 +66,15 @@ class MomentumAuxiliary(nn.Module):
 
         return recomputed(run, features, branch) if self.recompute else run(features)
 
+    def followed(self) -> list[nn.Parameter]:
+        """The next block's parameters that the EMA reads; none without an EMA."""
+        return [] if self.ema is None else [p for module in self._source for p in module.parameters()]
+
     @torch.no_grad()
     def update(self) -> None:
         """Pull the copy towards the next unit: `ema <- m * ema + (1 - m) * unit`, in one fused call."""
-        if self.ema is None:
-            return
-        following = [parameter for module in self._source for parameter in module.parameters()]
-        get_ema_multi_avg_fn(self.decay)(list(self.ema.parameters()), following, 0)  # pyright: ignore
+        if self.ema is not None:
+            get_ema_multi_avg_fn(self.decay)(list(self.ema.parameters()), self.followed(), 0)  # pyright: ignore
 
 
 def man(

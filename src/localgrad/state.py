@@ -6,12 +6,14 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from localgrad.blocks import Block
 from localgrad.config import TrainConfig
 from localgrad.errors import LocalGradError
 from localgrad.images import ImageSet
+from localgrad.pipeline import Stage
 from localgrad.runs import Board, RunFolder, load_state
 from localgrad.schedule import learning_rate
 
@@ -51,9 +53,12 @@ class Run:
     test: ImageSet
     model: nn.Module
     blocks: list[Block]
-    wrapped: list[Any]
-    """The blocks as Fabric runs them: under autocast, and in a DDP wrapper each on several devices."""
+    stage: Stage | None
+    """This process's part of the blocks, where blocks are shared between devices."""
+    wrapped: list[nn.Module]
+    """The blocks that this process trains, in a data-parallel wrapper each where images are shared."""
     optimizers: list[torch.optim.SGD]
+    """One for each of them."""
     state: State
     begin: float = field(default_factory=time.perf_counter)
     """When the run would have begun, had it been done in one sitting."""
@@ -63,9 +68,24 @@ class Run:
     """Writer for TensorBoard, where that is asked for."""
 
     @property
+    def own(self) -> range:
+        """Indices of the blocks that this process trains."""
+        return self.stage.own if self.stage else range(len(self.blocks))
+
+    @property
+    def replica(self) -> int:
+        """Which share of each batch this process sees, from 0."""
+        return self.stage.replica if self.stage else self.fabric.global_rank
+
+    @property
+    def replicas(self) -> int:
+        """Number of shares of a batch."""
+        return self.config.replicas if self.stage else self.fabric.world_size
+
+    @property
     def batch_size(self) -> int:
-        """Images of a batch on one device."""
-        return self.config.optim.batch_size // self.fabric.world_size
+        """Images of a batch in one share."""
+        return self.config.optim.batch_size // self.replicas
 
     @property
     def learning_rate(self) -> float:
@@ -110,12 +130,17 @@ def save(run: Run) -> None:
     """Writes the checkpoint."""
     run.state.elapsed_seconds = time.perf_counter() - run.begin
     run.state.seconds_per_step = run.seconds_per_step
+    optimizers = [optimizer.state_dict() for optimizer in run.optimizers]
+    if run.stage:
+        run.stage.gather()
+        on_cpu = tree_map_only(Tensor, Tensor.cpu, optimizers)
+        optimizers = [state for states in run.stage.gather_objects(on_cpu) for state in states]
     if run.fabric.is_global_zero:
         run.folder.save_checkpoint(
             {
                 "model": run.model.state_dict(),
                 "auxiliary": [block.auxiliary_state_dict() for block in run.blocks],
-                "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
+                "optimizers": optimizers,
                 "state": asdict(run.state),
             }
         )
@@ -134,9 +159,10 @@ def load(run: Run) -> None:
             f"{path} is not a checkpoint of this version of localgrad; start again in another --run-dir"
         )
     load_state(run.model.load_state_dict, saved.get("model"), path)
+    own = dict(zip(run.own, run.optimizers, strict=True))
     for name, loaders in (
         ("auxiliary", [block.load_auxiliary_state_dict for block in run.blocks]),
-        ("optimizers", [optimizer.load_state_dict for optimizer in run.optimizers]),
+        ("optimizers", [own[n].load_state_dict if n in own else _leave for n in range(len(run.blocks))]),
     ):
         load_state(
             lambda states, put=loaders: [one(part) for one, part in zip(put, states, strict=True)],
@@ -145,3 +171,7 @@ def load(run: Run) -> None:
         )
     run.state = State(**state)
     run.begin = time.perf_counter() - run.state.elapsed_seconds
+
+
+def _leave(state: Any) -> None:
+    """The optimizer of another process's block."""

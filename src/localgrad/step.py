@@ -1,9 +1,10 @@
 """The local step: what training by blocks does with one batch."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from localgrad.blocks import Block
@@ -31,29 +32,51 @@ def local_step(
         LocalGradError: there is not one optimizer a block, a block is in evaluation mode, or the batch does not fit the
             blocks (a class that does not exist, a batch of one where a norm needs more).
     """
+    for block in blocks:
+        block.check_training()
     losses = local_gradients(blocks, inputs, targets)
     apply_updates(blocks, optimizers)
     return losses
 
 
 def local_gradients(
-    blocks: Sequence[Block],
+    blocks: Sequence[nn.Module],
     inputs: Tensor,
     targets: Tensor,
     *,
-    backward: Callable[[Tensor], Any] = Tensor.backward,
+    features: Tensor | None = None,
     scale: float = 1.0,
+    context: Callable[[int], AbstractContextManager[Any]] = nullcontext,
+    on_output: Callable[[Tensor], Any] | None = None,
 ) -> list[Tensor]:
-    """The first half of `local_step`: add the gradients of every block's loss, times `scale`, to its parameters."""
-    features, losses = inputs, []
+    """The first half of `local_step`: add the gradients of every block's loss, times `scale`, to its parameters.
+
+    Args:
+        blocks: all of them, or a run of them, or a data-parallel wrapper around each.
+        inputs: `(N, 3, H, W)`.
+        targets: `(N,)`.
+        features: what the first of these blocks gets; the inputs if not given.
+        scale: factor of every loss, for a part of a batch.
+        context: what a block's forward pass runs in, such as autocast, by its place among these blocks.
+        on_output: called with the last block's detached output before that block's backward pass begins.
+
+    Returns:
+        One detached scalar loss a block, not scaled.
+    """
+    passed, losses = inputs if features is None else features, []
     for index, block in enumerate(blocks):
-        block.check_training()
         try:
-            features, loss = block(features.detach(), targets, inputs)
+            with context(index):
+                output, loss = block(passed, targets, inputs)
         except (IndexError, ValueError) as error:
             raise _explained(error, index, inputs, targets) from error
-        backward(loss if scale == 1.0 else loss * scale)
+        passed = output.detach()
+        del output  # its graph goes with the backward pass
+        if on_output is not None and index == len(blocks) - 1:
+            on_output(passed)
+        (loss if scale == 1.0 else loss * scale).backward()
         losses.append(loss.detach())
+        del loss
     return losses
 
 

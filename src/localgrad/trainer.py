@@ -3,8 +3,9 @@
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 
 from localgrad.build import build_blocks, build_model, build_optimizers, with_defaults
 from localgrad.config import TrainConfig, to_dict, validate
-from localgrad.devices import make_fabric, provenance, resolve_precision
+from localgrad.devices import as_launched, make_fabric, provenance, resolve_precision
 from localgrad.errors import LocalGradError
 from localgrad.evaluation import error_rates
 from localgrad.interrupts import noted_interrupts
 from localgrad.memory import measure_peak
+from localgrad.pipeline import Stage, block_seconds, place
 from localgrad.progress import Display
 from localgrad.runs import Result, RunFolder
 from localgrad.sources import load_images
@@ -43,7 +45,7 @@ def fit(config: TrainConfig, run_dir: str | Path, *, resume: bool = False, quiet
         LocalGradError: the config or the folder cannot be used, or a loss is not finite.
         KeyboardInterrupt: interrupted; a checkpoint was saved after the last whole step.
     """
-    run = set_up(with_defaults(validate(config)), RunFolder(Path(run_dir)), resume)
+    run = set_up(with_defaults(validate(as_launched(config))), RunFolder(Path(run_dir)), resume)
     is_main = run.fabric.is_global_zero
     with Display(quiet=quiet or not is_main) as display, noted_interrupts() as interrupted:
         display.message(_headline(run))
@@ -86,11 +88,14 @@ def set_up(config: TrainConfig, folder: RunFolder, resume: bool) -> Run:
         test=test.to(fabric.device),
         model=model,
         blocks=blocks,
-        wrapped=[fabric.setup_module(block) for block in blocks],
+        stage=None,
+        wrapped=list(blocks),
         optimizers=build_optimizers(config.optim, blocks),
         state=State(sums=[0.0] * (len(blocks) + 1)),
     )
     _check_parts(run)
+    if fabric.world_size > 1:
+        spread(run)
     if resume and folder.checkpoint.exists():
         load(run)
     if fabric.is_global_zero:
@@ -98,6 +103,28 @@ def set_up(config: TrainConfig, folder: RunFolder, resume: bool) -> Run:
         run.board = folder.open_board(run.state.epoch) if config.tensorboard else None
     fabric.barrier()
     return run
+
+
+def spread(run: Run) -> None:
+    """Shares the work between the devices: the images of each batch, or the blocks by what they were measured to cost.
+
+    Raises:
+        LocalGradError: there are fewer blocks than devices to share them.
+    """
+    config, fabric = run.config, run.fabric
+    if config.parallel == "data":
+        device_ids = [fabric.device.index] if fabric.device.type == "cuda" else None
+        run.wrapped = [nn.parallel.DistributedDataParallel(block, device_ids=device_ids) for block in run.blocks]
+        return
+    num_stages = config.devices // config.replicas
+    seconds = [1.0] * len(run.blocks)
+    place(seconds, num_stages)  # refuses too few blocks on every rank
+    if fabric.is_global_zero:
+        batch = next(iter(run.train.batches(run.config.optim.batch_size // config.replicas, train=True)))
+        seconds = block_seconds(run.blocks, *batch, context=lambda index: fabric.autocast())
+    run.stage = Stage(run.blocks, place(fabric.broadcast(seconds), num_stages), config.replicas)
+    run.wrapped = run.stage.wrapped
+    run.optimizers = [run.optimizers[index] for index in run.own]
 
 
 def _check_parts(run: Run) -> None:
@@ -125,17 +152,20 @@ def train_epoch(run: Run, display: Display, interrupted: threading.Event) -> Non
     sums = sums.to(fabric.device)
     run.seconds.clear()
     begin = time.perf_counter()
-    for inputs, targets in _batches(run):
+    for batch in _batches(run, interrupted.is_set):
         first = state.step == 0  # its memory is measured, which takes time, so it is not timed
-        losses = _measured_step(run, inputs, targets) if first else train_step(run, inputs, targets)
-        sums += torch.cat([losses, losses.new_ones(1)]) * len(inputs)
+        losses = _measured_step(run, *batch) if first else train_step(run, *batch)
+        sums += torch.cat([losses, losses.new_ones(1)]) * len(batch[0])
         state.batch, state.step = state.batch + 1, state.step + 1
         if display.is_due():
             _show(run, display, sums)
         now = time.perf_counter()
         run.seconds.extend([] if first else [now - begin])
         begin = now
-        stop = fabric.strategy.reduce_boolean_decision(interrupted.is_set(), all=False)
+        if run.stage:  # asking all ranks would make each wait for the last
+            stop = run.stage.is_last_batch
+        else:
+            stop = fabric.strategy.reduce_boolean_decision(interrupted.is_set(), all=False)
         if stop or (every and state.step % every == 0):
             state.sums = fabric.all_reduce(sums).tolist()
             save(run)
@@ -148,79 +178,111 @@ def _show(run: Run, display: Display, sums: Tensor) -> None:
     display.step(
         epoch=run.epoch_of_epochs,
         done=run.state.batch,
-        total=run.train.num_batches(run.batch_size, run.fabric.world_size, train=True),
-        losses=(sums[:-1] / sums[-1]).tolist(),
+        total=run.train.num_batches(run.batch_size, run.replicas, train=True),
+        losses=(sums[run.own.start : run.own.stop] / sums[-1]).tolist(),
         images_per_second=run.images_per_second,
     )
 
 
-def _batches(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
-    return run.train.batches(
-        run.batch_size,
-        train=True,
-        seed=run.config.seed,
-        epoch=run.state.epoch,
-        start=run.state.batch,
-        rank=run.fabric.global_rank,
-        world_size=run.fabric.world_size,
-        channels_last=run.config.channels_last,
+def _batches(run: Run, stop: Callable[[], bool] = lambda: False) -> Iterator[tuple[Tensor, ...]]:
+    """Inputs and targets; where blocks are shared also the features of this process's first block."""
+    share: Any = {"train": True, "start": run.state.batch, "rank": run.replica, "world_size": run.replicas}
+    batches = run.train.batches(
+        run.batch_size, seed=run.config.seed, epoch=run.state.epoch, channels_last=run.config.channels_last, **share
     )
+    if run.stage is None:
+        return batches
+    return run.stage.batches(batches, run.train.batch_sizes(run.batch_size, **share), stop)
 
 
-def train_step(run: Run, inputs: Tensor, targets: Tensor) -> Tensor:
-    """One optimizer step of every block on one batch.
+def train_step(run: Run, inputs: Tensor, targets: Tensor, features: Tensor | None = None) -> Tensor:
+    """One optimizer step of every block of this process on one batch.
 
-    Whatever is drawn at random in it depends on the seed, the step and the device alone, so a resumed run draws the
-    same.
+    Whatever is drawn at random in it depends on the seed, the step, the share of the batch and the block alone, so a
+    resumed run draws the same, and so do blocks on other devices.
 
     Args:
         run: the run.
         inputs: images (N, 3, H, W).
         targets: classes (N,).
+        features: what the first block of this process gets; the inputs if not given.
 
     Returns:
-        The mean loss of each block over the batch, before the step (num_blocks,).
+        The mean loss of each block over the batch, before the step (num_blocks,); 0 for those of other processes.
 
     Raises:
         LocalGradError: a loss is not finite; no optimizer has stepped.
     """
-    key = np.random.SeedSequence([run.config.seed, run.state.step, run.fabric.global_rank])
-    torch.manual_seed(int(key.generate_state(1)[0]))
-    optim = run.config.optim
+    optim, stage = run.config.optim, run.stage
     parts = list(zip(inputs.chunk(optim.accumulate), targets.chunk(optim.accumulate), strict=True))
-    losses = inputs.new_zeros(len(run.blocks))
+    own = inputs.new_zeros(len(run.own))
     for number, (part, part_targets) in enumerate(parts, start=1):
         share = len(part) / len(inputs)
         with contextlib.ExitStack() as no_sync:
             for block in run.wrapped if number < len(parts) else ():
-                no_sync.enter_context(run.fabric.no_backward_sync(block, enabled=run.fabric.world_size > 1))
-            part_losses = local_gradients(run.wrapped, part, part_targets, backward=run.fabric.backward, scale=share)
-        losses += share * torch.stack(part_losses)
-    _check_finite(run, losses)
+                if isinstance(block, nn.parallel.DistributedDataParallel):
+                    no_sync.enter_context(block.no_sync())
+            part_losses = local_gradients(
+                run.wrapped,
+                part,
+                part_targets,
+                features=features,
+                scale=share,
+                context=_forward_context(run, number),
+                on_output=stage.send if stage else None,
+            )
+        own += share * torch.stack(part_losses)
+    _check_finite(run, own)
     if optim.clip_norm is not None:
-        for block in run.blocks:
-            nn.utils.clip_grad_norm_(block.trainable_parameters(), optim.clip_norm)
-    apply_updates(run.blocks, run.optimizers)
+        for index in run.own:
+            nn.utils.clip_grad_norm_(run.blocks[index].trainable_parameters(), optim.clip_norm)
+    if stage is None:
+        apply_updates(run.blocks, run.optimizers)
+        return own
+    stage.take_weights()
+    apply_updates(stage.blocks, run.optimizers)
+    losses = own.new_zeros(len(run.blocks))
+    losses[run.own.start : run.own.stop] = own * stage.num_stages  # so that the mean over all processes is that of own
     return losses
 
 
+def _forward_context(run: Run, part: int) -> Callable[[int], contextlib.AbstractContextManager[None]]:
+    key = np.random.SeedSequence([run.config.seed, run.state.step, run.replica, part])
+    seed = int(key.generate_state(1)[0])
+
+    @contextlib.contextmanager
+    def forward(index: int) -> Iterator[None]:
+        torch.manual_seed(seed + run.own[index])
+        with run.fabric.autocast():
+            yield
+
+    return forward
+
+
 def _check_finite(run: Run, losses: Tensor) -> None:
-    if run.fabric.strategy.reduce_boolean_decision(bool(losses.isfinite().all()), all=True):
+    finite = bool(losses.isfinite().all())
+    if run.stage is None:  # asking all ranks of a pipeline would make each wait for the last
+        finite = run.fabric.strategy.reduce_boolean_decision(finite, all=True)
+    if finite:
         return
     for optimizer in run.optimizers:
         optimizer.zero_grad(set_to_none=True)
-    losses = run.fabric.all_reduce(losses)
-    index = int(losses.isfinite().int().argmin())
+    if run.stage is None:
+        losses = run.fabric.all_reduce(losses)
+    place = int(losses.isfinite().int().argmin())
+    index = run.own[place]
     names = run.blocks[index].names
     raise LocalGradError(
-        f"the loss of block {index + 1} of {len(losses)} ({names[0]} to {names[-1]}) is {float(losses[index])} at "
+        f"the loss of block {index + 1} of {len(run.blocks)} ({names[0]} to {names[-1]}) is {float(losses[place])} at "
         f"epoch {run.state.epoch}, step {run.state.step + 1}, learning rate {run.learning_rate:g}; its weights were "
         "left as they were before this step; try a lower --optim.lr, or --optim.clip-norm 1"
     )
 
 
-def _measured_step(run: Run, inputs: Tensor, targets: Tensor) -> Tensor:
-    losses, run.state.peak_memory_bytes = measure_peak(lambda: train_step(run, inputs, targets))
+def _measured_step(run: Run, *batch: Tensor) -> Tensor:
+    losses, peak = measure_peak(lambda: train_step(run, *batch))
+    largest = run.fabric.all_reduce(torch.tensor(peak, device=run.fabric.device), reduce_op="max")
+    run.state.peak_memory_bytes = int(largest)
     return losses
 
 
@@ -229,6 +291,8 @@ def finish_epoch(run: Run, display: Display) -> None:
     state, config = run.state, run.config
     evaluated = state.epoch % config.evaluate_every == 0 or state.epoch == config.optim.epochs
     if evaluated:
+        if run.stage:
+            run.stage.gather()
         state.test_error, state.local_errors = error_rates(run.fabric, config, run.model, run.blocks, run.test)
         if state.best_epoch == 0 or state.test_error < state.best_test_error:
             state.best_test_error, state.best_epoch = state.test_error, state.epoch

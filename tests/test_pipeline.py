@@ -1,0 +1,141 @@
+"""Block-parallel training gives what one process gives, bit for bit."""
+
+import os
+import signal
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import run_ranks
+from test_trainer import LOCAL, assert_same_run
+from torch import Tensor, nn
+
+import localgrad
+from localgrad import state, trainer
+from localgrad.blocks import Block
+from localgrad.config import TrainConfig
+from localgrad.models import cifar_resnet
+from localgrad.pipeline import Stage
+from localgrad.step import local_step
+
+CUTS = ["layer1.0", "layer2.0", "layer3.0"]
+SIZES = [6] * 9 + [3] + [6] * 10
+STEPS = len(SIZES)
+
+
+def _blocks(momentum: str, objective: str, extra: nn.Module | None = None) -> tuple[nn.Module, list[Block]]:
+    torch.manual_seed(0)
+    model = cifar_resnet(14).to(memory_format=torch.channels_last)
+    momenta: dict[str, Any] = {
+        "none": None,
+        "man": localgrad.man(decay=0.9),
+        "fused": localgrad.man(decay=0.9, form="fused"),
+        "deep": localgrad.manpp(decay=0.9, depth=2),
+    }
+    objectives: dict[str, Any] = {
+        "dgl": localgrad.dgl(num_classes=10),
+        "infopro": localgrad.infopro(10, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), task=(0.5, 0.5)),
+    }
+    blocks = localgrad.split(
+        model, torch.empty(2, 3, 8, 8), cuts=CUTS, objective=objectives[objective], momentum=momenta[momentum]
+    )
+    return model, blocks
+
+
+def _batches(sizes: list[int]) -> list[tuple[Tensor, Tensor]]:
+    draw = torch.Generator().manual_seed(1)
+    return [
+        (
+            torch.rand(size, 3, 8, 8, generator=draw).to(memory_format=torch.channels_last),
+            torch.randint(10, (size,), generator=draw),
+        )
+        for size in sizes
+    ]
+
+
+def _optimizers(blocks: list[Block]) -> list[torch.optim.SGD]:
+    return [torch.optim.SGD(b.trainable_parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3) for b in blocks]
+
+
+def _state(model: nn.Module, blocks: list[Block]) -> dict[str, Tensor]:
+    auxiliary = {f"{i}.{k}": v for i, block in enumerate(blocks) for k, v in block.auxiliary_state_dict().items()}
+    return {name: value.detach().clone() for name, value in (model.state_dict() | auxiliary).items()}
+
+
+def _one_process(momentum: str, objective: str) -> tuple[dict[str, Tensor], list[list[float]]]:
+    model, blocks = _blocks(momentum, objective)
+    optimizers = _optimizers(blocks)
+    losses = [[float(loss) for loss in local_step(blocks, optimizers, *batch)] for batch in _batches(SIZES)]
+    return _state(model, blocks), losses
+
+
+def _many_processes(momentum: str, objective: str, starts: list[int]) -> tuple[dict[str, Tensor], list[list[float]]]:
+    model, blocks = _blocks(momentum, objective)
+    stage = Stage(blocks, starts)
+    optimizers = _optimizers(stage.blocks)
+    losses = []
+    loader = _batches(SIZES) if stage.is_first else []
+    for part in (slice(0, 11), slice(11, STEPS)):  # two epochs: the receives begin anew
+        for inputs, targets, features in stage.batches(loader[part], SIZES[part]):
+            losses.append([float(loss) for loss in stage.step(optimizers, inputs, targets, features)])
+        stage.gather()
+    return _state(model, blocks), losses
+
+
+@pytest.mark.parametrize(
+    ("momentum", "objective", "starts"),
+    [
+        ("none", "dgl", [0, 2]),
+        ("man", "dgl", [0, 1]),
+        ("man", "infopro", [0, 1, 3]),
+        ("fused", "dgl", [0, 1, 2]),
+        ("deep", "dgl", [0, 3]),
+    ],
+)
+def test_ranks_give_the_bits_of_one_process(momentum: str, objective: str, starts: list[int]) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    expected, losses = _one_process(momentum, objective)
+    torch.set_num_threads(threads)
+    answers = run_ranks(_many_processes, len(starts), momentum, objective, starts)
+    for found, _ in answers:
+        assert found.keys() == expected.keys()
+        assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+    assert [list(chain(*parts)) for parts in zip(*(own for _, own in answers), strict=True)] == losses
+
+
+# The trainer
+
+BLOCKS = replace(LOCAL, devices=2, parallel="blocks", checkpoint_every=3)
+
+
+def _fit(config: TrainConfig, run_dir: Path, interrupt_at: int, resume: bool) -> Any:
+    """Train on a rank; with a step to interrupt at, as Ctrl-C would on the first rank."""
+    original = trainer.train_step
+
+    def step(run: state.Run, *batch: Tensor) -> Tensor:
+        if run.state.step + 1 == interrupt_at and run.fabric.is_global_zero:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(run, *batch)
+
+    trainer.train_step = step
+    return trainer.fit(config, run_dir, quiet=True, resume=resume).test_error
+
+
+def test_a_run_on_two_ranks_is_that_of_one_process(tmp_path: Path) -> None:
+    trainer.fit(LOCAL, tmp_path / "one", quiet=True)
+    run_ranks(_fit, 2, BLOCKS, tmp_path / "two", 0, False)
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    with pytest.raises(KeyboardInterrupt, match="after step 3; everything is saved"):
+        run_ranks(_fit, 2, BLOCKS, tmp_path / "resumed", 2, False)
+    run_ranks(_fit, 2, BLOCKS, tmp_path / "resumed", 0, True)
+    assert_same_run(tmp_path / "one", tmp_path / "resumed")
+
+
+def test_replicas_of_a_pipeline_are_data_parallel(tmp_path: Path) -> None:
+    run_ranks(_fit, 2, replace(LOCAL, devices=2), tmp_path / "data", 0, False)
+    run_ranks(_fit, 4, replace(BLOCKS, devices=4, replicas=2), tmp_path / "both", 0, False)
+    assert_same_run(tmp_path / "data", tmp_path / "both")
