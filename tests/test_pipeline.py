@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from processes import run_ranks
-from test_trainer import LOCAL, assert_same_run
+from test_trainer import LOCAL, assert_same_run, weights
 from torch import Tensor, nn
 
 import localgrad
@@ -139,3 +139,16 @@ def test_replicas_of_a_pipeline_are_data_parallel(tmp_path: Path) -> None:
     run_ranks(_fit, 2, replace(LOCAL, devices=2), tmp_path / "data", 0, False)
     run_ranks(_fit, 4, replace(BLOCKS, devices=4, replicas=2), tmp_path / "both", 0, False)
     assert_same_run(tmp_path / "data", tmp_path / "both")
+
+
+def test_synchronised_norms_see_the_whole_batch(tmp_path: Path) -> None:
+    """The last batch of 7 images gives one process 4 of them and the other 3."""
+    config = replace(LOCAL, data=replace(LOCAL.data, train_limit=55))
+    trainer.fit(config, tmp_path / "one", quiet=True)
+    run_ranks(_fit, 2, replace(config, devices=2, sync_batchnorm=True), tmp_path / "two", 0, False)
+    both = replace(config, devices=4, parallel="blocks", replicas=2, sync_batchnorm=True)
+    run_ranks(_fit, 4, both, tmp_path / "four", 0, False)
+    for name in ("two", "four"):
+        torch.testing.assert_close(weights(tmp_path / name), weights(tmp_path / "one"), rtol=1e-5, atol=1e-5)
+    run_ranks(_fit, 2, replace(config, devices=2), tmp_path / "apart", 0, False)
+    assert not torch.allclose(weights(tmp_path / "apart")["fc.weight"], weights(tmp_path / "one")["fc.weight"], 1e-4)

@@ -55,6 +55,7 @@ class Stage:
         index: of this stage, from 0.
         num_stages: ranks of a pipeline.
         replica: which of the pipelines this rank is in, from 0.
+        replica_group: the processes that train the same blocks on other shares of a batch, or None.
         is_last_batch: whether the ranks stop after the batch that `batches` gave last, since its `stop` said so.
 
     Raises:
@@ -89,11 +90,14 @@ class Stage:
         self._pipeline = [_group(ranks) for ranks in self._ranks][self.replica]
         self._control = [_group(ranks, "gloo") for ranks in self._ranks][self.replica]
         self._first_ranks: Any = None
+        self.replica_group: Any = None
         self.wrapped: list[nn.Module] = list(self.blocks)
         if replicas > 1:
             sides = [[ranks[stage] for ranks in self._ranks] for stage in range(num_stages)]
-            group = [_group(side) for side in sides][self.index]
-            self.wrapped = [nn.parallel.DistributedDataParallel(b, process_group=group) for b in self.blocks]
+            self.replica_group = [_group(side) for side in sides][self.index]
+            self.wrapped = [
+                nn.parallel.DistributedDataParallel(block, process_group=self.replica_group) for block in self.blocks
+            ]
             self._first_ranks = _group(sides[0], "gloo")
         self._layouts: list[_Layout] = []  # of what the rank before sends, known from its first batch on
         self._announced = False

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from localgrad.batchnorm import synchronise
 from localgrad.build import build_blocks, build_model, build_optimizers, with_defaults
 from localgrad.config import TrainConfig, to_dict, validate
 from localgrad.devices import as_launched, make_fabric, provenance, resolve_precision
@@ -113,6 +114,8 @@ def spread(run: Run) -> None:
     """
     config, fabric = run.config, run.fabric
     if config.parallel == "data":
+        for block in run.blocks if config.sync_batchnorm else ():
+            synchronise(block)
         device_ids = [fabric.device.index] if fabric.device.type == "cuda" else None
         run.wrapped = [nn.parallel.DistributedDataParallel(block, device_ids=device_ids) for block in run.blocks]
         return
@@ -123,6 +126,8 @@ def spread(run: Run) -> None:
         batch = next(iter(run.train.batches(run.config.optim.batch_size // config.replicas, train=True)))
         seconds = block_seconds(run.blocks, *batch, context=lambda index: fabric.autocast())
     run.stage = Stage(run.blocks, place(fabric.broadcast(seconds), num_stages), config.replicas)
+    for block in run.stage.blocks if config.sync_batchnorm and config.replicas > 1 else ():
+        synchronise(block, run.stage.replica_group)
     run.wrapped = run.stage.wrapped
     run.optimizers = [run.optimizers[index] for index in run.own]
 
@@ -216,6 +221,8 @@ def train_step(run: Run, inputs: Tensor, targets: Tensor, features: Tensor | Non
     optim, stage = run.config.optim, run.stage
     parts = list(zip(inputs.chunk(optim.accumulate), targets.chunk(optim.accumulate), strict=True))
     own = inputs.new_zeros(len(run.own))
+    done = run.state.batch * optim.batch_size
+    whole = min(optim.batch_size, len(run.train) - done)  # in all shares; one may have an image more
     for number, (part, part_targets) in enumerate(parts, start=1):
         share = len(part) / len(inputs)
         with contextlib.ExitStack() as no_sync:
@@ -227,7 +234,7 @@ def train_step(run: Run, inputs: Tensor, targets: Tensor, features: Tensor | Non
                 part,
                 part_targets,
                 features=features,
-                scale=share,
+                scale=len(part) * run.replicas / whole,
                 context=_forward_context(run, number),
                 on_output=stage.send if stage else None,
             )
