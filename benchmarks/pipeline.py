@@ -213,7 +213,7 @@ def work(rank: int, address: str, world_size: int, options: argparse.Namespace, 
         for label, steps in rows.items():
             dist.barrier()
             begin = time.perf_counter()
-            steps(options.steps)
+            steps(options.steps if number else 3)  # the first round is not counted
             dist.barrier()
             if number:
                 seconds[label].append((time.perf_counter() - begin) / options.steps)
@@ -234,8 +234,10 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=32, help="layers of the CIFAR ResNet")
     parser.add_argument("--blocks", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=8, help="steps of each row in a round")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--steps", type=int, default=30, help="steps of each row in a round; ranks fill up in the first"
+    )
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3])
     parser.add_argument("-o", "--output", type=Path, default=Path("results/pipeline.json"))
     options = parser.parse_args()

@@ -2,6 +2,9 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -152,3 +155,52 @@ def test_synchronised_norms_see_the_whole_batch(tmp_path: Path) -> None:
         torch.testing.assert_close(weights(tmp_path / name), weights(tmp_path / "one"), rtol=1e-5, atol=1e-5)
     run_ranks(_fit, 2, replace(config, devices=2), tmp_path / "apart", 0, False)
     assert not torch.allclose(weights(tmp_path / "apart")["fc.weight"], weights(tmp_path / "one")["fc.weight"], 1e-4)
+
+
+# A rank that dies
+
+DYING = """
+import os, signal, sys
+from pathlib import Path
+from test_pipeline import BLOCKS, LOCAL, replace, trainer
+
+original, once = trainer.train_step, Path(sys.argv[1] + ".died")
+
+def step(run, *batch):
+    if run.state.step == 5 and run.fabric.global_rank == 1 and not once.exists():
+        once.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(run, *batch)
+
+trainer.train_step = step
+trainer.fit(BLOCKS if sys.argv[2] == "blocks" else replace(LOCAL, devices=2), sys.argv[1], quiet=True)
+"""
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+@pytest.mark.parametrize("parallel", ["blocks", "data"])
+def test_the_other_ranks_leave_when_one_dies(tmp_path: Path, parallel: str) -> None:
+    (tmp_path / "script.py").write_text(DYING)
+    begin = time.monotonic()
+    done = _run([str(tmp_path / "script.py"), str(tmp_path / "run"), parallel])
+    assert time.monotonic() - begin < 60, "a hang would end with the timeouts of the process groups, half an hour"
+    assert done.returncode != 0
+    assert (tmp_path / "run.died").exists()
+    assert "another process of this run has ended" in done.stderr
+
+
+def test_torchrun_starts_again_where_the_run_was(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(DYING)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    done = _run([*torchrun, str(tmp_path / "script.py"), str(tmp_path / "run"), "blocks"])
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run.died").exists()
+    trainer.fit(LOCAL, tmp_path / "one", quiet=True)
+    assert_same_run(tmp_path / "one", tmp_path / "run")

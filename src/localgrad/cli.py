@@ -134,7 +134,7 @@ def train(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt as interruption:
         started = (run_dir / "config.json").exists()
         how = f"; continue with `localgrad train {run_dir} --resume`" if started else ""
-        print(f"localgrad: {str(interruption) or 'interrupted'}{how}", file=sys.stderr)
+        rank_zero_only(print)(f"localgrad: {str(interruption) or 'interrupted'}{how}", file=sys.stderr)
         return 130
     rank_zero_only(print)(
         f"test error {result.test_error:.2f}% (best {result.best_test_error:.2f}% at epoch {result.best_epoch}), "

@@ -3,12 +3,16 @@
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from localgrad.config import TrainConfig
 from localgrad.errors import LocalGradError
@@ -28,6 +32,43 @@ def as_launched(config: TrainConfig) -> TrainConfig:
     return replace(config, devices=max(started, config.devices))
 
 
+def restarted() -> bool:
+    """Whether torchrun has started this process again, since one of the processes had failed."""
+    return dist.is_torchelastic_launched() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def _join_again(config: TrainConfig) -> None:
+    """Makes the process group of processes that torchrun has restarted.
+
+    torchrun's store still has the addresses of the processes that were there before, and PyTorch would wait for them;
+    a prefix of its own for each attempt keeps them apart.
+    """
+    store, rank, world_size = next(rendezvous("env://"))
+    store = PrefixStore(f"attempt{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    on_cuda = config.accelerator in ("auto", "cuda") and torch.cuda.is_available()
+    if on_cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if on_cuda else "gloo", store=store, rank=rank, world_size=world_size)
+
+
+@contextmanager
+def noticed_losses() -> Iterator[None]:
+    """Turns what torch.distributed raises when another process is gone into a sentence.
+
+    Raises:
+        LocalGradError: a process that this one waited for has ended.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise LocalGradError(
+            "another process of this run has ended, so this one stops too; the last checkpoint holds: continue with "
+            f"--resume ({str(error).partition('. ')[0]})"
+        ) from error
+
+
 def make_fabric(config: TrainConfig) -> Any:
     """The Fabric of a config: its devices, with `auto` precision decided.
 
@@ -36,6 +77,8 @@ def make_fabric(config: TrainConfig) -> Any:
     """
     from lightning.fabric import Fabric
 
+    if restarted() and not dist.is_initialized():
+        _join_again(config)
     here = config.devices
     if dist.is_torchelastic_launched():
         here = min(here, int(os.environ["LOCAL_WORLD_SIZE"]))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from localgrad.batchnorm import synchronise
 from localgrad.build import build_blocks, build_model, build_optimizers, with_defaults
 from localgrad.config import TrainConfig, to_dict, validate
-from localgrad.devices import as_launched, make_fabric, provenance, resolve_precision
+from localgrad.devices import as_launched, make_fabric, noticed_losses, provenance, resolve_precision, restarted
 from localgrad.errors import LocalGradError
 from localgrad.evaluation import error_rates
 from localgrad.interrupts import noted_interrupts
@@ -36,26 +36,32 @@ def fit(config: TrainConfig, run_dir: str | Path, *, resume: bool = False, quiet
     Args:
         config: the complete run, as a recipe gives it.
         run_dir: folder for its files; made if it is not there.
-        resume: continue the unfinished run of that folder.
+        resume: continue the unfinished run of that folder; done without asking where torchrun has restarted it.
         quiet: print nothing.
 
     Returns:
         The result, as `result.json` has it.
 
     Raises:
-        LocalGradError: the config or the folder cannot be used, or a loss is not finite.
+        LocalGradError: the config or the folder cannot be used, a loss is not finite, or another process ended.
         KeyboardInterrupt: interrupted; a checkpoint was saved after the last whole step.
     """
-    run = set_up(with_defaults(validate(as_launched(config))), RunFolder(Path(run_dir)), resume)
-    is_main = run.fabric.is_global_zero
-    with Display(quiet=quiet or not is_main) as display, noted_interrupts() as interrupted:
+    folder = RunFolder(Path(run_dir))
+    resume = resume or (restarted() and folder.checkpoint.exists())
+    with noticed_losses():
+        run = set_up(with_defaults(validate(as_launched(config))), folder, resume)
+        return _fit(run, quiet or not run.fabric.is_global_zero)
+
+
+def _fit(run: Run, quiet: bool) -> Result:
+    with Display(quiet=quiet) as display, noted_interrupts() as interrupted:
         display.message(_headline(run))
-        while run.state.epoch <= config.optim.epochs:
+        while run.state.epoch <= run.config.optim.epochs:
             train_epoch(run, display, interrupted)
             finish_epoch(run, display)
             save(run)
     result = _result(run)
-    if is_main:
+    if run.fabric.is_global_zero:
         run.folder.save_model(run.model)
         run.folder.save_result(result)
     run.fabric.barrier()

@@ -1,0 +1,183 @@
+"""How throughput would grow with ranks: block-parallel local learning, 1F1B pipelines, and data-parallel training.
+
+Predicted from block times measured here on one thread and from a link's bandwidth, after the rules below, which are
+first checked against what `benchmarks/pipeline.py` measured on 2 and 3 ranks.
+
+    python benchmarks/pipeline_model.py --measured results/pipeline.json -o results/pipeline_model.json
+
+Rules, with c_r the seconds that rank r computes for a batch, and every rank on a processor of its own:
+
+- block-parallel: rank r starts batch t when it is done with batch t - 1 and the features are there; they leave rank
+  r - 1 before the backward pass of its last block, two thirds of that block's time. With a momentum, rank r is done
+  with batch t when the weights are there that rank r + 1 sends as it starts batch t. Simulated batch by batch.
+- 1F1B with m micro-batches: (m + R - 1) / m of the slowest rank's time, and 2 (m + R - 1) / m messages.
+- data-parallel: 1 / R of the time of one rank, and an all-reduce of the weights, 2 (R - 1) / R of their bytes, behind
+  the backward pass (two thirds of the time) as far as that is long enough.
+
+Ranks that share fewer processors, as in the check, are slower by ranks / processors. What the rules leave out:
+latency, batches too small to compute well, and that one rank's work slows another's memory.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from report import environment, print_table, write
+
+import localgrad
+from localgrad.blocks import Block
+from localgrad.models import cifar_resnet
+from localgrad.pipeline import block_seconds, place
+
+RANKS = (2, 4, 8, 16, 32, 54)
+LINKS = {"0.1 GB/s": 1e8, "1 GB/s": 1e9, "10 GB/s": 1e10, "100 GB/s": 1e11}
+MICRO_BATCHES = (8, 64)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Blocks in order: seconds of each for a batch, bytes of features after each, bytes of weights that come back."""
+
+    seconds: list[float]
+    features: list[int]
+    weights: list[int]
+    parameters: int
+
+
+def measured_chain(depth: int, batch_size: int, num_blocks: int, method: str) -> Chain:
+    """A CIFAR ResNet cut by compute into K blocks, in channels last and float32, timed on this thread."""
+    torch.manual_seed(0)
+    model = cifar_resnet(depth).to(memory_format=torch.channels_last)
+    blocks = localgrad.split(
+        model,
+        torch.empty(2, 3, 32, 32),
+        num_blocks=num_blocks,
+        balance="compute",
+        objective=localgrad.classifier(10) if method == "end-to-end" else localgrad.dgl(10),
+        momentum=localgrad.man() if method == "DGL+MAN" else None,
+    )
+    inputs = torch.rand(batch_size, 3, 32, 32).to(memory_format=torch.channels_last)
+    seconds = block_seconds(blocks, inputs, torch.randint(10, (batch_size,)), rounds=5)
+    return Chain(seconds, _feature_bytes(blocks, inputs), [_weight_bytes(block) for block in blocks], _bytes(model))
+
+
+def _bytes(module: torch.nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())
+
+
+def _feature_bytes(blocks: Sequence[Block], inputs: torch.Tensor) -> list[int]:
+    found, features = [], inputs
+    with torch.no_grad():
+        for block in blocks:
+            features = block.body(features)
+            found.append(features.nbytes)
+    return found
+
+
+def _weight_bytes(block: Block) -> int:
+    momentum: Any = block.momentum
+    return 0 if momentum is None else sum(parameter.nbytes for parameter in momentum.followed())
+
+
+def block_parallel(chain: Chain, ranks: int, link: float, slower: float = 1.0, batches: int = 400) -> float:
+    """Seconds a batch."""
+    edges = [*place(chain.seconds, ranks), len(chain.seconds)]
+    compute = [slower * sum(chain.seconds[a:b]) for a, b in pairwise(edges)]
+    last = [slower * chain.seconds[end - 1] for end in edges[1:]]
+    forward = [chain.features[end - 1] / link for end in edges[1:]]
+    back = [chain.weights[end - 1] / link for end in edges[1:]]
+    done = [0.0] * ranks
+    for _ in range(batches):
+        start, arrives = [0.0] * ranks, 0.0
+        for rank in range(ranks):
+            start[rank] = max(done[rank], arrives)
+            arrives = start[rank] + compute[rank] - last[rank] * 2 / 3 + forward[rank]
+        for rank in range(ranks):
+            done[rank] = start[rank] + compute[rank]
+            if rank + 1 < ranks and back[rank]:
+                done[rank] = max(done[rank], start[rank + 1] + back[rank])
+    return max(done) / batches
+
+
+def one_f_one_b(chain: Chain, ranks: int, link: float, micro_batches: int, slower: float = 1.0) -> float:
+    """Seconds a batch."""
+    edges = [*place(chain.seconds, ranks), len(chain.seconds)]
+    slowest = slower * max(sum(chain.seconds[a:b]) for a, b in pairwise(edges))
+    message = max(chain.features[end - 1] for end in edges[1:-1]) / link
+    return (slowest + 2 * message) * (micro_batches + ranks - 1) / micro_batches
+
+
+def data_parallel(chain: Chain, ranks: int, link: float, slower: float = 1.0) -> float:
+    """Seconds a batch."""
+    compute = slower * sum(chain.seconds) / ranks
+    return compute + max(0.0, 2 * (ranks - 1) / ranks * chain.parameters / link - compute * 2 / 3)
+
+
+def check(measured: dict[str, Any]) -> list[dict[str, Any]]:
+    """Predicted beside measured gains over one rank, on the ranks that were measured."""
+    settings, rows = measured["settings"], []
+    depth, batch_size, num_blocks = (int(settings[name]) for name in ("depth", "batch_size", "blocks"))
+    chains = {method: measured_chain(depth, batch_size, num_blocks, method) for method in ("DGL", "DGL+MAN")}
+    chains["end-to-end"] = whole = measured_chain(depth, batch_size, (depth - 2) // 2, "end-to-end")
+    for part in measured["measured"]:
+        ranks, link = part["ranks"], part["bytes_per_second"]
+        slower = max(1.0, ranks / len(os.sched_getaffinity(0)))
+        gains = {row["row"]: row["times_one_rank"] for row in part["rows"]}
+        for label, method, seconds in (
+            ("DGL, block-parallel", "DGL", block_parallel(chains["DGL"], ranks, link, slower)),
+            ("DGL+MAN, block-parallel", "DGL+MAN", block_parallel(chains["DGL+MAN"], ranks, link, slower)),
+            ("end-to-end, 1F1B, 8 micro-batches", "end-to-end", one_f_one_b(whole, ranks, link, 8, slower)),
+            ("end-to-end, data-parallel", "end-to-end", data_parallel(whole, ranks, link, slower)),
+        ):
+            predicted = sum(chains[method].seconds) / seconds
+            found = {"row": label, "ranks": ranks, "predicted": predicted, "measured": gains[label]}
+            rows.append({**found, "predicted_to_measured": predicted / gains[label]})
+    return rows
+
+
+def predict(chains: dict[str, Chain], batch_size: int) -> list[dict[str, Any]]:
+    """Images a second for every number of ranks and every link."""
+    rows = []
+    for name, link in LINKS.items():
+        for ranks in RANKS:
+            whole = chains["end-to-end"]
+            seconds = {
+                "DGL by blocks": block_parallel(chains["DGL"], ranks, link),
+                "DGL+MAN by blocks": block_parallel(chains["DGL+MAN"], ranks, link),
+                **{f"1F1B, {m} parts": one_f_one_b(whole, ranks, link, m) for m in MICRO_BATCHES},
+                "data-parallel": data_parallel(whole, ranks, link),
+            }
+            speed = {label: batch_size / value for label, value in seconds.items()}
+            rows.append({"row": name, "ranks": ranks, **speed, "fastest": max(speed, key=lambda label: speed[label])})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measured", type=Path, default=Path("results/pipeline.json"))
+    parser.add_argument("--depth", type=int, default=110, help="layers of the CIFAR ResNet that is predicted")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("-o", "--output", type=Path, default=Path("results/pipeline_model.json"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    checked = check(json.loads(options.measured.read_text()))
+    print_table("Gain over one rank, predicted and measured", checked)
+    num_units = (options.depth - 2) // 2
+    chains = {
+        method: measured_chain(options.depth, options.batch_size, num_units, method)
+        for method in ("DGL", "DGL+MAN", "end-to-end")
+    }
+    predicted = predict(chains, options.batch_size)
+    print_table(f"CIFAR ResNet-{options.depth}, {num_units} blocks: predicted images a second", predicted)
+    settings = {"depth": options.depth, "batch_size": options.batch_size}
+    write(options.output, {"settings": settings, "check": checked, "predicted": predicted, **environment()})
+
+
+if __name__ == "__main__":
+    main()
