@@ -2,14 +2,15 @@
 
 import statistics
 import time
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, get_type_hints
 
 import torch
 from torch import nn
 
 from localgrad.blocks import Block
-from localgrad.config import TrainConfig
+from localgrad.config import TrainConfig, fits
 from localgrad.errors import LocalGradError
 from localgrad.images import ImageSet
 from localgrad.runs import Board, RunFolder, load_state
@@ -37,7 +38,11 @@ class State:
     best_test_error: float = 100.0
     best_epoch: int = 0
     peak_memory_bytes: int | None = None
-    seconds_per_step: float = 0.0
+    seconds_per_step: float | None = None
+    skipped: int = 0
+    """Batches skipped since the beginning, because a loss or gradient was not finite."""
+    skipped_in_a_row: int = 0
+    """Of those, the ones since the last optimizer step."""
 
 
 @dataclass
@@ -96,18 +101,18 @@ class Run:
         }
 
     @property
-    def seconds_per_step(self) -> float:
-        """Median seconds from one optimizer step to the next: data, gradients and update."""
+    def seconds_per_step(self) -> float | None:
+        """Median seconds from one optimizer step to the next: data, gradients and update; None before the second."""
         return statistics.median(self.seconds) if self.seconds else self.state.seconds_per_step
 
     @property
-    def images_per_second(self) -> float:
-        """Images trained on a second, on all devices together."""
-        return self.config.optim.batch_size / self.seconds_per_step if self.seconds_per_step else 0.0
+    def images_per_second(self) -> float | None:
+        """Images trained on a second, on all devices together; None before the second step."""
+        return self.config.optim.batch_size / self.seconds_per_step if self.seconds_per_step else None
 
 
 def save(run: Run) -> None:
-    """Writes the checkpoint."""
+    """Writes the checkpoint; the config says how many of the last ones stay."""
     run.state.elapsed_seconds = time.perf_counter() - run.begin
     run.state.seconds_per_step = run.seconds_per_step
     if run.fabric.is_global_zero:
@@ -117,22 +122,19 @@ def save(run: Run) -> None:
                 "auxiliary": [block.auxiliary_state_dict() for block in run.blocks],
                 "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
                 "state": asdict(run.state),
-            }
+            },
+            run.config.keep_checkpoints,
         )
 
 
 def load(run: Run) -> None:
-    """Loads the folder's checkpoint into the objects of the run.
+    """Loads the folder's newest whole checkpoint into the objects of the run.
 
     Raises:
-        LocalGradError: it is damaged, or of another model or version.
+        LocalGradError: none is whole, or it is of another model or version.
     """
-    path, saved = run.folder.checkpoint, run.folder.load_checkpoint()
-    state = saved.get("state")
-    if not isinstance(state, dict) or state.keys() != {item.name for item in fields(State)}:
-        raise LocalGradError(
-            f"{path} is not a checkpoint of this version of localgrad; start again in another --run-dir"
-        )
+    path, saved = run.folder.newest_checkpoint()
+    state = _state(saved.get("state"), len(run.blocks), path)
     load_state(run.model.load_state_dict, saved.get("model"), path)
     for name, loaders in (
         ("auxiliary", [block.load_auxiliary_state_dict for block in run.blocks]),
@@ -143,5 +145,23 @@ def load(run: Run) -> None:
             saved.get(name),
             path,
         )
-    run.state = State(**state)
+    run.state = state
     run.begin = time.perf_counter() - run.state.elapsed_seconds
+    if run.fabric.is_global_zero:
+        run.folder.set_aside_newer(path)
+
+
+def _state(values: Any, num_blocks: int, path: Path) -> State:
+    """The state of a checkpoint, with the types of every field checked."""
+    hints = get_type_hints(State)
+    if (
+        not isinstance(values, dict)
+        or values.keys() != hints.keys()
+        or not all(fits(hint, values[name]) for name, hint in hints.items())
+        or len(values["sums"]) != num_blocks + 1
+    ):
+        raise LocalGradError(
+            f"{path} is not a checkpoint of this version of localgrad, or not of this run; "
+            "start again in another --run-dir"
+        )
+    return State(**values)

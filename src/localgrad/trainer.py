@@ -1,7 +1,6 @@
 """Training a config in a run folder: set up, fit, finish. It reads from top to bottom."""
 
 import contextlib
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +14,9 @@ from localgrad.config import TrainConfig, to_dict, validate
 from localgrad.devices import make_fabric, provenance, resolve_precision
 from localgrad.errors import LocalGradError
 from localgrad.evaluation import error_rates
-from localgrad.interrupts import noted_interrupts
+from localgrad.interrupts import InterruptedRun, Interrupts, noted_interrupts
 from localgrad.memory import measure_peak
+from localgrad.nonfinite import all_finite, gradient_norms, kept_buffers, stop_or_skip
 from localgrad.progress import Display
 from localgrad.runs import Result, RunFolder
 from localgrad.sources import load_images
@@ -40,12 +40,13 @@ def fit(config: TrainConfig, run_dir: str | Path, *, resume: bool = False, quiet
         The result, as `result.json` has it.
 
     Raises:
-        LocalGradError: the config or the folder cannot be used, or a loss is not finite.
+        LocalGradError: the config or the folder cannot be used, a loss or gradient is not finite, or a block does not
+            fit into the device's memory.
         KeyboardInterrupt: interrupted; a checkpoint was saved after the last whole step.
     """
     run = set_up(with_defaults(validate(config)), RunFolder(Path(run_dir)), resume)
     is_main = run.fabric.is_global_zero
-    with Display(quiet=quiet or not is_main) as display, noted_interrupts() as interrupted:
+    with Display(quiet=quiet or not is_main) as display, noted_interrupts() as interrupted, _memory_errors(run):
         display.message(_headline(run))
         while run.state.epoch <= config.optim.epochs:
             train_epoch(run, display, interrupted)
@@ -91,7 +92,7 @@ def set_up(config: TrainConfig, folder: RunFolder, resume: bool) -> Run:
         state=State(sums=[0.0] * (len(blocks) + 1)),
     )
     _check_parts(run)
-    if resume and folder.checkpoint.exists():
+    if resume and folder.has_checkpoint:
         load(run)
     if fabric.is_global_zero:
         folder.start(config, run.state.lines)
@@ -116,7 +117,21 @@ def _check_parts(run: Run) -> None:
 # Fit
 
 
-def train_epoch(run: Run, display: Display, interrupted: threading.Event) -> None:
+@contextlib.contextmanager
+def _memory_errors(run: Run) -> Iterator[None]:
+    """Says of an out-of-memory error what `plan` would do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        from localgrad.advice import memory_advice
+
+        device = run.fabric.device
+        capacity = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+        advice = memory_advice(run.config, run.train.num_classes, _cuts(run), capacity)
+        raise LocalGradError(f"{str(error)[:300]}; {advice}") from error
+
+
+def train_epoch(run: Run, display: Display, interrupted: Interrupts) -> None:
     """Trains the batches of the epoch that are not done yet, saving in between where that is asked for."""
     state, fabric, every = run.state, run.fabric, run.config.checkpoint_every
     for optimizer in run.optimizers:
@@ -128,7 +143,8 @@ def train_epoch(run: Run, display: Display, interrupted: threading.Event) -> Non
     for inputs, targets in _batches(run):
         first = state.step == 0  # its memory is measured, which takes time, so it is not timed
         losses = _measured_step(run, inputs, targets) if first else train_step(run, inputs, targets)
-        sums += torch.cat([losses, losses.new_ones(1)]) * len(inputs)
+        if losses is not None:
+            sums += torch.cat([losses, losses.new_ones(1)]) * len(inputs)
         state.batch, state.step = state.batch + 1, state.step + 1
         if display.is_due():
             _show(run, display, sums)
@@ -140,7 +156,8 @@ def train_epoch(run: Run, display: Display, interrupted: threading.Event) -> Non
             state.sums = fabric.all_reduce(sums).tolist()
             save(run)
         if stop:
-            raise KeyboardInterrupt(f"interrupted in epoch {state.epoch} after step {state.step}; everything is saved")
+            said = f"interrupted in epoch {state.epoch} after step {state.step}; everything is saved"
+            raise InterruptedRun(said, interrupted.number)
     state.sums = fabric.all_reduce(sums).tolist()
 
 
@@ -149,7 +166,7 @@ def _show(run: Run, display: Display, sums: Tensor) -> None:
         epoch=run.epoch_of_epochs,
         done=run.state.batch,
         total=run.train.num_batches(run.batch_size, run.fabric.world_size, train=True),
-        losses=(sums[:-1] / sums[-1]).tolist(),
+        losses=(sums[:-1] / sums[-1]).tolist() if sums[-1] else [],
         images_per_second=run.images_per_second,
     )
 
@@ -167,7 +184,7 @@ def _batches(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
     )
 
 
-def train_step(run: Run, inputs: Tensor, targets: Tensor) -> Tensor:
+def train_step(run: Run, inputs: Tensor, targets: Tensor) -> Tensor | None:
     """One optimizer step of every block on one batch.
 
     Whatever is drawn at random in it depends on the seed, the step and the device alone, so a resumed run draws the
@@ -179,16 +196,17 @@ def train_step(run: Run, inputs: Tensor, targets: Tensor) -> Tensor:
         targets: classes (N,).
 
     Returns:
-        The mean loss of each block over the batch, before the step (num_blocks,).
+        The mean loss of each block over the batch, before the step (num_blocks,); None where the batch was skipped,
+        for all blocks, because a loss or gradient was not finite.
 
     Raises:
-        LocalGradError: a loss is not finite; no optimizer has stepped.
+        LocalGradError: a loss or gradient is not finite and the batch may not be skipped; no optimizer has stepped.
     """
     key = np.random.SeedSequence([run.config.seed, run.state.step, run.fabric.global_rank])
     torch.manual_seed(int(key.generate_state(1)[0]))
     optim = run.config.optim
     parts = list(zip(inputs.chunk(optim.accumulate), targets.chunk(optim.accumulate), strict=True))
-    losses = inputs.new_zeros(len(run.blocks))
+    losses, buffers = inputs.new_zeros(len(run.blocks)), kept_buffers(run)
     for number, (part, part_targets) in enumerate(parts, start=1):
         share = len(part) / len(inputs)
         with contextlib.ExitStack() as no_sync:
@@ -196,30 +214,18 @@ def train_step(run: Run, inputs: Tensor, targets: Tensor) -> Tensor:
                 no_sync.enter_context(run.fabric.no_backward_sync(block, enabled=run.fabric.world_size > 1))
             part_losses = local_gradients(run.wrapped, part, part_targets, backward=run.fabric.backward, scale=share)
         losses += share * torch.stack(part_losses)
-    _check_finite(run, losses)
+    norms = gradient_norms(run, losses)
+    if not all_finite(run, losses, norms):
+        return stop_or_skip(run, losses, norms, buffers)
+    run.state.skipped_in_a_row = 0
     if optim.clip_norm is not None:
-        for block in run.blocks:
-            nn.utils.clip_grad_norm_(block.trainable_parameters(), optim.clip_norm)
+        for block, norm in zip(run.blocks, norms, strict=True):
+            nn.utils.clip_grads_with_norm_(block.trainable_parameters(), optim.clip_norm, norm)
     apply_updates(run.blocks, run.optimizers)
     return losses
 
 
-def _check_finite(run: Run, losses: Tensor) -> None:
-    if run.fabric.strategy.reduce_boolean_decision(bool(losses.isfinite().all()), all=True):
-        return
-    for optimizer in run.optimizers:
-        optimizer.zero_grad(set_to_none=True)
-    losses = run.fabric.all_reduce(losses)
-    index = int(losses.isfinite().int().argmin())
-    names = run.blocks[index].names
-    raise LocalGradError(
-        f"the loss of block {index + 1} of {len(losses)} ({names[0]} to {names[-1]}) is {float(losses[index])} at "
-        f"epoch {run.state.epoch}, step {run.state.step + 1}, learning rate {run.learning_rate:g}; its weights were "
-        "left as they were before this step; try a lower --optim.lr, or --optim.clip-norm 1"
-    )
-
-
-def _measured_step(run: Run, inputs: Tensor, targets: Tensor) -> Tensor:
+def _measured_step(run: Run, inputs: Tensor, targets: Tensor) -> Tensor | None:
     losses, run.state.peak_memory_bytes = measure_peak(lambda: train_step(run, inputs, targets))
     return losses
 
@@ -238,7 +244,8 @@ def finish_epoch(run: Run, display: Display) -> None:
         "epoch": state.epoch,
         "step": state.step,
         "lr": run.learning_rate,
-        "train_loss": [total / state.sums[-1] for total in state.sums[:-1]],
+        "train_loss": [total / state.sums[-1] for total in state.sums[:-1]] if state.sums[-1] else None,
+        "skipped": state.skipped,
         "test_error": state.test_error if evaluated else None,
         "local_errors": state.local_errors if evaluated else None,
         "seconds_per_step": state.seconds_per_step,
@@ -268,6 +275,10 @@ def _headline(run: Run) -> str:
     )
 
 
+def _cuts(run: Run) -> list[str]:
+    return [block.names[-1] for block in run.blocks[:-1]]
+
+
 def _result(run: Run) -> Result:
     state = run.state
     return Result(
@@ -276,12 +287,14 @@ def _result(run: Run) -> Result:
         best_test_error=state.best_test_error,
         best_epoch=state.best_epoch,
         local_errors=state.local_errors,
-        cuts=[block.names[-1] for block in run.blocks[:-1]],
+        cuts=_cuts(run),
         num_blocks=len(run.blocks),
         parameters=run.parameters,
         peak_memory_bytes=state.peak_memory_bytes or 0,
         seconds_per_step=state.seconds_per_step,
         wall_seconds=state.elapsed_seconds,
+        skipped=state.skipped,
+        num_classes=run.train.num_classes,
         precision=resolve_precision(run.config),
         **provenance(run.fabric.device),
     )
