@@ -51,7 +51,7 @@ def _spoil_gradient(run: state.Run, value: float) -> None:
 
     def spoil(gradient: Tensor) -> Tensor:
         gradient = gradient.clone()
-        gradient.view(-1)[0] = value
+        gradient[(0,) * gradient.ndim] = value
         return gradient
 
     parameter.register_hook(spoil)
@@ -116,7 +116,8 @@ def test_skipped_batches_are_counted_and_left_out_of_the_loss(tmp_path: Path, mo
 def test_without_a_bad_batch_skip_changes_no_bit(tmp_path: Path) -> None:
     fit(LOCAL, tmp_path / "stop", quiet=True)
     fit(SKIP, tmp_path / "skip", quiet=True)
-    _assert_same_run(tmp_path / "stop", tmp_path / "skip")
+    stopped, skipped = _weights(tmp_path / "stop"), _weights(tmp_path / "skip")
+    assert all(torch.equal(value, skipped[name]) for name, value in stopped.items())
 
 
 def test_too_many_in_a_row_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +194,7 @@ def test_a_run_out_of_memory_says_what_plan_would_do(tmp_path: Path, monkeypatch
     message = (
         r"^block 2 of 3 \(layer3\.0 to layer3\.0\) does not fit into memory with 16 samples .*"
         r"`localgrad plan` predicts [\d.]+ MiB for a step of 3 block\(s\) and 16 images, [\d.]+ MiB with \d blocks: "
-        r"--cuts conv1[^;]*; fewer images at once, as --optim\.accumulate 2, would take less too$"
+        r"--cuts layer1\.0[^;]*; fewer images at once, as --optim\.accumulate 2, would take less too$"
     )
     with pytest.raises(LocalGradError, match=message) as raised:
         fit(config, tmp_path, quiet=True)
