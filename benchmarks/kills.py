@@ -187,8 +187,9 @@ def kill_runs(kills: int, seed: int, folder: Path) -> dict[str, Any]:
                 left_over += bool(list(run_dir.glob(".*.tmp")))
         for _ in range(2 if phases.total() < kills else 0):
             kill(evaluate, run_dir, duration / 3)
+        names = sorted(path.name for path in run_dir.iterdir())
+        assert names == files, f"{run_dir} holds {names}, not {files}"
         assert equal(contents(run_dir), expected), f"{run_dir} is not the run that was left alone"
-        assert sorted(path.name for path in run_dir.iterdir()) == files, f"{run_dir} holds other files"
         shutil.rmtree(run_dir)
         runs += 1
     return {

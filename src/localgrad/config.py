@@ -160,6 +160,8 @@ def validate(config: TrainConfig) -> TrainConfig:
     Raises:
         LocalGradError: that lists all problems at once.
     """
+    if not isinstance(config, TrainConfig):
+        raise LocalGradError(f"config is a {type(config).__name__}: give a TrainConfig, as recipe(NAME).config")
     problems = [*_number_problems(config), *_split_problems(config), *_option_problems(config)]
     if problems:
         raise LocalGradError("this configuration cannot be used: " + "; ".join(problems))
@@ -172,9 +174,9 @@ def _number_problems(config: TrainConfig) -> list[str]:
         ("optim.lr", optim.lr, 0 < optim.lr < math.inf, "a finite number more than 0"),
         ("optim.momentum", optim.momentum, 0 <= optim.momentum < 1, "from 0 to less than 1"),
         ("optim.weight_decay", optim.weight_decay, 0 <= optim.weight_decay < math.inf, "0 or more"),
-        ("optim.batch_size", optim.batch_size, optim.batch_size >= 1, "1 or more"),
-        ("optim.epochs", optim.epochs, optim.epochs >= 1, "1 or more"),
-        ("optim.warmup_epochs", optim.warmup_epochs, optim.warmup_epochs >= 0, "0 or more"),
+        ("optim.batch_size", optim.batch_size, 1 <= optim.batch_size < 2**31, "from 1 to 2**31 - 1"),
+        ("optim.epochs", optim.epochs, 1 <= optim.epochs < 2**31, "from 1 to 2**31 - 1"),
+        ("optim.warmup_epochs", optim.warmup_epochs, 0 <= optim.warmup_epochs < 2**31, "from 0 to 2**31 - 1"),
         ("optim.first_epoch", optim.first_epoch, optim.first_epoch in (0, 1), "0 or 1"),
         ("optim.clip_norm", optim.clip_norm, optim.clip_norm is None or optim.clip_norm > 0, "more than 0, or None"),
         ("optim.accumulate", optim.accumulate, 1 <= optim.accumulate <= optim.batch_size, "from 1 to the batch size"),

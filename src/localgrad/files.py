@@ -26,8 +26,7 @@ def atomic_write(path: Path, keep: int = 1) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         if keep > 1:
-            for number, version in reversed(versions(path).items()):  # the oldest first, so that none is overwritten
-                version.rename(f"{path}.{number + 1}")
+            _make_room(path)
         temporary.replace(path)
         _sync(path.parent)
         if keep > 1:
@@ -38,6 +37,14 @@ def atomic_write(path: Path, keep: int = 1) -> Iterator[BinaryIO]:
         raise LocalGradError(f"{path} could not be written ({why}); what it held before is whole") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _make_room(path: Path) -> None:
+    """Renames the versions to `path.1`, `path.2`, ..., in an order in which none takes the name of another."""
+    for number, version in enumerate(versions(path).values()):  # a kill may have left a gap
+        version.rename(path if number == 0 else f"{path}.{number}")
+    for number, version in reversed(versions(path).items()):
+        version.rename(f"{path}.{number + 1}")
 
 
 def versions(path: Path) -> dict[int, Path]:

@@ -5,6 +5,7 @@ import torch
 from localgrad.blocks import Objective
 from localgrad.build import build_model
 from localgrad.config import ModelConfig
+from localgrad.data import MAX_IMAGE_SIZE
 from localgrad.errors import LocalGradError
 from localgrad.memory import UnitCost, unit_costs
 from localgrad.objectives.dgl import dgl
@@ -23,8 +24,11 @@ def inspect_model(name: str, *, depth: int, image_size: int, batch_size: int) ->
     Raises:
         LocalGradError: there is no such model, a size is not positive, or the model cannot be traced.
     """
-    if image_size < 1 or batch_size < 1:
-        raise LocalGradError(f"image_size is {image_size} and batch_size {batch_size}: both must be at least 1")
+    if not (1 <= image_size <= MAX_IMAGE_SIZE and 1 <= batch_size < 2**20):
+        raise LocalGradError(
+            f"image_size is {image_size} and batch_size {batch_size}: both must be at least 1, image_size at most "
+            f"{MAX_IMAGE_SIZE} and batch_size less than 2**20"
+        )
     model = build_model(ModelConfig(name=name, depth=depth), num_classes=1000)
     found = units(model, torch.empty(2, 3, image_size, image_size))
     objective: Objective = dgl(num_classes=1000)

@@ -130,7 +130,13 @@ class RunFolder:
         Raises:
             LocalGradError: the folder is another run's, or finished, or, without `resume`, in use.
         """
-        if not self._config.exists():
+        try:
+            started = self._config.exists()
+        except OSError as error:
+            raise LocalGradError(
+                f"{str(self.path)[:80]!r} cannot be a run folder: {error.strerror}; give another --run-dir"
+            ) from error
+        if not started:
             if resume:
                 raise LocalGradError(f"{self.path} holds no run to resume; leave out --resume to start one there")
             return
@@ -147,6 +153,8 @@ class RunFolder:
     def start(self, config: TrainConfig, lines: int) -> None:
         """Makes the folder, saves the config in it and cuts the metrics back to their first `lines` lines.
 
+        What a killed write left is cleared away.
+
         Raises:
             LocalGradError: the folder cannot be made or written.
         """
@@ -154,6 +162,8 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             for left_over in self.path.glob(".*.tmp"):
                 left_over.unlink()
+            for version in list(versions(self.checkpoint).values())[config.keep_checkpoints :]:
+                version.unlink()
             kept = self.metrics.read_bytes().splitlines(keepends=True)[:lines] if self.metrics.exists() else []
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or error

@@ -56,6 +56,8 @@ def local_gradients(
     if not isinstance(inputs, Tensor) or not isinstance(targets, Tensor):
         kinds = f"{type(inputs).__name__} and {type(targets).__name__}"
         raise LocalGradError(f"inputs and targets are {kinds}: give two tensors, as torch.as_tensor(array) makes them")
+    if inputs.numel() == 0:
+        raise LocalGradError(f"inputs are {tuple(inputs.shape)}: an empty batch has no loss; leave it out")
     features, losses = inputs, []
     for index, block in enumerate(blocks):
         block.check_training()
@@ -89,6 +91,13 @@ def apply_updates(blocks: Sequence[Block], optimizers: Sequence[Optimizer]) -> N
 
 
 def _check_optimizers(blocks: Sequence[Block], optimizers: Sequence[Optimizer]) -> None:
+    if isinstance(blocks, Block) or isinstance(optimizers, Optimizer) or not hasattr(optimizers, "__len__"):
+        raise LocalGradError(
+            f"blocks is a {type(blocks).__name__} and optimizers a {type(optimizers).__name__}: give two lists, "
+            "what `split` gave and one optimizer a block"
+        )
+    if not len(blocks):
+        raise LocalGradError("blocks is empty: give the list that `split` gave")
     if len(optimizers) != len(blocks):
         raise LocalGradError(
             f"{len(optimizers)} optimizers for {len(blocks)} blocks: give one a block, "
@@ -116,8 +125,11 @@ def _explained(error: Exception, block: Block, index: int, inputs: Tensor, targe
         return LocalGradError(
             f"inputs are {inputs.dtype} and the weights of block {index} {weight.dtype}: give inputs.to({weight.dtype})"
         )
-    if "not implemented for" in text or "expected scalar type" in text or "expected floating point type" in text:
-        return LocalGradError(f"targets are {targets.dtype} ({text}): give classes as targets.long()")
+    if "target" in text and not isinstance(error, IndexError):
+        return LocalGradError(
+            f"targets are {targets.dtype} of shape {tuple(targets.shape)} ({text}): give one class a sample, "
+            "(N,) of torch.int64, as targets.long()"
+        )
     if isinstance(error, IndexError) and "out of bounds" in text and not targets.is_floating_point():
         return LocalGradError(
             f"targets hold classes {int(targets.min())} to {int(targets.max())}, and one of them is not among the "

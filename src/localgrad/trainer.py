@@ -102,16 +102,25 @@ def set_up(config: TrainConfig, folder: RunFolder, resume: bool) -> Run:
 
 
 def _check_parts(run: Run) -> None:
-    """Refuses accumulation that would leave BatchNorm a part of one image."""
+    """Refuses a set without a batch, and a batch or accumulated part of one image with BatchNorm."""
+    _batches(run)  # checks its arguments at once
     last = len(run.train) // run.fabric.world_size % run.batch_size
     sizes = [size for size in (min(run.batch_size, len(run.train)), last) if size >= 2]
     parts = [len(part) for size in sizes for part in torch.empty(size).chunk(run.config.optim.accumulate)]
-    normed = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in run.model.modules())
-    if normed and min(parts, default=2) == 1:
+    if run.batch_size == 1 and _has_batch_norm(run):
+        raise LocalGradError(
+            f"optim.batch_size {run.config.optim.batch_size} on {run.fabric.world_size} device(s) leaves a batch norm "
+            "one image, which it cannot normalise; give two or more for each device"
+        )
+    if min(parts, default=2) == 1 and _has_batch_norm(run):
         raise LocalGradError(
             f"optim.accumulate {run.config.optim.accumulate} with batches of {sizes} images leaves a part of one "
             "image, which a BatchNorm cannot normalise; use fewer parts or another batch size"
         )
+
+
+def _has_batch_norm(run: Run) -> bool:
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in run.model.modules())
 
 
 # Fit
