@@ -50,7 +50,8 @@ CONFIG = TrainConfig(
     local_heads=True,
     checkpoint_every=3,
 )
-TIMES = {"seconds_per_step", "images_per_second", "elapsed_seconds", "wall_seconds"}
+TIMES = {"seconds_per_step", "images_per_second", "elapsed_seconds", "wall_seconds", "commit"}
+"""What may differ: times, and the commit where somebody works on the code meanwhile."""
 PHASES = ("set-up", "training", "saving", "evaluating", "finishing", "localgrad evaluate")
 
 
@@ -189,7 +190,9 @@ def kill_runs(kills: int, seed: int, folder: Path) -> dict[str, Any]:
             kill(evaluate, run_dir, duration / 3)
         names = sorted(path.name for path in run_dir.iterdir())
         assert names == files, f"{run_dir} holds {names}, not {files}"
-        assert equal(contents(run_dir), expected), f"{run_dir} is not the run that was left alone"
+        found = contents(run_dir)
+        wrong = [name for name, value in expected.items() if not equal(found[name], value)]
+        assert not wrong, f"{', '.join(wrong)} of {run_dir} are not those of the run that was left alone"
         shutil.rmtree(run_dir)
         runs += 1
     return {
