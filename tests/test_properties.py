@@ -296,3 +296,46 @@ def test_an_unknown_cut_is_refused_by_name(case: Case, name: str, momentum: str)
     with pytest.raises(LocalGradError) as raised:
         split(model, example, cuts=[name], objective=classifier(CLASSES), momentum=MOMENTA[momentum])
     assert repr(name) in str(raised.value)
+
+
+@few
+@given(
+    cases,
+    st.data(),
+    objectives,
+    momenta,
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    st.integers(1, 5),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.uint8]),
+)
+def test_any_dtype_and_batch_size_trains_or_is_refused(
+    case: Case,
+    data: st.DataObject,
+    objective: str,
+    momentum: str,
+    dtype: torch.dtype,
+    size: int,
+    given_dtype: torch.dtype,
+) -> None:
+    model = case.model().to(dtype)
+    cuts = [unit.name for unit in units(model, torch.empty(BATCH, 3, SIZE, SIZE, dtype=dtype))[:-1]]
+    cuts = [name for name in cuts if data.draw(st.booleans(), label=f"cut after {name}")]
+    example = torch.empty(2, 3, SIZE, SIZE, dtype=dtype)
+    make = functools.partial(split, objective=OBJECTIVES[objective], momentum=MOMENTA[momentum], cuts=cuts)
+    pixels, targets = case.batch()
+    inputs = pixels.repeat(2, 1, 1, 1)[:size].to(given_dtype)
+    try:
+        blocks = make(model, example)
+        optimizers = [torch.optim.SGD(block.trainable_parameters(), lr=0.01) for block in blocks]
+        losses = local_step(blocks, optimizers, inputs, targets.repeat(2)[:size])
+    except LocalGradError as error:
+        event("refused")
+        assert "\n" not in str(error)
+        assert given_dtype != dtype or size == 1 or "infopro" in objective
+        return
+    event(f"{dtype}, {size}")
+    assert given_dtype == dtype
+    assert len(losses) == len(blocks)
+    assert {parameter.dtype for block in blocks for parameter in block.parameters()} == {dtype}
+    if size > 1 or not any(norm for _, norm, _, _ in case.layers):
+        assert all(math.isfinite(loss.item()) for loss in losses)

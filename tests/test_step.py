@@ -129,7 +129,7 @@ def test_what_does_not_fit_is_explained() -> None:
         local_step(blocks, optimizers_of(blocks), inputs, torch.full((6,), 7) * (torch.arange(6) > 0))
     with pytest.raises(LocalGradError, match=r"a batch of 1 leaves a batch norm of block 0 one value a channel"):
         local_step(blocks, optimizers_of(blocks), inputs[:1], targets[:1])
-    with pytest.raises(ValueError, match="batch_size"):
+    with pytest.raises(LocalGradError, match=r"targets \(3,\): give one target a sample"):
         local_step(blocks, optimizers_of(blocks), inputs, targets[:3])
 
 

@@ -208,8 +208,10 @@ def split(
     for name, given, example_of in (("objective", objective, "dgl(num_classes=10)"), ("momentum", momentum, "man()")):
         if given is not None and (not callable(given) or isinstance(given, nn.Module)):
             raise LocalGradError(f"{name} is {given!r}: it must be a factory, such as localgrad.{example_of}, or None")
-    if isinstance(cuts, str):
-        raise LocalGradError(f"cuts is the text {cuts!r}: give a list of names, [{cuts!r}]")
+    if not callable(criterion):
+        raise LocalGradError(f"criterion is {criterion!r}: give a function of scores and targets, as F.cross_entropy")
+    if cuts is not None and not (isinstance(cuts, list | tuple) and all(isinstance(name, str) for name in cuts)):
+        raise LocalGradError(f'cuts is {cuts!r}: give a list of names, as ["layer1"]; `units` lists them')
     found = units(model, example, names)
     if cuts is not None:
         ends = cut_positions(found, cuts)

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from localgrad.blocks import Block, split
+from localgrad.blocks import Block, Objective, split
 from localgrad.config import ModelConfig, MomentumConfig, ObjectiveConfig, OptimConfig, TrainConfig, closest
 from localgrad.errors import LocalGradError
 from localgrad.models import cifar_resnet
-from localgrad.momentum import man, manpp
+from localgrad.momentum import Momentum, man, manpp
 from localgrad.objectives.classifier import classifier
 from localgrad.objectives.dgl import dgl
 from localgrad.objectives.infopro import infopro
@@ -101,17 +101,23 @@ def _check_model_name(name: str, names: Sequence[str], library: str) -> None:
 
 def build_blocks(config: TrainConfig, model: nn.Module, num_classes: int) -> list[Block]:
     """The blocks of a model, as the config cuts it; the last one's criterion is a cross-entropy."""
-    data = {"num_classes": num_classes, "mean": config.data.mean, "std": config.data.std}
+    objective, momentum = build_factories(config, num_classes)
     return split(
         model,
         torch.zeros(2, 3, config.data.image_size, config.data.image_size),
         cuts=None if config.cuts is None else list(config.cuts),
         num_blocks=config.num_blocks,
         balance=config.balance,
-        objective=_make(config.objective, OBJECTIVES, data),
-        momentum=_make(config.momentum, MOMENTA, {}),
+        objective=objective,
+        momentum=momentum,
         criterion=nn.CrossEntropyLoss(label_smoothing=config.optim.label_smoothing),
     )
+
+
+def build_factories(config: TrainConfig, num_classes: int) -> tuple[Objective | None, Momentum | None]:
+    """The objective and the momentum auxiliary network of a config, as `split` and `plan` take them."""
+    data = {"num_classes": num_classes, "mean": config.data.mean, "std": config.data.std}
+    return _make(config.objective, OBJECTIVES, data), _make(config.momentum, MOMENTA, {})
 
 
 def _make(chosen: Any, choices: dict[str, Callable[..., Any]], data: dict[str, Any]) -> Any:

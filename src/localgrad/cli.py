@@ -135,7 +135,7 @@ def train(arguments: Sequence[str]) -> int:
         started = (run_dir / "config.json").exists()
         how = f"; continue with `localgrad train {run_dir} --resume`" if started else ""
         rank_zero_only(print)(f"localgrad: {str(interruption) or 'interrupted'}{how}", file=sys.stderr)
-        return 130
+        return getattr(interruption, "exit_code", 130)
     rank_zero_only(print)(
         f"test error {result.test_error:.2f}% (best {result.best_test_error:.2f}% at epoch {result.best_epoch}), "
         f"{result.wall_seconds:.0f} s, {result.peak_memory_bytes / 2**20:.0f} MiB a step; see {run_dir}"
@@ -223,7 +223,7 @@ def demo(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt as interruption:
         said = str(interruption) or "interrupted"
         print(f"localgrad: {said}; the same command goes on from there", file=sys.stderr)
-        return 130
+        return getattr(interruption, "exit_code", 130)
     return 0
 
 
@@ -329,7 +329,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        The exit code: 0, or 2 for input that cannot be used (one line on stderr), or 130 when interrupted.
+        The exit code: 0, or 2 for input that cannot be used (one line on stderr), or 130 when interrupted
+        by Ctrl-C and 143 by SIGTERM.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help", "help"):

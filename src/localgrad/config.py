@@ -18,6 +18,7 @@ from localgrad.errors import LocalGradError
 
 Precision = Literal["auto", "32-true", "bf16-mixed"]
 Parallel = Literal["data", "blocks"]
+OnNonfinite = Literal["stop", "skip"]
 Balance = Literal["memory", "compute", "count"]
 
 
@@ -147,6 +148,12 @@ class TrainConfig:
     """Evaluate each block's own head too."""
     checkpoint_every: int = 0
     """Optimizer steps between two checkpoints; there is one at the end of each epoch anyway, and with 0 no other."""
+    keep_checkpoints: int = 2
+    """Checkpoints that are kept, the last ones; where one is damaged a run goes on from the one before."""
+    on_nonfinite: OnNonfinite = "stop"
+    """What follows a loss or gradient that is not finite, before any weight changes: `stop`, or `skip` the batch."""
+    max_skips: int = 10
+    """Batches that may be skipped one after the other; one more stops the run."""
     tensorboard: bool = False
     """Write the metrics for TensorBoard too, into the run folder (needs the extra `tensorboard`)."""
 
@@ -160,6 +167,8 @@ def validate(config: TrainConfig) -> TrainConfig:
     Raises:
         LocalGradError: that lists all problems at once.
     """
+    if not isinstance(config, TrainConfig):
+        raise LocalGradError(f"config is a {type(config).__name__}: give a TrainConfig, as recipe(NAME).config")
     problems = [*_number_problems(config), *_split_problems(config), *_option_problems(config)]
     if problems:
         raise LocalGradError("this configuration cannot be used: " + "; ".join(problems))
@@ -171,10 +180,10 @@ def _number_problems(config: TrainConfig) -> list[str]:
     ranges: list[tuple[str, float | None, bool, str]] = [
         ("optim.lr", optim.lr, 0 < optim.lr < math.inf, "a finite number more than 0"),
         ("optim.momentum", optim.momentum, 0 <= optim.momentum < 1, "from 0 to less than 1"),
-        ("optim.weight_decay", optim.weight_decay, optim.weight_decay >= 0, "0 or more"),
-        ("optim.batch_size", optim.batch_size, optim.batch_size >= 1, "1 or more"),
-        ("optim.epochs", optim.epochs, optim.epochs >= 1, "1 or more"),
-        ("optim.warmup_epochs", optim.warmup_epochs, optim.warmup_epochs >= 0, "0 or more"),
+        ("optim.weight_decay", optim.weight_decay, 0 <= optim.weight_decay < math.inf, "0 or more"),
+        ("optim.batch_size", optim.batch_size, 1 <= optim.batch_size < 2**31, "from 1 to 2**31 - 1"),
+        ("optim.epochs", optim.epochs, 1 <= optim.epochs < 2**31, "from 1 to 2**31 - 1"),
+        ("optim.warmup_epochs", optim.warmup_epochs, 0 <= optim.warmup_epochs < 2**31, "from 0 to 2**31 - 1"),
         ("optim.first_epoch", optim.first_epoch, optim.first_epoch in (0, 1), "0 or 1"),
         ("optim.clip_norm", optim.clip_norm, optim.clip_norm is None or optim.clip_norm > 0, "more than 0, or None"),
         ("optim.accumulate", optim.accumulate, 1 <= optim.accumulate <= optim.batch_size, "from 1 to the batch size"),
@@ -184,6 +193,8 @@ def _number_problems(config: TrainConfig) -> list[str]:
         ("seed", config.seed, 0 <= config.seed < 2**32, "from 0 to 2**32 - 1"),
         ("evaluate_every", config.evaluate_every, config.evaluate_every >= 1, "1 or more"),
         ("checkpoint_every", config.checkpoint_every, config.checkpoint_every >= 0, "0 or more"),
+        ("keep_checkpoints", config.keep_checkpoints, config.keep_checkpoints >= 1, "1 or more"),
+        ("max_skips", config.max_skips, config.max_skips >= 1, "1 or more"),
     ]
     problems = [f"{name} is {value}, it must be {allowed}" for name, value, fits, allowed in ranges if not fits]
     if optim.nesterov and optim.momentum == 0:
@@ -203,6 +214,8 @@ def _device_problems(config: TrainConfig) -> list[str]:
         problems = []
         if devices % replicas:
             problems.append(f"devices {devices} cannot be shared by {replicas} replicas")
+        if config.on_nonfinite == "skip":
+            problems.append("on_nonfinite is skip, which --parallel blocks cannot, for a rank does not wait for others")
         if config.optim.accumulate > 1:
             problems.append("optim.accumulate cuts a batch into parts, which --parallel blocks cannot; give 1")
     if batch_size % shares:
@@ -235,6 +248,7 @@ def _option_problems(config: TrainConfig) -> list[str]:
         ("precision", config.precision, typing.get_args(Precision)),
         ("balance", config.balance, typing.get_args(Balance)),
         ("parallel", config.parallel, typing.get_args(Parallel)),
+        ("on_nonfinite", config.on_nonfinite, typing.get_args(OnNonfinite)),
         ("accelerator", config.accelerator, ("auto", "cpu", "cuda", "mps")),
     ):
         if value not in allowed:
@@ -296,25 +310,27 @@ def _dataclass_from(kind: Any, values: Any, path: str, problems: list[str]) -> A
 def _value_from(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
     if dataclasses.is_dataclass(hint):
         return _dataclass_from(hint, value, path, problems)
-    if _fits(hint, value):
+    if fits(hint, value):
         return tuple(value) if isinstance(value, list) else float(value) if hint is float else value
     problems.append(f"{path} is {value!r}; it must be {getattr(hint, '__name__', None) or hint}")
     return None
 
 
-def _fits(hint: Any, value: Any) -> bool:
+def fits(hint: Any, value: Any) -> bool:
+    """Whether a value read from a file is of a field's type; an int is a float too, a bool is neither."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return any(_fits(option, value) for option in arguments)
+        return any(fits(option, value) for option in arguments)
     if origin is Literal:
         return value in arguments
-    if origin is tuple:
+    if origin in (tuple, list):
         if not isinstance(value, list | tuple):
             return False
-        items = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
-        return len(items) == len(value) and all(_fits(item, part) for item, part in zip(items, value, strict=True))
+        alike = origin is list or arguments[-1] is Ellipsis
+        items = [arguments[0]] * len(value) if alike else list(arguments)
+        return len(items) == len(value) and all(fits(item, part) for item, part in zip(items, value, strict=True))
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return isinstance(value, float) or (fits(int, value) and abs(value) < 2**1023)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return value is None if hint in (None, type(None)) else isinstance(value, hint)

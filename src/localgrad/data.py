@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import inf, isfinite
 from typing import Literal, get_args
 
 from localgrad.errors import LocalGradError
 
 Crop = Literal["none", "pad", "resized"]
 Mode = Literal["reflect", "zeros"]
+MAX_IMAGE_SIZE = 4096
+"""Largest height and width in pixels: a larger one is a mistake, and takes more memory than a machine has."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +64,17 @@ class DataConfig:
         rules = [
             ("source='': give digits, a hub name or a folder", self.source != ""),
             *((f"{key}={n}: give at least {least[key]}", n is None or n >= least[key]) for key, n in values.items()),
+            (
+                f"image_size={self.image_size}, padding={self.padding}: give at most {MAX_IMAGE_SIZE}",
+                max(self.image_size, self.padding) <= MAX_IMAGE_SIZE,
+            ),
             (f"crop={self.crop!r}: choose from {get_args(Crop)}", self.crop in get_args(Crop)),
             (f"padding_mode={self.padding_mode!r}: choose from {get_args(Mode)}", self.padding_mode in get_args(Mode)),
-            (f"mean={self.mean}: give 3 numbers", len(self.mean) == 3),
-            (f"std={self.std}: give 3 numbers above 0", len(self.std) == 3 and min(self.std) > 0),
+            (f"mean={self.mean}: give 3 numbers", len(self.mean) == 3 and all(map(isfinite, self.mean))),
+            (
+                f"std={self.std}: give 3 numbers above 0",
+                len(self.std) == 3 and all(0 < value < inf for value in self.std),
+            ),
             (
                 f"padding={self.padding}: reflection allows less than image_size={self.image_size}",
                 not reflects or self.padding < self.image_size,

@@ -83,7 +83,7 @@ def show(rows: Sequence[Row]) -> None:
             str(result["num_blocks"]),
             f"{result['test_error']:.2f}%",
             f"{result['peak_memory_bytes'] / 2**20:.1f} MiB",
-            f"{result['seconds_per_step']:.3f}",
+            "-" if result["seconds_per_step"] is None else f"{result['seconds_per_step']:.3f}",
             f"{result['parameters']['backbone'] / 1e3:.0f}k" + (f" + {auxiliary / 1e3:.0f}k" if auxiliary else ""),
         )
     console = Console()

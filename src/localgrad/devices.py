@@ -89,7 +89,7 @@ def make_fabric(config: TrainConfig) -> Any:
             num_nodes=config.devices // here,
             precision=resolve_precision(config),
         )
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, ImportError) as error:  # the last for an accelerator that needs a package
         given = f"accelerator {config.accelerator!r} with {config.devices} device(s)"
         raise LocalGradError(f"{given} cannot be used on this machine: {error}") from error
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from localgrad.blocks import Block
 from localgrad.config import TrainConfig
 from localgrad.data import DataConfig
+from localgrad.errors import LocalGradError
 from localgrad.images import ImageSet
 from localgrad.runs import RunFolder, load_state
 from localgrad.sources import load_images
@@ -79,6 +80,19 @@ def _count_wrong(scores: Tensor, targets: Tensor) -> Tensor:
     return (scores.argmax(1) != targets).sum()
 
 
+def _load_heads(blocks: Sequence[Block], folder: RunFolder, epochs: int) -> None:
+    path, saved = folder.newest_checkpoint()
+    epoch = saved["state"].get("epoch") if isinstance(saved.get("state"), dict) else None
+    if not isinstance(epoch, int) or epoch <= epochs:
+        raise LocalGradError(
+            f"{path} is not of the end of the run, as its local heads would have to be; leave them out"
+        )
+    loaders = [block.load_auxiliary_state_dict for block in blocks]
+    load_state(
+        lambda states: [load(part) for load, part in zip(loaders, states, strict=True)], saved.get("auxiliary"), path
+    )
+
+
 def _test_only(config: DataConfig, source: str | None, split: str | None) -> DataConfig:
     """The config with its test split in both places, so that no other is needed."""
     split = split or config.test_split
@@ -107,7 +121,8 @@ def evaluate(
         Errors in percent, and the number of images.
 
     Raises:
-        LocalGradError: the folder holds no finished run, or a file in it is damaged.
+        LocalGradError: the folder holds no finished run, a file in it is damaged, the images have other classes than
+            the network, or local heads are asked for and the last checkpoint is not there or damaged.
     """
     from localgrad.build import build_blocks, build_model
     from localgrad.devices import make_fabric
@@ -123,11 +138,17 @@ def evaluate(
     )
     fabric = make_fabric(config)
     _, test = load_images(config.data)
+    trained = folder.num_classes()
+    if trained not in (None, test.num_classes):
+        raise LocalGradError(
+            f"{config.data.source} has {test.num_classes} classes and the network of {folder.path} tells {trained} "
+            "apart; give --data with the same classes in the same order"
+        )
     model = build_model(config.model, test.num_classes)
-    blocks = build_blocks(config, model, test.num_classes) if local_heads else []
     folder.load_model(model)
-    for block, auxiliary in zip(blocks, folder.load_checkpoint()["auxiliary"] if local_heads else (), strict=True):
-        load_state(block.load_auxiliary_state_dict, auxiliary, folder.checkpoint)
+    blocks = build_blocks(config, model, test.num_classes) if local_heads else []
+    if local_heads:
+        _load_heads(blocks, folder, config.optim.epochs)
     for module in (model, *blocks):
         module.to(fabric.device)
     test_error, local_errors = error_rates(fabric, config, model, blocks, test.to(fabric.device))

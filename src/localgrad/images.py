@@ -260,12 +260,23 @@ def _mix(*numbers: int) -> int:
 def decode_all(rows: datasets.Dataset, column: str, indices: Tensor, config: DataConfig) -> Tensor:
     """Images (N, 3, H, W) uint8 of the rows `indices`; one thread, for more only wait for Python's lock here."""
     chosen, numbers, transform = rows.select(indices.numpy()), indices.tolist(), _transform(config, train=False)
-    images = torch.empty(len(indices), 3, config.image_size, config.image_size, dtype=torch.uint8)
+    images = _room(len(indices), config.image_size)
     pixels, chunk = images.numpy(), 256
     for first in range(0, len(indices), chunk):
         for place, item in enumerate(chosen[first : first + chunk][column].to_pylist(), first):
             pixels[place] = np.asarray(transform(_decode(item, numbers[place], rows, config))).transpose(2, 0, 1)
     return images
+
+
+def _room(count: int, size: int) -> Tensor:
+    """An empty tensor (count, 3, size, size) uint8."""
+    try:
+        return torch.empty(count, 3, size, size, dtype=torch.uint8)
+    except RuntimeError as error:
+        raise LocalGradError(
+            f"{count} images of {size} x {size} pixels take {count * 3 * size**2 / 2**30:.0f} GiB, more than there is: "
+            "give fewer (train_limit, test_limit), a smaller image_size, or streaming=True"
+        ) from error
 
 
 def _decode(item: dict[str, Any] | None, row: int, rows: datasets.Dataset, config: DataConfig) -> Image:

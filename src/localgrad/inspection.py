@@ -5,6 +5,7 @@ import torch
 from localgrad.blocks import Objective
 from localgrad.build import build_model
 from localgrad.config import ModelConfig
+from localgrad.data import MAX_IMAGE_SIZE
 from localgrad.errors import LocalGradError
 from localgrad.memory import UnitCost, unit_costs
 from localgrad.objectives.dgl import dgl
@@ -23,8 +24,11 @@ def inspect_model(name: str, *, depth: int, image_size: int, batch_size: int) ->
     Raises:
         LocalGradError: there is no such model, a size is not positive, or the model cannot be traced.
     """
-    if image_size < 1 or batch_size < 1:
-        raise LocalGradError(f"image_size is {image_size} and batch_size {batch_size}: both must be at least 1")
+    if not (1 <= image_size <= MAX_IMAGE_SIZE and 1 <= batch_size < 2**20):
+        raise LocalGradError(
+            f"image_size is {image_size} and batch_size {batch_size}: both must be at least 1, image_size at most "
+            f"{MAX_IMAGE_SIZE} and batch_size less than 2**20"
+        )
     model = build_model(ModelConfig(name=name, depth=depth), num_classes=1000)
     found = units(model, torch.empty(2, 3, image_size, image_size))
     objective: Objective = dgl(num_classes=1000)
@@ -38,11 +42,14 @@ def show_units(name: str, found: list[Unit], costs: list[UnitCost], batch_size: 
 
     table = Table(title=f"{name}: {len(found)} units, so 1 to {len(found)} blocks; batch {batch_size}, float32")
     table.title_justify = "left"
-    for heading in ("cut after", "features", "parameters", "activations", "GFLOP", "local head"):
-        table.add_column(heading, justify="left" if heading == "cut after" else "right", overflow="fold")
+    console = Console()
+    headings = ["cut after", "features", "parameters", "activations", "GFLOP", "head"]
+    shown = [0, 3, 5] if console.width < 72 else range(len(headings))  # the names whole, at any width
+    for column in shown:
+        table.add_column(headings[column], justify="right" if column else "left", overflow="fold")
     for unit, cost in zip(found, costs, strict=True):
         last = unit is found[-1]
-        table.add_row(
+        cells = (
             f"({unit.name}, the end)" if last else unit.name,
             "x".join(map(str, unit.features[1:])),
             f"{cost.parameters:,}",
@@ -50,10 +57,10 @@ def show_units(name: str, found: list[Unit], costs: list[UnitCost], batch_size: 
             f"{cost.flops / 1e9:.2f}",
             "-" if cost.end_activations == float("inf") else _mebibytes(cost.end_activations),
         )
-    console = Console()
+        table.add_row(*(cells[column] for column in shown))
     console.print(table)
     console.print(
-        "Activations: MiB kept for the backward pass. Local head: what the head of localgrad.dgl would add at a cut "
+        "Activations: MiB kept for the backward pass. Head: what the local head of localgrad.dgl would add at a cut "
         "there; - where none can sit. Give names to split(cuts=[...]) or --cuts, or a number to --num-blocks.",
         style="dim",
     )

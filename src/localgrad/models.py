@@ -77,8 +77,8 @@ def cifar_resnet(depth: int, num_classes: int = 10) -> CifarResNet:
     Raises:
         LocalGradError: `depth` is not 6n + 2 with n >= 1, or `num_classes` is less than 1.
     """
-    if depth < 8 or (depth - 2) % 6:
-        raise LocalGradError(f"depth is {depth}: a CIFAR ResNet has depth 6n + 2, such as 8, 14, 20, 32, 56 or 110")
+    if not isinstance(depth, int) or depth < 8 or (depth - 2) % 6:
+        raise LocalGradError(f"depth is {depth!r}: a CIFAR ResNet has depth 6n + 2, such as 8, 14, 20, 32, 56 or 110")
     if num_classes < 1:
         raise LocalGradError(f"num_classes is {num_classes}: it must be at least 1")
     return CifarResNet((depth - 2) // 6, num_classes)

@@ -189,14 +189,15 @@ def manpp(
 
 
 def _check(decay: float, initial: str, depth: int) -> None:
-    if not 0 <= decay <= 1:
+    if not isinstance(decay, int | float) or not 0 <= decay <= 1:
+        given = repr(decay) if isinstance(decay, int | float | str) else f"a {type(decay).__name__}"
         raise LocalGradError(
-            f"decay is {decay}: it is from 0 (use the next unit's weights) to 1 (never follow); try 0.995"
+            f"decay is {given}: it is from 0 (use the next unit's weights) to 1 (never follow); try momentum=man(0.995)"
         )
     if initial not in ("copy", "random"):
         raise LocalGradError(f"initial is {initial!r}: it is 'copy' (of the next unit) or 'random'")
-    if depth < 1:
-        raise LocalGradError(f"depth is {depth}: copy at least the first unit of the next block, depth=1")
+    if not isinstance(depth, int) or depth < 1:
+        raise LocalGradError(f"depth is {depth!r}: copy at least the first unit of the next block, depth=1")
 
 
 def _source(following: Sequence[Unit], depth: int) -> Sequence[Unit]:

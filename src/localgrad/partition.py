@@ -7,9 +7,9 @@ from localgrad.errors import LocalGradError
 
 def check_num_blocks(num_blocks: int, num_units: int) -> None:
     """Refuse a number of blocks that `num_units` units cannot be cut into."""
-    if not 1 <= num_blocks <= num_units:
+    if type(num_blocks) is not int or not 1 <= num_blocks <= num_units:
         raise LocalGradError(
-            f"num_blocks is {num_blocks}: the model has {num_units} units, so it makes 1 to {num_units} blocks"
+            f"num_blocks is {num_blocks!r}: the model has {num_units} units, so it makes 1 to {num_units} blocks"
         )
 
 

@@ -11,7 +11,7 @@ from localgrad.blocks import Objective
 from localgrad.errors import LocalGradError
 from localgrad.momentum import Momentum
 from localgrad.profiles import INFINITE, Profile, profile
-from localgrad.units import Unit, check_example, units
+from localgrad.units import Unit, check_example, check_model, units
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,13 @@ def plan(
         LocalGradError: the budget is not positive, or less than any row takes (the message names the largest unit and
             what would fit), a K is out of range, or the model cannot be split.
     """
-    if budget is not None and budget <= 0:
-        raise LocalGradError(f"budget is {budget} bytes: give more than 0, such as 8 * 2**30")
+    if budget is not None and (not isinstance(budget, int) or budget <= 0):
+        raise LocalGradError(f"budget is {budget!r}: give a whole number of bytes more than 0, such as 8 * 2**30")
+    if not callable(objective):
+        raise LocalGradError(f"objective is {objective!r}: give a factory, such as localgrad.dgl(num_classes=10)")
+    if num_blocks is not None and not isinstance(num_blocks, Sequence):
+        raise LocalGradError(f"num_blocks is {num_blocks!r}: give the numbers to try, such as [2, 4, 8]")
+    check_model(model)
     check_example(example)
     blueprint = copy.deepcopy(model).to("meta").train()
     found = units(blueprint, torch.empty_like(example, device="meta"), names)

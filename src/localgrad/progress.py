@@ -66,7 +66,9 @@ class Display:
         """Whether it is time to read the losses and show them; at most once a second."""
         return not self.console.quiet and time.monotonic() - self._shown >= self.interval
 
-    def step(self, *, epoch: str, done: int, total: int, losses: Sequence[float], images_per_second: float) -> None:
+    def step(
+        self, *, epoch: str, done: int, total: int, losses: Sequence[float], images_per_second: float | None
+    ) -> None:
         """Shows the running epoch.
 
         Args:
@@ -74,13 +76,13 @@ class Display:
             done: batches done of it.
             total: batches of the epoch.
             losses: mean loss of each block in this epoch.
-            images_per_second: speed.
+            images_per_second: speed; None where none was measured yet.
         """
         self._shown = time.monotonic()
         width = self.console.width
-        speed = f"{images_per_second:,.0f} img/s"
+        speed = _speed(images_per_second)
         if self._live is None:
-            self.message(f"epoch {epoch} batch {done}/{total} {speed} loss {losses_in(max(20, width - 50), losses)}")
+            self.message(f"epoch {epoch} batch {done}/{total} {speed}loss {losses_in(max(20, width - 50), losses)}")
             return
         line = Table.grid(padding=(0, 1))
         line.add_row(
@@ -96,5 +98,10 @@ class Display:
         self._shown = time.monotonic()
         error = line["test_error"]
         shown = "" if error is None else f" error {error:.2f}%"
-        head = f"epoch {epoch}{shown} {line['images_per_second']:,.0f} img/s loss "
-        self.message(head + losses_in(max(12, self.console.width - len(head)), line["train_loss"]))
+        skipped = f"{line['skipped']} skipped " if line.get("skipped") else ""
+        head = f"epoch {epoch}{shown} {_speed(line['images_per_second'])}{skipped}loss "
+        self.message(head + losses_in(max(12, self.console.width - len(head)), line["train_loss"] or []))
+
+
+def _speed(images_per_second: float | None) -> str:
+    return "" if images_per_second is None else f"{images_per_second:,.0f} img/s "

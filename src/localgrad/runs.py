@@ -2,23 +2,29 @@
 
 Every file but the metrics is written whole or not at all: to a temporary file beside it, flushed to the disk, then
 renamed. The metrics get one line an epoch; on resume they are cut back to the lines that the checkpoint knows.
+The checkpoints before the last one are `checkpoint.pt.1`, `checkpoint.pt.2`, and so on.
 """
 
 import dataclasses
 import io
 import json
+import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import pickle
+import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import nn
 
 from localgrad.config import TrainConfig, differences, from_dict, to_dict
 from localgrad.errors import LocalGradError
+from localgrad.files import atomic_write, versions
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,10 +49,14 @@ class Result:
     """Number of parameters: `backbone`, `auxiliary` and, of both together, `trainable`."""
     peak_memory_bytes: int
     """Most bytes of tensors that one training step held beyond what was there before it."""
-    seconds_per_step: float
-    """Median seconds from one optimizer step of the last epoch to the next."""
+    seconds_per_step: float | None
+    """Median seconds from one optimizer step of the last epoch to the next; None for a run of one step."""
     wall_seconds: float
     """Seconds of training and evaluation, over all sittings."""
+    skipped: int
+    """Batches skipped because a loss or gradient was not finite."""
+    num_classes: int
+    """Number of classes of the images, and of the network."""
     device: str
     """Name of the processor or GPU."""
     precision: str
@@ -55,27 +65,6 @@ class Result:
     """Versions of localgrad, Python, torch and lightning."""
     commit: str | None
     """Commit of the working directory, or None outside a git repository."""
-
-
-@contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Opens a temporary file that takes the name of `path` only once everything is on the disk.
-
-    Raises:
-        LocalGradError: the disk is full or cannot be written; what `path` held before is still whole.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        why = error.strerror or str(error)
-        raise LocalGradError(f"{path} could not be written ({why}); what it held before is whole") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -90,7 +79,7 @@ def _read_json(path: Path) -> Any:
         raise LocalGradError(f"{path.parent} is no run folder: it has no {path.name}") from None
     except OSError as error:
         raise LocalGradError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number too long, nested too deep
         raise LocalGradError(f"{path} is not readable as JSON ({error}); it was changed or cut short") from None
 
 
@@ -102,23 +91,38 @@ class RunFolder:
 
     @property
     def checkpoint(self) -> Path:
-        return self.path / "checkpoint.pt"
+        return self._own("checkpoint.pt")
 
     @property
     def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
+        return self._own("metrics.jsonl")
 
     @property
     def model(self) -> Path:
-        return self.path / "model.safetensors"
+        return self._own("model.safetensors")
 
     @property
     def result(self) -> Path:
-        return self.path / "result.json"
+        return self._own("result.json")
+
+    @property
+    def _config(self) -> Path:
+        return self._own("config.json")
 
     @property
     def is_finished(self) -> bool:
         return self.result.exists()
+
+    @property
+    def has_checkpoint(self) -> bool:
+        return bool(versions(self.checkpoint))
+
+    def _own(self, name: str) -> Path:
+        """The path of a file of the run; a link is refused, for it may lead to a file that is not the run's."""
+        path = self.path / name
+        if path.is_symlink():
+            raise LocalGradError(f"{path} is a link to {path.readlink()}: a run folder holds its files itself; copy it")
+        return path
 
     def check(self, config: TrainConfig, resume: bool) -> None:
         """Looks, without writing anything, whether this run may use the folder.
@@ -126,7 +130,13 @@ class RunFolder:
         Raises:
             LocalGradError: the folder is another run's, or finished, or, without `resume`, in use.
         """
-        if not (self.path / "config.json").exists():
+        try:
+            started = self._config.exists()
+        except OSError as error:
+            raise LocalGradError(
+                f"{str(self.path)[:80]!r} cannot be a run folder: {error.strerror}; give another --run-dir"
+            ) from error
+        if not started:
             if resume:
                 raise LocalGradError(f"{self.path} holds no run to resume; leave out --resume to start one there")
             return
@@ -143,23 +153,30 @@ class RunFolder:
     def start(self, config: TrainConfig, lines: int) -> None:
         """Makes the folder, saves the config in it and cuts the metrics back to their first `lines` lines.
 
+        What a killed write left is cleared away.
+
         Raises:
             LocalGradError: the folder cannot be made or written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise LocalGradError(f"the run folder {self.path} cannot be made: {error.strerror or error}") from error
-        for left_over in self.path.glob(".*.tmp"):
-            left_over.unlink()
-        _write_json(self.path / "config.json", to_dict(config))
-        kept = self.metrics.read_bytes().splitlines(keepends=True)[:lines] if self.metrics.exists() else []
+            for left_over in self.path.glob(".*.tmp"):
+                left_over.unlink()
+            for version in list(versions(self.checkpoint).values())[config.keep_checkpoints :]:
+                version.unlink()
+            kept = self.metrics.read_bytes().splitlines(keepends=True)[:lines] if self.metrics.exists() else []
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise LocalGradError(f"the run folder {str(self.path)!r} cannot be made or read: {why}") from error
+        if len(kept) < lines:
+            logger.warning("%s has lost %d of its first %d lines", self.metrics, lines - len(kept), lines)
+        _write_json(self._config, to_dict(config))
         with atomic_write(self.metrics) as file:
             file.writelines(kept)
 
     def config(self) -> TrainConfig:
         """The saved config."""
-        return from_dict(_read_json(self.path / "config.json"))
+        return from_dict(_read_json(self._config))
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         """Adds one line to the metrics and flushes it to the disk."""
@@ -183,24 +200,51 @@ class RunFolder:
             raise LocalGradError("--tensorboard needs TensorBoard: pip install 'localgrad[tensorboard]'") from None
         return Board(SummaryWriter(str(self.path / "tensorboard"), purge_step=epoch))
 
-    def save_checkpoint(self, state: dict[str, Any]) -> None:
-        """Writes the checkpoint, whole or not at all."""
+    def save_checkpoint(self, state: dict[str, Any], keep: int = 1) -> None:
+        """Writes the checkpoint, whole or not at all; the last `keep` of them stay.
+
+        Each holds a checksum (CRC-32) of every part, which `torch.save` writes.
+        """
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        with atomic_write(self.checkpoint) as file:
+        with atomic_write(self.checkpoint, keep) as file:
             file.write(buffer.getbuffer())
 
     def load_checkpoint(self) -> dict[str, Any]:
-        """Reads the checkpoint; only tensors and plain values are accepted, no code is run.
+        """The content of the newest whole checkpoint; see `newest_checkpoint`."""
+        return self.newest_checkpoint()[1]
+
+    def newest_checkpoint(self) -> tuple[Path, dict[str, Any]]:
+        """Reads the newest checkpoint that is whole, with a warning where that is not the last one written.
+
+        Only tensors and plain values are accepted, no code is run.
+
+        Returns:
+            Its path and its content.
 
         Raises:
-            LocalGradError: it is missing, cut short, or holds anything else.
+            LocalGradError: there is none, none is whole, or the newest whole one holds anything else.
         """
-        try:
-            data = self.checkpoint.read_bytes()
-        except FileNotFoundError:
-            raise LocalGradError(f"{self.path} has no checkpoint.pt") from None
-        return _loaded(self.checkpoint, lambda: torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
+        damaged: list[str] = []
+        for path in versions(self.checkpoint).values():
+            try:
+                content = _read_checkpoint(self._own(path.name))
+            except _DamagedError as error:
+                damaged.append(str(error))
+                continue
+            if damaged:
+                logger.warning("%s; %s is taken, the one before", "; ".join(damaged), path)
+            return path, content
+        if damaged:
+            raise LocalGradError(f"{'; '.join(damaged)}; no whole one is left, so start again in another --run-dir")
+        raise LocalGradError(f"{self.path} has no checkpoint.pt: its run has saved none yet, or it was removed")
+
+    def set_aside_newer(self, taken: Path) -> None:
+        """Renames the damaged checkpoints newer than the one taken, so that they do not count among the kept ones."""
+        for path in versions(self.checkpoint).values():
+            if path == taken:
+                return
+            path.replace(f"{path}.damaged")
 
     def save_model(self, model: nn.Module) -> None:
         """Writes the weights under the model's own names."""
@@ -220,8 +264,19 @@ class RunFolder:
 
         if not self.model.exists():
             raise LocalGradError(f"{self.path} has no model.safetensors: its run is not finished (train --resume)")
-        state = _loaded(self.model, lambda: load(self.model.read_bytes()))
+        try:
+            state = load(self.model.read_bytes())
+        except Exception as error:  # safetensors raises many kinds for a broken file
+            raise LocalGradError(
+                f"{self.model} is cut short or damaged ({_reason(error)}); remove it and result.json, and "
+                "train --resume writes it again from the checkpoint"
+            ) from error
         load_state(model.load_state_dict, state, self.model)
+
+    def num_classes(self) -> int | None:
+        """Number of classes that the finished run's network tells apart; None where no result says so."""
+        result = _read_json(self.result) if self.is_finished else None
+        return result.get("num_classes") if isinstance(result, dict) else None
 
     def save_result(self, result: Result) -> None:
         """Writes the result, which marks the run as finished."""
@@ -248,12 +303,36 @@ class Board:
         self.writer.flush()
 
 
-def _loaded(path: Path, read: Callable[[], Any]) -> dict[str, Any]:
+class _DamagedError(LocalGradError):
+    """A file that is not as it was written."""
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any]:
     try:
-        state = read()
-    except Exception as error:  # torch and safetensors raise many kinds for a broken file
-        reason = str(error).partition("\n")[0]
-        raise LocalGradError(f"{path} is cut short or damaged and was not loaded ({reason})") from error
+        data = path.read_bytes()
+        with zipfile.ZipFile(io.BytesIO(data)) as file:
+            broken = file.testzip()
+    except Exception as error:  # zipfile raises many kinds for a broken file
+        raise _DamagedError(f"{path} is cut short or damaged ({_reason(error) or 'it cannot be read'})") from error
+    if broken is not None:
+        raise _DamagedError(f"{path} is damaged (the checksum of its part {broken} is wrong)")
+    try:
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # the parts are as they were written, so it was written like that
+        raise LocalGradError(
+            f"{path} is refused: it holds more than tensors and plain values, which no checkpoint of localgrad does; "
+            "do not trust this folder, or remove that file to go on from the checkpoint before"
+        ) from error
+    except Exception as error:
+        raise _DamagedError(f"{path} is cut short or damaged ({_reason(error)})") from error
+    return _table(state, path)
+
+
+def _reason(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def _table(state: Any, path: Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise LocalGradError(f"{path} is not a localgrad file: it holds a {type(state).__name__}, not a table")
     return state
@@ -267,5 +346,5 @@ def load_state(load: Callable[[Any], Any], state: Any, path: Path) -> None:
     """
     try:
         load(state)
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise LocalGradError(f"{path} belongs to another model: {' '.join(str(error).split())[:300]}") from error

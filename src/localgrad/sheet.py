@@ -36,7 +36,7 @@ def parse_bytes(text: str) -> int:
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*", text)
     unit = found and UNITS.get(found[2].lower())
-    if not found or not unit or float(found[1]) <= 0:
+    if not found or not unit or not 0 < float(found[1]) * unit < 2**63:
         raise LocalGradError(f"budget is {text!r}: give a size with its unit, such as 8GiB or 500MB")
     return round(float(found[1]) * unit)
 
@@ -59,12 +59,12 @@ def plan_model(
         LocalGradError: an argument is out of range, a name is unknown, or nothing fits the budget.
     """
     sizes = {"batch_size": batch_size, "image_size": image_size, "num_classes": num_classes}
-    wrong = [f"{key} is {value}" for key, value in sizes.items() if value < (2 if key == "num_classes" else 1)]
+    wrong = [f"{key} is {value}" for key, value in sizes.items() if not 1 + (key == "num_classes") <= value < 2**20]
     for kind, given, known in (("objective", objective, OBJECTIVES), ("momentum", momentum, {"none": 0, **MOMENTA})):
         if given not in known:
             wrong.append(f"{kind} is {given!r}{closest(given, list(known))}; it is one of {', '.join(known)}")
     if wrong:
-        raise LocalGradError("; ".join(wrong) + ": sizes must be at least 1, classes at least 2")
+        raise LocalGradError("; ".join(wrong) + ": sizes must be at least 1 and less than 2**20, classes at least 2")
     model = build_model(ModelConfig(name=name, depth=depth), num_classes)
     example = torch.empty(batch_size, 3, image_size, image_size, device="meta")
     factory = _objective(objective, num_classes, large=image_size > 96)

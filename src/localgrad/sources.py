@@ -103,8 +103,11 @@ def _load_digits(config: DataConfig) -> tuple[Images, Images]:
 def _load_rows(config: DataConfig) -> tuple[datasets.Dataset, datasets.Dataset]:
     import datasets
 
-    folder = Path(config.source).expanduser()
-    local = folder.is_dir()
+    try:
+        folder = Path(config.source).expanduser()
+        local = folder.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, a user who is not there
+        raise LocalGradError(f"source={config.source[:80]!r} cannot be a folder: {error}"[:300]) from error
     if not local and (config.source[:1] in "./~" or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.source)):
         parent = next(path for path in folder.absolute().parents if path.is_dir())
         exists = sorted(path.name for path in parent.iterdir() if path.is_dir())

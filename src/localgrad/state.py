@@ -2,15 +2,16 @@
 
 import statistics
 import time
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from localgrad.blocks import Block
-from localgrad.config import TrainConfig
+from localgrad.config import TrainConfig, fits
 from localgrad.errors import LocalGradError
 from localgrad.images import ImageSet
 from localgrad.pipeline import Stage
@@ -39,7 +40,11 @@ class State:
     best_test_error: float = 100.0
     best_epoch: int = 0
     peak_memory_bytes: int | None = None
-    seconds_per_step: float = 0.0
+    seconds_per_step: float | None = None
+    skipped: int = 0
+    """Batches skipped since the beginning, because a loss or gradient was not finite."""
+    skipped_in_a_row: int = 0
+    """Of those, the ones since the last optimizer step."""
 
 
 @dataclass
@@ -73,14 +78,19 @@ class Run:
         return self.stage.own if self.stage else range(len(self.blocks))
 
     @property
-    def replica(self) -> int:
-        """Which share of each batch this process sees, from 0."""
-        return self.stage.replica if self.stage else self.fabric.global_rank
+    def own_blocks(self) -> list[Block]:
+        """The blocks that this process trains."""
+        return [self.blocks[index] for index in self.own]
 
     @property
     def replicas(self) -> int:
         """Number of shares of a batch."""
-        return self.config.replicas if self.stage else self.fabric.world_size
+        return self.config.replicas if self.config.parallel == "blocks" else self.fabric.world_size
+
+    @property
+    def replica(self) -> int:
+        """Which share of each batch this process sees, from 0."""
+        return self.fabric.global_rank * self.replicas // self.fabric.world_size
 
     @property
     def batch_size(self) -> int:
@@ -116,18 +126,18 @@ class Run:
         }
 
     @property
-    def seconds_per_step(self) -> float:
-        """Median seconds from one optimizer step to the next: data, gradients and update."""
+    def seconds_per_step(self) -> float | None:
+        """Median seconds from one optimizer step to the next: data, gradients and update; None before the second."""
         return statistics.median(self.seconds) if self.seconds else self.state.seconds_per_step
 
     @property
-    def images_per_second(self) -> float:
-        """Images trained on a second, on all devices together."""
-        return self.config.optim.batch_size / self.seconds_per_step if self.seconds_per_step else 0.0
+    def images_per_second(self) -> float | None:
+        """Images trained on a second, on all devices together; None before the second step."""
+        return self.config.optim.batch_size / self.seconds_per_step if self.seconds_per_step else None
 
 
 def save(run: Run) -> None:
-    """Writes the checkpoint."""
+    """Writes the checkpoint; the config says how many of the last ones stay."""
     run.state.elapsed_seconds = time.perf_counter() - run.begin
     run.state.seconds_per_step = run.seconds_per_step
     optimizers = [optimizer.state_dict() for optimizer in run.optimizers]
@@ -142,22 +152,19 @@ def save(run: Run) -> None:
                 "auxiliary": [block.auxiliary_state_dict() for block in run.blocks],
                 "optimizers": optimizers,
                 "state": asdict(run.state),
-            }
+            },
+            run.config.keep_checkpoints,
         )
 
 
 def load(run: Run) -> None:
-    """Loads the folder's checkpoint into the objects of the run.
+    """Loads the folder's newest whole checkpoint into the objects of the run.
 
     Raises:
-        LocalGradError: it is damaged, or of another model or version.
+        LocalGradError: none is whole, or it is of another model or version.
     """
-    path, saved = run.folder.checkpoint, run.folder.load_checkpoint()
-    state = saved.get("state")
-    if not isinstance(state, dict) or state.keys() != {item.name for item in fields(State)}:
-        raise LocalGradError(
-            f"{path} is not a checkpoint of this version of localgrad; start again in another --run-dir"
-        )
+    path, saved = run.folder.newest_checkpoint()
+    state = _state(saved.get("state"), len(run.blocks), path)
     load_state(run.model.load_state_dict, saved.get("model"), path)
     own = dict(zip(run.own, run.optimizers, strict=True))
     for name, loaders in (
@@ -169,8 +176,26 @@ def load(run: Run) -> None:
             saved.get(name),
             path,
         )
-    run.state = State(**state)
+    run.state = state
     run.begin = time.perf_counter() - run.state.elapsed_seconds
+    if run.fabric.is_global_zero:
+        run.folder.set_aside_newer(path)
+
+
+def _state(values: Any, num_blocks: int, path: Path) -> State:
+    """The state of a checkpoint, with the types of every field checked."""
+    hints = get_type_hints(State)
+    if (
+        not isinstance(values, dict)
+        or values.keys() != hints.keys()
+        or not all(fits(hint, values[name]) for name, hint in hints.items())
+        or len(values["sums"]) != num_blocks + 1
+    ):
+        raise LocalGradError(
+            f"{path} is not a checkpoint of this version of localgrad, or not of this run; "
+            "start again in another --run-dir"
+        )
+    return State(**values)
 
 
 def _leave(state: Any) -> None:

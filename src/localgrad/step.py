@@ -4,11 +4,16 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from localgrad.blocks import Block
 from localgrad.errors import LocalGradError
+
+
+class OutOfMemoryError(LocalGradError, torch.OutOfMemoryError):
+    """A block that does not fit into the device's memory; torch's error too, for what makes batches smaller on that."""
 
 
 def local_step(
@@ -30,8 +35,11 @@ def local_step(
 
     Raises:
         LocalGradError: there is not one optimizer a block, a block is in evaluation mode, or the batch does not fit the
-            blocks (a class that does not exist, a batch of one where a norm needs more).
+            blocks (a class that does not exist, a batch of one where a norm needs more, another dtype, device or
+            shape).
+        OutOfMemoryError: a block does not fit into the device's memory; it is torch's error too.
     """
+    _check_optimizers(blocks, optimizers)
     for block in blocks:
         block.check_training()
     losses = local_gradients(blocks, inputs, targets)
@@ -63,18 +71,33 @@ def local_gradients(
     Returns:
         One detached scalar loss a block, not scaled.
     """
+    if not isinstance(inputs, Tensor) or not isinstance(targets, Tensor):
+        kinds = f"{type(inputs).__name__} and {type(targets).__name__}"
+        raise LocalGradError(f"inputs and targets are {kinds}: give two tensors, as torch.as_tensor(array) makes them")
+    if inputs.numel() == 0:
+        raise LocalGradError(f"inputs are {tuple(inputs.shape)}: an empty batch has no loss; leave it out")
     passed, losses = inputs if features is None else features, []
     for index, block in enumerate(blocks):
         try:
             with context(index):
                 output, loss = block(passed, targets, inputs)
-        except (IndexError, ValueError) as error:
-            raise _explained(error, index, inputs, targets) from error
-        passed = output.detach()
-        del output  # its graph goes with the backward pass
-        if on_output is not None and index == len(blocks) - 1:
-            on_output(passed)
-        (loss if scale == 1.0 else loss * scale).backward()
+            passed = output.detach()
+            del output  # its graph goes with the backward pass
+            if on_output is not None and index == len(blocks) - 1:
+                on_output(passed)
+            (loss if scale == 1.0 else loss * scale).backward()
+        except torch.OutOfMemoryError as error:
+            names = _inner(block).names
+            raise OutOfMemoryError(
+                f"block {index + 1} of {len(blocks)} ({names[0]} to {names[-1]}) does not fit into memory "
+                f"with {len(inputs)} samples ({'. '.join(str(error).split('. ')[:2])})"
+            ) from error
+        except (IndexError, ValueError, RuntimeError) as error:
+            is_first = index == 0 and features is None
+            explained = _explained(error, _inner(block), index, inputs, targets, is_first)
+            if explained is None:
+                raise
+            raise explained from error
         losses.append(loss.detach())
         del loss
     return losses
@@ -85,20 +108,60 @@ def apply_updates(blocks: Sequence[Block], optimizers: Sequence[Optimizer]) -> N
 
     Block j's EMA reads block j + 1 before that block's optimizer has stepped: the weights that the batch began with.
     """
-    if len(optimizers) != len(blocks):
-        raise LocalGradError(
-            f"{len(optimizers)} optimizers for {len(blocks)} blocks: give one a block, "
-            "[SGD(block.trainable_parameters(), lr=0.1) for block in blocks]"
-        )
+    _check_optimizers(blocks, optimizers)
     for block, optimizer in zip(blocks, optimizers, strict=True):
         optimizer.step()
         block.update_momentum()
         optimizer.zero_grad(set_to_none=True)
 
 
-def _explained(error: Exception, index: int, inputs: Tensor, targets: Tensor) -> Exception:
-    """The error of a batch that cannot be trained on, in words of the batch; any other as it is."""
-    text = str(error)
+def _check_optimizers(blocks: Sequence[Block], optimizers: Sequence[Optimizer]) -> None:
+    if isinstance(blocks, Block) or isinstance(optimizers, Optimizer) or not hasattr(optimizers, "__len__"):
+        raise LocalGradError(
+            f"blocks is a {type(blocks).__name__} and optimizers a {type(optimizers).__name__}: give two lists, "
+            "what `split` gave and one optimizer a block"
+        )
+    if not len(blocks):
+        raise LocalGradError("blocks is empty: give the list that `split` gave")
+    if len(optimizers) != len(blocks):
+        raise LocalGradError(
+            f"{len(optimizers)} optimizers for {len(blocks)} blocks: give one a block, "
+            "[SGD(block.trainable_parameters(), lr=0.1) for block in blocks]"
+        )
+
+
+def _inner(block: nn.Module) -> Block:
+    """The block in its data-parallel wrapper, or itself."""
+    return block.module if isinstance(block, nn.parallel.DistributedDataParallel) else block  # pyright: ignore
+
+
+def _explained(
+    error: Exception, block: Block, index: int, inputs: Tensor, targets: Tensor, is_first: bool
+) -> LocalGradError | None:
+    """The error of a batch that cannot be trained on, in words of the batch; None for any other."""
+    text = " ".join(str(error).split())[:300]
+    if isinstance(error, LocalGradError):
+        return None
+    if len(targets) != len(inputs) if targets.ndim and inputs.ndim else targets.ndim != inputs.ndim:
+        return LocalGradError(
+            f"inputs are {tuple(inputs.shape)} and targets {tuple(targets.shape)}: give one target a sample"
+        )
+    weight = next(block.parameters(), inputs)
+    for name, tensor in (("inputs", inputs), ("targets", targets)):
+        if tensor.device != weight.device:
+            return LocalGradError(
+                f"{name} are on {tensor.device} and block {index} is on {weight.device}: move them there, "
+                f"{name}.to({str(weight.device)!r})"
+            )
+    if inputs.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
+        return LocalGradError(
+            f"inputs are {inputs.dtype} and the weights of block {index} {weight.dtype}: give inputs.to({weight.dtype})"
+        )
+    if "target" in text and not isinstance(error, IndexError):
+        return LocalGradError(
+            f"targets are {targets.dtype} of shape {tuple(targets.shape)} ({text}): give one class a sample, "
+            "(N,) of torch.int64, as targets.long()"
+        )
     if isinstance(error, IndexError) and "out of bounds" in text and not targets.is_floating_point():
         return LocalGradError(
             f"targets hold classes {int(targets.min())} to {int(targets.max())}, and one of them is not among the "
@@ -109,4 +172,19 @@ def _explained(error: Exception, index: int, inputs: Tensor, targets: Tensor) ->
             f"a batch of {inputs.shape[0]} leaves a batch norm of block {index} one value a channel ({text}): "
             "give at least two samples; a loader's drop_last=True leaves out a last batch of one"
         )
-    return error
+    if is_first and _body_fails(block, inputs):
+        return LocalGradError(
+            f"inputs of shape {tuple(inputs.shape)} do not fit the first block ({block.names[0]} to "
+            f"{block.names[-1]}): {text}; give batches of the shape that the model was split for"
+        )
+    return None
+
+
+@torch.no_grad()
+def _body_fails(block: Block, inputs: Tensor) -> bool:
+    """Whether it is the block's body that cannot take the inputs, and not its objective."""
+    try:
+        block.body(inputs)
+    except Exception:  # the one that is being explained, whatever its class
+        return True
+    return False

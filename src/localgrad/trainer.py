@@ -1,7 +1,6 @@
 """Training a config in a run folder: set up, fit, finish. It reads from top to bottom."""
 
 import contextlib
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,8 +16,9 @@ from localgrad.config import TrainConfig, to_dict, validate
 from localgrad.devices import as_launched, make_fabric, noticed_losses, provenance, resolve_precision, restarted
 from localgrad.errors import LocalGradError
 from localgrad.evaluation import error_rates
-from localgrad.interrupts import noted_interrupts
+from localgrad.interrupts import InterruptedRun, Interrupts, noted_interrupts
 from localgrad.memory import measure_peak
+from localgrad.nonfinite import all_finite, gradient_norms, kept_buffers, stop_or_skip
 from localgrad.pipeline import Stage, block_seconds, place
 from localgrad.progress import Display
 from localgrad.runs import Result, RunFolder
@@ -43,18 +43,19 @@ def fit(config: TrainConfig, run_dir: str | Path, *, resume: bool = False, quiet
         The result, as `result.json` has it.
 
     Raises:
-        LocalGradError: the config or the folder cannot be used, a loss is not finite, or another process ended.
+        LocalGradError: the config or the folder cannot be used, a loss or gradient is not finite, a block does not
+            fit into the device's memory, or another process ended.
         KeyboardInterrupt: interrupted; a checkpoint was saved after the last whole step.
     """
     folder = RunFolder(Path(run_dir))
-    resume = resume or (restarted() and folder.checkpoint.exists())
+    resume = resume or (restarted() and folder.has_checkpoint)
     with noticed_losses():
         run = set_up(with_defaults(validate(as_launched(config))), folder, resume)
         return _fit(run, quiet or not run.fabric.is_global_zero)
 
 
 def _fit(run: Run, quiet: bool) -> Result:
-    with Display(quiet=quiet) as display, noted_interrupts() as interrupted:
+    with Display(quiet=quiet) as display, noted_interrupts() as interrupted, _memory_errors(run):
         display.message(_headline(run))
         while run.state.epoch <= run.config.optim.epochs:
             train_epoch(run, display, interrupted)
@@ -103,7 +104,7 @@ def set_up(config: TrainConfig, folder: RunFolder, resume: bool) -> Run:
     _check_parts(run)
     if fabric.world_size > 1:
         spread(run)
-    if resume and folder.checkpoint.exists():
+    if resume and folder.has_checkpoint:
         load(run)
     if fabric.is_global_zero:
         folder.start(config, run.state.lines)
@@ -139,22 +140,45 @@ def spread(run: Run) -> None:
 
 
 def _check_parts(run: Run) -> None:
-    """Refuses accumulation that would leave BatchNorm a part of one image."""
-    last = len(run.train) // run.fabric.world_size % run.batch_size
+    """Refuses a set without a batch, and a batch or accumulated part of one image with BatchNorm."""
+    _batches(run)  # checks its arguments at once
+    last = len(run.train) // run.replicas % run.batch_size
     sizes = [size for size in (min(run.batch_size, len(run.train)), last) if size >= 2]
     parts = [len(part) for size in sizes for part in torch.empty(size).chunk(run.config.optim.accumulate)]
-    normed = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in run.model.modules())
-    if normed and min(parts, default=2) == 1:
+    if run.batch_size == 1 and _has_batch_norm(run):
+        raise LocalGradError(
+            f"optim.batch_size {run.config.optim.batch_size} on {run.replicas} device(s) leaves a batch norm "
+            "one image, which it cannot normalise; give two or more for each device"
+        )
+    if min(parts, default=2) == 1 and _has_batch_norm(run):
         raise LocalGradError(
             f"optim.accumulate {run.config.optim.accumulate} with batches of {sizes} images leaves a part of one "
             "image, which a BatchNorm cannot normalise; use fewer parts or another batch size"
         )
 
 
+def _has_batch_norm(run: Run) -> bool:
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in run.model.modules())
+
+
 # Fit
 
 
-def train_epoch(run: Run, display: Display, interrupted: threading.Event) -> None:
+@contextlib.contextmanager
+def _memory_errors(run: Run) -> Iterator[None]:
+    """Says of an out-of-memory error what `plan` would do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        from localgrad.advice import memory_advice
+
+        device = run.fabric.device
+        capacity = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+        advice = memory_advice(run.config, run.train.num_classes, _cuts(run), capacity)
+        raise LocalGradError(f"{str(error)[:300]}; {advice}") from error
+
+
+def train_epoch(run: Run, display: Display, interrupted: Interrupts) -> None:
     """Trains the batches of the epoch that are not done yet, saving in between where that is asked for."""
     state, fabric, every = run.state, run.fabric, run.config.checkpoint_every
     for optimizer in run.optimizers:
@@ -166,7 +190,8 @@ def train_epoch(run: Run, display: Display, interrupted: threading.Event) -> Non
     for batch in _batches(run, interrupted.is_set):
         first = state.step == 0  # its memory is measured, which takes time, so it is not timed
         losses = _measured_step(run, *batch) if first else train_step(run, *batch)
-        sums += torch.cat([losses, losses.new_ones(1)]) * len(batch[0])
+        if losses is not None:
+            sums += torch.cat([losses, losses.new_ones(1)]) * len(batch[0])
         state.batch, state.step = state.batch + 1, state.step + 1
         if display.is_due():
             _show(run, display, sums)
@@ -181,7 +206,8 @@ def train_epoch(run: Run, display: Display, interrupted: threading.Event) -> Non
             state.sums = fabric.all_reduce(sums).tolist()
             save(run)
         if stop:
-            raise KeyboardInterrupt(f"interrupted in epoch {state.epoch} after step {state.step}; everything is saved")
+            said = f"interrupted in epoch {state.epoch} after step {state.step}; everything is saved"
+            raise InterruptedRun(said, interrupted.number)
     state.sums = fabric.all_reduce(sums).tolist()
 
 
@@ -190,7 +216,7 @@ def _show(run: Run, display: Display, sums: Tensor) -> None:
         epoch=run.epoch_of_epochs,
         done=run.state.batch,
         total=run.train.num_batches(run.batch_size, run.replicas, train=True),
-        losses=(sums[run.own.start : run.own.stop] / sums[-1]).tolist(),
+        losses=(sums[run.own.start : run.own.stop] / sums[-1]).tolist() if sums[-1] else [],
         images_per_second=run.images_per_second,
     )
 
@@ -206,7 +232,7 @@ def _batches(run: Run, stop: Callable[[], bool] = lambda: False) -> Iterator[tup
     return run.stage.batches(batches, run.train.batch_sizes(run.batch_size, **share), stop)
 
 
-def train_step(run: Run, inputs: Tensor, targets: Tensor, features: Tensor | None = None) -> Tensor:
+def train_step(run: Run, inputs: Tensor, targets: Tensor, features: Tensor | None = None) -> Tensor | None:
     """One optimizer step of every block of this process on one batch.
 
     Whatever is drawn at random in it depends on the seed, the step, the share of the batch and the block alone, so a
@@ -219,14 +245,15 @@ def train_step(run: Run, inputs: Tensor, targets: Tensor, features: Tensor | Non
         features: what the first block of this process gets; the inputs if not given.
 
     Returns:
-        The mean loss of each block over the batch, before the step (num_blocks,); 0 for those of other processes.
+        The mean loss of each block over the batch, before the step (num_blocks,), 0 for those of other processes; None
+        where the batch was skipped, for all blocks, because a loss or gradient was not finite.
 
     Raises:
-        LocalGradError: a loss is not finite; no optimizer has stepped.
+        LocalGradError: a loss or gradient is not finite and the batch may not be skipped; no optimizer has stepped.
     """
     optim, stage = run.config.optim, run.stage
     parts = list(zip(inputs.chunk(optim.accumulate), targets.chunk(optim.accumulate), strict=True))
-    own = inputs.new_zeros(len(run.own))
+    own, buffers = inputs.new_zeros(len(run.own)), kept_buffers(run)
     done = run.state.batch * optim.batch_size
     whole = min(optim.batch_size, len(run.train) - done)  # in all shares; one may have an image more
     for number, (part, part_targets) in enumerate(parts, start=1):
@@ -245,10 +272,13 @@ def train_step(run: Run, inputs: Tensor, targets: Tensor, features: Tensor | Non
                 on_output=stage.send if stage else None,
             )
         own += share * torch.stack(part_losses)
-    _check_finite(run, own)
+    norms = gradient_norms(run, own)
+    if not all_finite(run, own, norms):
+        return stop_or_skip(run, own, norms, buffers)
+    run.state.skipped_in_a_row = 0
     if optim.clip_norm is not None:
-        for index in run.own:
-            nn.utils.clip_grad_norm_(run.blocks[index].trainable_parameters(), optim.clip_norm)
+        for block, norm in zip(run.own_blocks, norms, strict=True):
+            nn.utils.clip_grads_with_norm_(block.trainable_parameters(), optim.clip_norm, norm)
     if stage is None:
         apply_updates(run.blocks, run.optimizers)
         return own
@@ -272,27 +302,7 @@ def _forward_context(run: Run, part: int) -> Callable[[int], contextlib.Abstract
     return forward
 
 
-def _check_finite(run: Run, losses: Tensor) -> None:
-    finite = bool(losses.isfinite().all())
-    if run.stage is None:  # asking all ranks of a pipeline would make each wait for the last
-        finite = run.fabric.strategy.reduce_boolean_decision(finite, all=True)
-    if finite:
-        return
-    for optimizer in run.optimizers:
-        optimizer.zero_grad(set_to_none=True)
-    if run.stage is None:
-        losses = run.fabric.all_reduce(losses)
-    place = int(losses.isfinite().int().argmin())
-    index = run.own[place]
-    names = run.blocks[index].names
-    raise LocalGradError(
-        f"the loss of block {index + 1} of {len(run.blocks)} ({names[0]} to {names[-1]}) is {float(losses[place])} at "
-        f"epoch {run.state.epoch}, step {run.state.step + 1}, learning rate {run.learning_rate:g}; its weights were "
-        "left as they were before this step; try a lower --optim.lr, or --optim.clip-norm 1"
-    )
-
-
-def _measured_step(run: Run, *batch: Tensor) -> Tensor:
+def _measured_step(run: Run, *batch: Tensor) -> Tensor | None:
     losses, peak = measure_peak(lambda: train_step(run, *batch))
     largest = run.fabric.all_reduce(torch.tensor(peak, device=run.fabric.device), reduce_op="max")
     run.state.peak_memory_bytes = int(largest)
@@ -315,7 +325,8 @@ def finish_epoch(run: Run, display: Display) -> None:
         "epoch": state.epoch,
         "step": state.step,
         "lr": run.learning_rate,
-        "train_loss": [total / state.sums[-1] for total in state.sums[:-1]],
+        "train_loss": [total / state.sums[-1] for total in state.sums[:-1]] if state.sums[-1] else None,
+        "skipped": state.skipped,
         "test_error": state.test_error if evaluated else None,
         "local_errors": state.local_errors if evaluated else None,
         "seconds_per_step": state.seconds_per_step,
@@ -345,6 +356,10 @@ def _headline(run: Run) -> str:
     )
 
 
+def _cuts(run: Run) -> list[str]:
+    return [block.names[-1] for block in run.blocks[:-1]]
+
+
 def _result(run: Run) -> Result:
     state = run.state
     return Result(
@@ -353,12 +368,14 @@ def _result(run: Run) -> Result:
         best_test_error=state.best_test_error,
         best_epoch=state.best_epoch,
         local_errors=state.local_errors,
-        cuts=[block.names[-1] for block in run.blocks[:-1]],
+        cuts=_cuts(run),
         num_blocks=len(run.blocks),
         parameters=run.parameters,
         peak_memory_bytes=state.peak_memory_bytes or 0,
         seconds_per_step=state.seconds_per_step,
         wall_seconds=state.elapsed_seconds,
+        skipped=state.skipped,
+        num_classes=run.train.num_classes,
         precision=resolve_precision(run.config),
         **provenance(run.fabric.device),
     )

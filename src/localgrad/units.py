@@ -52,6 +52,7 @@ def units(model: nn.Module, example: Tensor, names: Sequence[str] | None = None)
     Raises:
         LocalGradError: the model cannot be traced or run on the example, or `names` do not compose to it.
     """
+    check_model(model)
     check_example(example)
     with _left_as_it_is(model), torch.no_grad():
         inputs = example
@@ -82,10 +83,21 @@ def _writes_input(module: nn.Module, features: Tensor) -> bool:
     return doubled._version != version
 
 
+def check_model(model: nn.Module) -> None:
+    """Refuse what is no module, or has no layer to cut at."""
+    if not isinstance(model, nn.Module) or not any(True for _ in model.children()):
+        given = f"a {type(model).__name__}" if isinstance(model, nn.Module) else " ".join(repr(model).split())[:80]
+        raise LocalGradError(f"model is {given}: give an instance of a network, such as torchvision.models.resnet18()")
+
+
 def check_example(example: Tensor) -> None:
     """Refuse an example that is no batch of floating-point inputs."""
     if not isinstance(example, Tensor) or not example.is_floating_point() or example.ndim < 2 or example.numel() == 0:
-        given = f"{tuple(example.shape)} {example.dtype}" if isinstance(example, Tensor) else repr(example)[:80]
+        given = (
+            f"{tuple(example.shape)} {example.dtype}"
+            if isinstance(example, Tensor)
+            else " ".join(repr(example).split())[:80]
+        )
         raise LocalGradError(
             f"example is {given}: it must be a floating-point batch (N, ...), such as torch.empty(2, 3, 32, 32)"
         )

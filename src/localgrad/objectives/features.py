@@ -74,8 +74,11 @@ def full_precision(tensor: Tensor) -> AbstractContextManager[object]:
 
 def check_num_classes(num_classes: int) -> None:
     """Refuse a number of classes that no head can have."""
-    if num_classes < 2:
-        raise LocalGradError(f"num_classes is {num_classes}: a local head tells at least 2 classes apart")
+    if not isinstance(num_classes, int) or num_classes < 2:
+        raise LocalGradError(
+            f"num_classes is {num_classes!r}: a local head tells a whole number of classes apart, 2 or more; "
+            "a factory is called first, as objective=localgrad.dgl(num_classes=10)"
+        )
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:

@@ -203,7 +203,7 @@ def infopro(
             f"mean is {mean} and std {std}: give one of each a channel, std above 0, in units of [0, 1]"
         )
     for name, pair in (("reconstruction", reconstruction), ("task", task)):
-        if len(pair) != 2 or not all(0 <= weight < math.inf for weight in pair):
+        if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(0 <= weight < math.inf for weight in pair):
             raise LocalGradError(
                 f"{name} is {pair}: give its weight at the first and the last block, (5.0, 0.0), not negative"
             )

@@ -103,8 +103,8 @@ def predsim(num_classes: int, beta: float = 0.99, max_features: int = 512) -> Ca
     and the prediction layer keeps its default initial values (there zero).
     """
     check_num_classes(num_classes)
-    if not 0 <= beta <= 1:
-        raise LocalGradError(f"beta is {beta}: it is the weight of similarity matching, from 0 to 1; try 0.99")
+    if not isinstance(beta, int | float) or not 0 <= beta <= 1:
+        raise LocalGradError(f"beta is {beta!r}: it is the weight of similarity matching, from 0 to 1; try 0.99")
     if max_features < 1:
         raise LocalGradError(f"max_features is {max_features}: it must be at least 1; try 512")
     return lambda site: PredSim(site, num_classes, beta, max_features)

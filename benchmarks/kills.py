@@ -1,0 +1,222 @@
+"""Kill a training at random moments, start it again each time, and compare its end with a run that was left alone.
+
+    python benchmarks/kills.py --kills 200 -o results/kills.json
+
+A sitting is a forked process that trains, or tests, the tiny digits run; it gets SIGKILL after a random time. After
+each kill every file is read: none may be half-written. Each sitting after that has to begin at most one checkpoint
+interval before the step that the killed one had reached. The finished run has to equal the uninterrupted one bit for
+bit: weights, auxiliary networks, optimizers, metrics and result, all but times.
+"""
+
+import argparse
+import json
+import mmap
+import os
+import random
+import shutil
+import signal
+import struct
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import lightning.fabric  # noqa: F401 (paid once, before the forks)
+import sklearn.datasets
+import sklearn.model_selection  # noqa: F401
+import torch
+from report import environment, write
+from safetensors.torch import load_file
+
+from localgrad import data, evaluation, trainer
+from localgrad.config import ModelConfig, MomentumConfig, ObjectiveConfig, OptimConfig, TrainConfig
+from localgrad.files import versions
+
+CONFIG = TrainConfig(
+    name="tiny",
+    model=ModelConfig(depth=8),
+    data=replace(data.digits(), image_size=8, padding=1, train_limit=200, test_limit=360),
+    cuts=("layer1.0", "layer2.0"),
+    objective=ObjectiveConfig(name="dgl"),
+    momentum=MomentumConfig(name="man"),
+    optim=OptimConfig(lr=0.1, batch_size=32, epochs=4, warmup_epochs=1),
+    accelerator="cpu",
+    precision="32-true",
+    local_heads=True,
+    checkpoint_every=3,
+)
+TIMES = {"seconds_per_step", "images_per_second", "elapsed_seconds", "wall_seconds", "commit"}
+"""What may differ: times, and the commit where somebody works on the code meanwhile."""
+PHASES = ("set-up", "training", "saving", "evaluating", "finishing", "localgrad evaluate")
+
+
+class Board:
+    """Memory that the sitting writes and the killer reads: the phase, the step it began with, the steps done."""
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, 24)
+        self.write(0, -1, 0)
+
+    def write(self, phase: int, first: int, done: int) -> None:
+        self._memory[:] = struct.pack("qqq", phase, first, done)
+
+    def read(self) -> tuple[int, int, int]:
+        phase, first, done = struct.unpack("qqq", self._memory[:])
+        return phase, first, done
+
+
+def train(board: Board, run_dir: Path) -> None:
+    """One sitting, as `localgrad train` or `localgrad train --resume`, that notes on the board what it does."""
+    board.write(0, -1, 0)
+    names = {"train_step": 1, "save": 2, "finish_epoch": 3}
+    originals: dict[str, Callable[..., Any]] = {name: getattr(trainer, name) for name in names}
+
+    def noted(name: str) -> Callable[..., Any]:
+        def call(run: Any, *arguments: Any) -> Any:
+            first = board.read()[1]
+            board.write(names[name], first if first >= 0 else run.state.step, run.state.step)
+            result = originals[name](run, *arguments)
+            done = run.state.step + (name == "train_step")  # the trainer counts it right after
+            board.write(4 if run.state.epoch > run.config.optim.epochs else 1, board.read()[1], done)
+            return result
+
+        return call
+
+    for name in names:
+        setattr(trainer, name, noted(name))
+    trainer.fit(CONFIG, run_dir, resume=(run_dir / "config.json").exists(), quiet=True)
+
+
+def evaluate(board: Board, run_dir: Path) -> None:
+    """`localgrad evaluate --local-heads`."""
+    board.write(5, -1, 0)
+    evaluation.evaluate(run_dir, local_heads=True, accelerator="cpu")
+
+
+def sitting(work: Callable[[Board, Path], None], board: Board, run_dir: Path, after: float | None) -> bool:
+    """Does the work in a process of its own; whether it was killed before it was done.
+
+    Raises:
+        RuntimeError: it ended by itself in another way than well.
+    """
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work(board, run_dir)
+            code = 0
+        finally:
+            os._exit(code)
+    if after is not None:
+        time.sleep(after)
+        os.kill(child, signal.SIGKILL)  # the child is not waited for yet, so the number is still its own
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+        return True
+    if status != 0:
+        raise RuntimeError(f"a sitting in {run_dir} failed with status {status}")
+    return False
+
+
+def contents(run_dir: Path) -> dict[str, Any]:
+    """Everything in a run folder, read; any file that is half-written raises."""
+    found: dict[str, Any] = {}
+    for name in ("config.json", "result.json"):
+        if (run_dir / name).exists():
+            values = json.loads((run_dir / name).read_text())
+            found[name] = {key: value for key, value in values.items() if key not in TIMES}
+    if (run_dir / "metrics.jsonl").exists():
+        lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        found["metrics.jsonl"] = [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+    for path in versions(run_dir / "checkpoint.pt").values():
+        found[path.name] = torch.load(path, weights_only=True)
+        state = found[path.name]["state"]
+        found[path.name]["state"] = {key: value for key, value in state.items() if key not in TIMES}
+    if (run_dir / "model.safetensors").exists():
+        found["model.safetensors"] = load_file(run_dir / "model.safetensors")
+    return found
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Whether two trees of tables, lists, tensors and plain values agree bit for bit."""
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(value, other[key]) for key, value in one.items())
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return one == other
+
+
+def kill_runs(kills: int, seed: int, folder: Path) -> dict[str, Any]:
+    """Runs, killed and continued until they are done, until there were enough kills.
+
+    Raises:
+        AssertionError: more than one checkpoint interval was lost, or a finished run is another one.
+    """
+    chance, board = random.Random(seed), Board()
+    straight = folder / "straight"
+    begin = time.monotonic()
+    sitting(train, board, straight, None)
+    duration = time.monotonic() - begin
+    expected, files = contents(straight), sorted(path.name for path in straight.iterdir())
+    phases: Counter[str] = Counter()
+    lost: list[int] = []
+    runs = left_over = 0
+
+    def kill(work: Callable[[Board, Path], None], run_dir: Path, longest: float) -> bool:
+        killed = sitting(work, board, run_dir, chance.uniform(0, longest))
+        phases.update([PHASES[board.read()[0]]] if killed else [])
+        return killed
+
+    while phases.total() < kills:
+        run_dir, reached, going = folder / f"run{runs}", 0, True
+        while going:
+            going = kill(train, run_dir, duration) if phases.total() < kills else sitting(train, board, run_dir, None)
+            _, first, done = board.read()
+            if first >= 0:  # it came as far as its first step
+                lost.append(reached - first)
+                assert 0 <= lost[-1] <= CONFIG.checkpoint_every, f"{run_dir}: {lost[-1]} steps were lost"
+                reached = done
+            if run_dir.exists():
+                contents(run_dir)
+                left_over += bool(list(run_dir.glob(".*.tmp")))
+        for _ in range(2 if phases.total() < kills else 0):
+            kill(evaluate, run_dir, duration / 3)
+        names = sorted(path.name for path in run_dir.iterdir())
+        assert names == files, f"{run_dir} holds {names}, not {files}"
+        found = contents(run_dir)
+        wrong = [name for name, value in expected.items() if not equal(found[name], value)]
+        assert not wrong, f"{', '.join(wrong)} of {run_dir} are not those of the run that was left alone"
+        shutil.rmtree(run_dir)
+        runs += 1
+    return {
+        "kills": phases.total(),
+        "kills_by_phase": {name: phases[name] for name in PHASES},
+        "runs_finished_bit_identical": runs,
+        "steps_of_a_run": 4 * 7,
+        "checkpoint_every": CONFIG.checkpoint_every,
+        "most_steps_lost": max(lost),
+        "mean_steps_lost": sum(lost) / len(lost),
+        "half_written_files": 0,
+        "temporary_files_cleared_away": left_over,
+        "seconds_of_an_uninterrupted_run": duration,
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("-o", "--output", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        found = kill_runs(options.kills, options.seed, Path(scratch))
+    print(json.dumps(found, indent=1))
+    if options.output:
+        write(options.output, {**found, **environment()})

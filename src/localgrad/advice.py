@@ -1,0 +1,52 @@
+"""What to change in a run that does not fit into memory, in a sentence."""
+
+import torch
+
+from localgrad.build import build_factories, build_model
+from localgrad.config import TrainConfig
+from localgrad.errors import LocalGradError
+from localgrad.memory import step_peak
+from localgrad.objectives.dgl import dgl
+from localgrad.planning import plan
+from localgrad.units import units
+
+
+def memory_advice(config: TrainConfig, num_classes: int, cuts: list[str], capacity: int | None = None) -> str:
+    """What `plan` predicts for a step of a run as it is, and what it would choose instead.
+
+    Computed on `meta` tensors, so that it takes no memory of the device.
+
+    Args:
+        config: the run.
+        num_classes: of its images.
+        cuts: names of the units after which it cuts.
+        capacity: bytes that a step may take; None asks for the least.
+
+    Returns:
+        A sentence with the flags to give. Without a local loss in the config, the suggested one is `dgl`.
+    """
+    objective, momentum = build_factories(config, num_classes)
+    images = -(-config.optim.batch_size // (config.devices * config.optim.accumulate))
+    smaller = f"fewer images at once, as --optim.accumulate {2 * config.optim.accumulate}, would take less too"
+    with torch.device("meta"):
+        model = build_model(config.model, num_classes)
+        example = torch.empty(images, 3, config.data.image_size, config.data.image_size)
+    try:
+        now = step_peak(model, example, cuts, objective, momentum)
+        most = len(units(model, example))
+        counts = [count for count in (2, 4, 8, 16, 32) if count < most] + [most]
+        rows = plan(model, example, objective=objective or dgl(num_classes), momentum=momentum, num_blocks=counts)
+    except LocalGradError as error:
+        return f"no plan could be made ({error}); {smaller}"
+    rows = [row for row in rows if not row.recompute]
+    least = min(rows, key=lambda row: row.peak)
+    best = next((row for row in rows if capacity is not None and row.peak <= capacity), least)
+    said = f"`localgrad plan` predicts {_size(now)} for a step of {len(cuts) + 1} block(s) and {images} images"
+    if best.peak >= now:
+        return f"{said}, and no other cuts take less; {smaller}"
+    loss = "" if objective else "--objective.name dgl "
+    return f"{said}, {_size(best.peak)} with {best.num_blocks} blocks: {loss}--cuts {' '.join(best.cuts)}; {smaller}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

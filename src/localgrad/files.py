@@ -1,0 +1,66 @@
+"""Files that are written whole or not at all, and the versions that they had before."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from localgrad.errors import LocalGradError
+
+
+@contextmanager
+def atomic_write(path: Path, keep: int = 1) -> Iterator[BinaryIO]:
+    """Opens a temporary file that takes the name of `path` only once everything is on the disk.
+
+    With `keep` above 1 what `path` held before stays as `path.1`, what that held as `path.2`, and so on, `keep`
+    versions in all. There are never fewer whole ones than before the call, wherever it is killed.
+
+    Raises:
+        LocalGradError: the disk is full or cannot be written; what `path` held before is still whole.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if keep > 1:
+            _make_room(path)
+        temporary.replace(path)
+        _sync(path.parent)
+        if keep > 1:
+            for version in list(versions(path).values())[keep:]:
+                version.unlink()
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise LocalGradError(f"{path} could not be written ({why}); what it held before is whole") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _make_room(path: Path) -> None:
+    """Renames the versions to `path.1`, `path.2`, ..., in an order in which none takes the name of another."""
+    for number, version in enumerate(versions(path).values()):  # a kill may have left a gap
+        version.rename(path if number == 0 else f"{path}.{number}")
+    for number, version in reversed(versions(path).items()):
+        version.rename(f"{path}.{number + 1}")
+
+
+def versions(path: Path) -> dict[int, Path]:
+    """`path`, `path.1`, `path.2`, ..., those that are there, by number: the newest first. 0 is `path` itself."""
+    found = {int(file.suffix[1:]): file for file in path.parent.glob(f"{path.name}.*") if file.suffix[1:].isdecimal()}
+    if os.path.lexists(path):
+        found[0] = path
+    return dict(sorted(found.items()))
+
+
+def _sync(folder: Path) -> None:
+    """Makes the names in a folder as lasting as the files' contents; Windows has no such call."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
