@@ -53,7 +53,7 @@ class Run:
     blocks: list[Block]
     wrapped: list[Any]
     """The blocks as Fabric runs them: under autocast, and in a DDP wrapper each on several devices."""
-    optimizers: list[torch.optim.SGD]
+    optimizers: list[torch.optim.Optimizer]
     state: State
     begin: float = field(default_factory=time.perf_counter)
     """When the run would have begun, had it been done in one sitting."""
