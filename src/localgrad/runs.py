@@ -78,12 +78,18 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as JSON, whole or not at all."""
     with atomic_write(path) as file:
         file.write((json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """Reads a JSON file of a run.
+
+    Raises:
+        LocalGradError: it is missing, cannot be read, or is no JSON.
+    """
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
@@ -152,14 +158,14 @@ class RunFolder:
             raise LocalGradError(f"the run folder {self.path} cannot be made: {error.strerror or error}") from error
         for left_over in self.path.glob(".*.tmp"):
             left_over.unlink()
-        _write_json(self.path / "config.json", to_dict(config))
+        write_json(self.path / "config.json", to_dict(config))
         kept = self.metrics.read_bytes().splitlines(keepends=True)[:lines] if self.metrics.exists() else []
         with atomic_write(self.metrics) as file:
             file.writelines(kept)
 
     def config(self) -> TrainConfig:
         """The saved config."""
-        return from_dict(_read_json(self.path / "config.json"))
+        return from_dict(read_json(self.path / "config.json"))
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         """Adds one line to the metrics and flushes it to the disk."""
@@ -225,7 +231,7 @@ class RunFolder:
 
     def save_result(self, result: Result) -> None:
         """Writes the result, which marks the run as finished."""
-        _write_json(self.result, dataclasses.asdict(result))
+        write_json(self.result, dataclasses.asdict(result))
 
 
 @dataclass(frozen=True)
