@@ -70,11 +70,16 @@ def _program(monkeypatch: pytest.MonkeyPatch, path: Path, script: str) -> None:
     monkeypatch.setattr(sys, "executable", str(path))
 
 
+def _until(condition: str) -> str:
+    """Shell that waits for a condition, ten seconds at most."""
+    return f"n=0; until [ {condition} ] || [ $n -ge 1000 ]; do n=$((n + 1)); sleep 0.01; done"
+
+
 def _interrupt_when(condition: Callable[[], bool]) -> threading.Thread:
     """Sends this process a Ctrl-C once the condition holds."""
 
     def watch() -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 30
         while not condition() and time.monotonic() < deadline:
             time.sleep(0.005)
         os.kill(os.getpid(), signal.SIGINT)
@@ -166,7 +171,7 @@ def test_a_row_that_fails_is_named_and_stops_no_other(
 @pytest.mark.parametrize(("jobs", "order"), [(1, "start end start end"), (2, "start start end end")])
 def test_so_many_runs_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: int, order: str) -> None:
     said = tmp_path / "said"
-    waits = f"until [ $(grep -c start {said}) -ge {jobs} ]; do sleep 0.01; done"
+    waits = _until(f"$(grep -c start {said}) -ge {jobs}")
     _program(monkeypatch, tmp_path / "program", f"echo start >> {said}; {waits}; echo end >> {said}; echo why; exit 3")
     failures = run_cells(_cells(tmp_path / "table")[:2], jobs=jobs)
     assert said.read_text().split() == order.split()
@@ -198,9 +203,8 @@ def test_the_folder_is_held_until_the_last_process_has_ended(tmp_path: Path, mon
 
 def test_a_second_interrupt_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = tmp_path / "said"
-    script = f"trap 'echo term >> {said}' TERM; echo ready >> {said}; "
-    script += f"until [ $(grep -c term {said}) -ge 2 ]; do sleep 0.01; done"
-    _program(monkeypatch, tmp_path / "program", script)
+    notes = f"trap 'echo term >> {said}' TERM; echo ready >> {said}"
+    _program(monkeypatch, tmp_path / "program", f"{notes}; {_until(f'$(grep -c term {said}) -ge 2')}")
 
     def lines() -> int:
         return said.read_text().count("\n") if said.exists() else 0
