@@ -33,6 +33,8 @@ LOCAL = TrainConfig(cuts=("layer1.0",), objective=ObjectiveConfig(name="dgl"), m
         ({"lr": float("inf")}, "optim.lr is inf"),
         ({"momentum": 1.0}, "optim.momentum is 1.0"),
         ({"momentum": 0.0}, "optim.nesterov is on with optim.momentum 0"),
+        ({"name": "adamw"}, "optim.nesterov is on, but optim.name adamw has no such form"),
+        ({"name": "adam", "nesterov": False}, "optim.name is 'adam'; it must be one of sgd, adamw"),
         ({"weight_decay": -1.0}, "optim.weight_decay is -1.0"),
         ({"batch_size": 0}, "optim.batch_size is 0"),
         ({"epochs": 0}, "optim.epochs is 0"),

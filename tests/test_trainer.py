@@ -254,6 +254,19 @@ def test_a_crash_after_the_last_epoch_loses_only_the_result(
     assert_same_run(straight, tmp_path)
 
 
+def test_adamw_resumes_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(LOCAL, optim=replace(LOCAL.optim, name="adamw", nesterov=False, lr=1e-3))
+    fit(config, tmp_path / "straight", quiet=True)
+    with monkeypatch.context() as patch:
+        _after_steps(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(KeyboardInterrupt):
+            fit(config, tmp_path / "resumed", quiet=True)
+    fit(config, tmp_path / "resumed", resume=True, quiet=True)
+    assert_same_run(tmp_path / "straight", tmp_path / "resumed")
+    moments = torch.load(tmp_path / "resumed" / "checkpoint.pt", weights_only=True)["optimizers"][0]["state"][0]
+    assert moments.keys() == {"step", "exp_avg", "exp_avg_sq"}
+
+
 def test_a_second_interrupt_acts_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def twice() -> None:
         os.kill(os.getpid(), signal.SIGINT)

@@ -129,16 +129,20 @@ def _make(chosen: Any, choices: dict[str, Callable[..., Any]], data: dict[str, A
     return factory(**wanted, **options)
 
 
-def build_optimizers(config: OptimConfig, blocks: Sequence[Block]) -> list[torch.optim.SGD]:
-    """One SGD a block, over the parameters that get gradients."""
-    return [
-        torch.optim.SGD(
-            block.trainable_parameters(),
-            lr=config.lr,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
-        for block in blocks
-    ]
+def build_optimizers(config: OptimConfig, blocks: Sequence[Block]) -> list[torch.optim.Optimizer]:
+    """One optimizer a block, over the parameters that get gradients."""
+    return [_optimizer(config, block.trainable_parameters()) for block in blocks]
+
+
+def _optimizer(config: OptimConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    if config.name == "adamw":
+        betas = (config.momentum, 0.999)
+        return torch.optim.AdamW(parameters, config.lr, betas, weight_decay=config.weight_decay, fused=True)
+    return torch.optim.SGD(
+        parameters,
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )

@@ -20,6 +20,7 @@ Precision = Literal["auto", "32-true", "bf16-mixed"]
 Parallel = Literal["data", "blocks"]
 OnNonfinite = Literal["stop", "skip"]
 Balance = Literal["memory", "compute", "count"]
+Optimizer = Literal["sgd", "adamw"]
 
 
 @dataclass(frozen=True)
@@ -78,14 +79,16 @@ class MomentumConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """SGD, one optimizer a block, and its schedule."""
+    """One optimizer a block, and its schedule."""
 
+    name: Optimizer = "sgd"
+    """Which optimizer: `sgd`, or `adamw` (as for vision transformers)."""
     lr: float = 0.8
     """Learning rate at the top of the cosine."""
     momentum: float = 0.9
-    """Momentum of SGD."""
+    """Momentum of SGD, and the first beta of AdamW (whose second is 0.999)."""
     nesterov: bool = True
-    """Nesterov's form of the momentum."""
+    """Nesterov's form of the momentum; SGD's only."""
     weight_decay: float = 1e-4
     """Weight decay, on all parameters: norms, biases and auxiliary networks too."""
     batch_size: int = 1024
@@ -199,6 +202,8 @@ def _number_problems(config: TrainConfig) -> list[str]:
     problems = [f"{name} is {value}, it must be {allowed}" for name, value, fits, allowed in ranges if not fits]
     if optim.nesterov and optim.momentum == 0:
         problems.append("optim.nesterov is on with optim.momentum 0, give a momentum, or --optim.no-nesterov")
+    if optim.nesterov and optim.name == "adamw":
+        problems.append("optim.nesterov is on, but optim.name adamw has no such form, give --optim.no-nesterov")
     return [*problems, *_device_problems(config)]
 
 
@@ -245,6 +250,7 @@ def _option_problems(config: TrainConfig) -> list[str]:
 
     problems = [*option_problems("objective", config.objective), *option_problems("momentum", config.momentum)]
     for name, value, allowed in (
+        ("optim.name", config.optim.name, typing.get_args(Optimizer)),
         ("precision", config.precision, typing.get_args(Precision)),
         ("balance", config.balance, typing.get_args(Balance)),
         ("parallel", config.parallel, typing.get_args(Parallel)),

@@ -1,4 +1,4 @@
-"""What a training run prints: a bar where there is a terminal, plain lines where there is none."""
+"""What a run, or a table of runs, prints: bars where there is a terminal, plain lines where there is none."""
 
 import time
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from rich.console import Console
 from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -105,3 +106,45 @@ class Display:
 
 def _speed(images_per_second: float | None) -> str:
     return "" if images_per_second is None else f"{images_per_second:,.0f} img/s "
+
+
+class TableDisplay:
+    """Prints the progress of many runs to stderr: a line when one starts and ends, and bars on a terminal."""
+
+    def __init__(self, total: int, done: int) -> None:
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        columns = TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn()
+        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._all = self._progress.add_task("runs", total=total, completed=done)
+        self._running: dict[str, TaskID] = {}
+        if done:
+            self._print(f"{done} of {total} runs are done")
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def _print(self, text: str) -> None:
+        self._progress.console.print(Text(text))
+
+    def started(self, name: str, epochs: int, done: int) -> None:
+        """A run of so many epochs starts, or goes on where so many are done."""
+        self._running[name] = self._progress.add_task(name, total=epochs, completed=done)
+        self._print(f"{name}: " + (f"goes on after epoch {done}" if done else "starts"))
+
+    def progress(self, name: str, test_errors: Sequence[float | None]) -> None:
+        """The run has these test errors, one an epoch."""
+        known = [error for error in test_errors if error is not None]
+        described = f"{name} {known[-1]:.2f}%" if known else name
+        self._progress.update(self._running[name], completed=len(test_errors), description=described)
+
+    def ended(self, name: str, text: str) -> None:
+        """The run has ended, and this is to be said of it."""
+        self._progress.remove_task(self._running.pop(name))
+        self._progress.advance(self._all)
+        self._print(f"{name}: {text}")

@@ -67,12 +67,18 @@ class Result:
     """Commit of the working directory, or None outside a git repository."""
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as JSON, whole or not at all."""
     with atomic_write(path) as file:
         file.write((json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """Reads a JSON file of a run.
+
+    Raises:
+        LocalGradError: it is missing, cannot be read, or is no JSON.
+    """
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
@@ -170,13 +176,13 @@ class RunFolder:
             raise LocalGradError(f"the run folder {str(self.path)!r} cannot be made or read: {why}") from error
         if len(kept) < lines:
             logger.warning("%s has lost %d of its first %d lines", self.metrics, lines - len(kept), lines)
-        _write_json(self._config, to_dict(config))
+        write_json(self._config, to_dict(config))
         with atomic_write(self.metrics) as file:
             file.writelines(kept)
 
     def config(self) -> TrainConfig:
         """The saved config."""
-        return from_dict(_read_json(self._config))
+        return from_dict(read_json(self._config))
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         """Adds one line to the metrics and flushes it to the disk."""
@@ -275,12 +281,12 @@ class RunFolder:
 
     def num_classes(self) -> int | None:
         """Number of classes that the finished run's network tells apart; None where no result says so."""
-        result = _read_json(self.result) if self.is_finished else None
+        result = read_json(self.result) if self.is_finished else None
         return result.get("num_classes") if isinstance(result, dict) else None
 
     def save_result(self, result: Result) -> None:
         """Writes the result, which marks the run as finished."""
-        _write_json(self.result, dataclasses.asdict(result))
+        write_json(self.result, dataclasses.asdict(result))
 
 
 @dataclass(frozen=True)

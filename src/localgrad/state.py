@@ -62,7 +62,7 @@ class Run:
     """This process's part of the blocks, where blocks are shared between devices."""
     wrapped: list[nn.Module]
     """The blocks that this process trains, in a data-parallel wrapper each where images are shared."""
-    optimizers: list[torch.optim.SGD]
+    optimizers: list[torch.optim.Optimizer]
     """One for each of them."""
     state: State
     begin: float = field(default_factory=time.perf_counter)

@@ -5,7 +5,7 @@ Every row is network x partition x local loss x momentum network. What the rows 
 * Partitions are stored as the names of the units after which they cut, since the papers' K is a label: with the stem
   joined to the first unit, the MAN paper's "K=16" is 15 blocks and its "K=55" is 54; `-stem` rows cut after the stem
   too, which is InfoPro's and AugLocal's K=16 and 55 (really 16 and 55 blocks), and what the MAN++ code does at every
-  K (9, 16, 33 and 55 blocks).
+  K (5, 9, 16, 33 and 55 blocks).
 * 400 epochs, batch 1024, rate 0.8 (STL-10: batch 128, rate 0.1), as the MAN and MAN++ commands; InfoPro's own runs
   have 160 epochs (`--epochs 160`).
 * The heads of `dgl` are the compact ones throughout, so rows of one partition differ in the momentum network alone;
@@ -37,10 +37,15 @@ class Dataset:
 
 DATASETS = {
     "cifar10": Dataset(
-        data.cifar10, 0.8, 1024, {8: ((5, 0), (0, 2)), 16: ((5, 0.2), (0.05, 0.5)), 32: ((5, 0.5), (0, 1))}
+        data.cifar10,
+        0.8,
+        1024,
+        {4: ((6, 1), (0, 2)), 8: ((5, 0), (0, 2)), 16: ((5, 0.2), (0.05, 0.5)), 32: ((5, 0.5), (0, 1))},
     ),
-    "svhn": Dataset(data.svhn, 0.8, 1024, {8: ((5, 0.5), (0, 2)), 16: ((5, 0.5), (0.2, 1))}),
-    "stl10": Dataset(data.stl10, 0.1, 128, {8: ((20, 5), (0.2, 1)), 16: ((20, 10), (0.5, 0.1))}),
+    "svhn": Dataset(data.svhn, 0.8, 1024, {4: ((5, 0.5), (0, 1)), 8: ((5, 0.5), (0, 2)), 16: ((5, 0.5), (0.2, 1))}),
+    "stl10": Dataset(
+        data.stl10, 0.1, 128, {4: ((20, 5), (0.2, 2)), 8: ((20, 5), (0.2, 1)), 16: ((20, 10), (0.5, 0.1))}
+    ),
 }
 
 
@@ -55,6 +60,7 @@ def _all_but_last(units: int) -> tuple[str, ...]:
 
 
 PARTITIONS: dict[tuple[int, int], tuple[str, ...]] = {
+    (32, 4): _stages("2", "1", "0"),
     (32, 8): _stages("0 2 4", "1 3", "0 2"),
     (32, 16): _all_but_last(5),
     (110, 32): _stages("1 2 4 5 7 9 11 13 14 16 17", "1 2 4 5 7 9 11 13 14 16 17", "1 3 4 6 7 9 11 13 15"),

@@ -1,0 +1,44 @@
+"""The ablations: DGL+MAN on CIFAR-10 with ResNet-32, one setting of the momentum auxiliary network changed a row.
+
+`cifar10-resnet32-k16-dgl` (no momentum) and `cifar10-resnet32-k16-dgl-man` (all of it, decay 0.995, form "sum",
+initial values copied, one unit deep) are the rows that these are compared with. At K=16 a block is a single unit, so
+there is no second one to copy; depth is compared at K=4, whose blocks have three and four.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from localgrad.recipes.cifar import cifar_recipes
+from localgrad.recipes.row import Recipe
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "k16-dgl-man-ema-only": {"bias": False},
+    "k16-dgl-man-bias-only": {"ema": False},
+    "k16-dgl-man-direct": {"bias": False, "decay": 0.0},
+    "k16-dgl-man-decay0.9": {"decay": 0.9},
+    "k16-dgl-man-decay0.99": {"decay": 0.99},
+    "k16-dgl-man-decay0.999": {"decay": 0.999},
+    "k16-dgl-man-fused": {"form": "fused"},
+    "k16-dgl-man-random": {"initial": "random"},
+    "k4-dgl-man-depth2": {"depth": 2},
+    "k4-dgl-man-depth3": {"depth": 3},
+}
+"""What each row changes; `direct` uses the next unit's own weights where `ema-only` uses their average."""
+
+PAPER_ERRORS = {"k16-dgl-man-ema-only": 11.07}
+"""Test error in percent after 400 epochs, as the MAN paper's ablation has it; its "bias only" cell is empty."""
+
+
+def ablation_recipes() -> dict[str, Callable[[], Recipe]]:
+    """The rows, by name, as `cifar10-resnet32-k16-dgl-man-ema-only`."""
+    return {f"cifar10-resnet32-{row}": partial(_ablation, row) for row in CHANGES}
+
+
+def _ablation(row: str) -> Recipe:
+    full = cifar_recipes()[f"cifar10-resnet32-{row.partition('-man')[0]}-man"]()
+    config = replace(
+        full.config, name=f"cifar10-resnet32-{row}", momentum=replace(full.config.momentum, **CHANGES[row])
+    )
+    return Recipe(config, label=full.label, paper_error=PAPER_ERRORS.get(row))

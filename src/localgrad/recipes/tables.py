@@ -1,0 +1,95 @@
+"""The papers' tables and ours: lists of recipes by name, for `localgrad reproduce`."""
+
+from dataclasses import dataclass
+
+from localgrad.config import closest
+from localgrad.errors import LocalGradError
+from localgrad.recipes import RECIPES
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows that are read side by side."""
+
+    title: str
+    """What is compared."""
+    rows: tuple[str, ...]
+    """Names of recipes."""
+
+
+def _main(dataset: str, depth: int, k: int) -> list[str]:
+    """End-to-end, and each local loss alone, with MAN and with MAN++."""
+    rows = [
+        f"k{k}-{method}{momentum}" for method in ("predsim", "dgl", "infopro") for momentum in ("", "-man", "-manpp")
+    ]
+    return [f"{dataset}-resnet{depth}-{row}" for row in ("e2e", *rows)]
+
+
+def _main_tables() -> dict[str, Table]:
+    """One table a dataset, and one for each of its networks and partitions."""
+    tables: dict[str, Table] = {}
+    for dataset, title in (("cifar10", "CIFAR-10"), ("svhn", "SVHN"), ("stl10", "STL-10")):
+        parts = {(depth, k): _main(dataset, depth, k) for depth, k in ((32, 8), (32, 16), (110, 32), (110, 55))}
+        whole = dict.fromkeys(row for rows in parts.values() for row in rows)
+        tables[dataset] = Table(f"{title}: the four partitions below", tuple(whole))
+        for (depth, k), rows in parts.items():
+            tables[f"{dataset}-k{k}"] = Table(
+                f"{title}, ResNet-{depth}, K={k}: every local loss, with MAN, MAN++", tuple(rows)
+            )
+    return tables
+
+
+def _ablation_tables() -> dict[str, Table]:
+    """One table a question, and one of all of them."""
+    k4, k16 = "cifar10-resnet32-k4-dgl", "cifar10-resnet32-k16-dgl"
+    man = f"{k16}-man"
+    parts = {
+        "parts": ("neither part of MAN, the EMA, the bias, both", (k16, f"{man}-ema-only", f"{man}-bias-only", man)),
+        "use": ("the next unit not used, used directly, averaged", (k16, f"{man}-direct", f"{man}-ema-only")),
+        "decay": ("momentum of the average", (f"{man}-decay0.9", f"{man}-decay0.99", man, f"{man}-decay0.999")),
+        "form": ("two branches, or one and an additive bias", (man, f"{man}-fused")),
+        "initial": ("branches that begin as copies, or at random", (man, f"{man}-random")),
+        "depth": ("one, two and three units copied, K=4", (k4, f"{k4}-man", f"{k4}-man-depth2", f"{k4}-man-depth3")),
+    }
+    every = dict.fromkeys(row for _, rows in parts.values() for row in rows)
+    tables = {f"ablation-{name}": Table(f"DGL, ResNet-32: {title}", rows) for name, (title, rows) in parts.items()}
+    return {"ablation": Table("CIFAR-10: the ablations below", tuple(every)), **tables}
+
+
+def _network_tables() -> dict[str, Table]:
+    """One table a network of ImageNet and Imagenette: every row that there is."""
+    titles = {
+        "imagenette-resnet50": "Imagenette at 128 px, ResNet-50: InfoPro and DGL at K=4, with MAN",
+        "imagenette-resnet101": "Imagenette at 128 px, ResNet-101: InfoPro and DGL at K=4, with MAN",
+        "imagenet-resnet101": "ImageNet, ResNet-101: InfoPro at K=2 and K=4, with MAN, MAN++",
+        "imagenet-resnet152": "ImageNet, ResNet-152: InfoPro at K=2 and K=4, with MAN, MAN++",
+        "imagenet-resnext101": "ImageNet, ResNeXt-101 32x8d: InfoPro at K=2 and K=4, with MAN, MAN++",
+        "imagenet-vit": "ImageNet, ViT-T/S/B at K=4, with MAN, MAN++",
+    }
+    return {
+        name: Table(title, tuple(row for row in RECIPES if row.startswith(f"{name}-")))
+        for name, title in titles.items()
+    }
+
+
+TABLES: dict[str, Table] = {
+    "digits": Table("scikit-learn's digits, for a first try", ("digits-e2e", "digits-dgl", "digits-dgl-man")),
+    "first": Table(
+        "CIFAR-10, ResNet-32, K=16: every local loss with MAN, and DGL with MAN++",
+        tuple(row for row in _main("cifar10", 32, 16) if "manpp" not in row or "dgl" in row),
+    ),
+    **_main_tables(),
+    **_ablation_tables(),
+    **_network_tables(),
+}
+
+
+def table(name: str) -> Table:
+    """The table of that name.
+
+    Raises:
+        LocalGradError: there is none; the message has the names that look most like it.
+    """
+    if name not in TABLES:
+        raise LocalGradError(f"there is no table {name!r}{closest(name, list(TABLES))}; see `localgrad reproduce`")
+    return TABLES[name]
