@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --disable-extensions".split()
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
 
 
 @dataclass
@@ -58,10 +57,13 @@ class Tab:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", media=media, features=[scheme])
         self.call("Page.navigate", url=path.resolve().as_uri())
-        deadline = time.monotonic() + 60
-        while self.run("document.readyState") != "complete" or not self.run("location.href").startswith("file:"):
-            assert time.monotonic() < deadline, "the page does not finish loading"
-            time.sleep(0.05)
+        while not self._is_loaded(path.resolve().as_uri()):
+            self.events.append(self._next())
+
+    def _is_loaded(self, url: str) -> bool:
+        arrived = [event["params"].get("frame", {}).get("url") == url for event in self.events]
+        since = self.events[arrived.index(True) :] if True in arrived else []
+        return any(event["method"] == "Page.loadEventFired" for event in since)
 
     def run(self, script: str) -> Any:
         """The value of a script, which may be a promise."""

@@ -397,7 +397,11 @@ def test_exit_at_a_block_gives_the_error_of_its_own_head(run: Path) -> None:
     head += 3 * (32 * 32 + 2 * 32)  # 1x1 convolutions and their norms, without bias
     head += 2 * (32 * 32 + 2 * 32) + 32 * 10 + 10  # on 1 x 1 x 32, the quarter of 4 pixels
     assert exits[0].parameters == pytest.approx((own + head) / sum(p.numel() for p in model.parameters()))
-    assert 0 < exits[0].compute
+    stem_and_unit = 64 * 27 * 16 + 2 * 64 * 144 * 16  # multiply-adds: pixels x window x channels out
+    branch = 16 * (144 * 32 + 288 * 32 + 16 * 32)
+    head = 2 * branch + 3 * 32 * 32 + 2 * 32 * 32 + 32 * 10
+    network = stem_and_unit + branch + 4 * (288 * 64 + 576 * 64 + 32 * 64) + 64 * 10
+    assert exits[0].compute == pytest.approx((stem_and_unit + head) / network)
 
 
 def test_exit_at_prints_what_it_saves(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

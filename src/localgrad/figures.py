@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
@@ -57,9 +57,22 @@ def as_svg(figure: Figure, prefix: str, description: str) -> str:
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = buffer.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", svg)
+    svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{prefix}-", _with_ids_once(svg, prefix))
     svg = svg.replace(INK, "currentColor")
     return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(description)}" ', 1)
+
+
+def _with_ids_once(svg: str, prefix: str) -> str:
+    """Leaves ids only where something refers to them; matplotlib defines some paths twice, alike, under one id."""
+    wanted = set(re.findall(r'(?:href="#|url\(#)([^")]+)', svg))
+
+    def kept(found: re.Match[str]) -> str:
+        if found[1] not in wanted:
+            return ""
+        wanted.remove(found[1])
+        return f' id="{prefix}-{found[1]}"'
+
+    return re.sub(r' id="([^"]+)"', kept, svg)
 
 
 def _paint(figure: Figure, color: str) -> None:
@@ -75,11 +88,12 @@ def _paint(figure: Figure, color: str) -> None:
             spine.set_edgecolor(color)
 
 
-def _figure(height: float) -> Figure:
+def new_figure(height: float) -> Figure:
+    """An empty figure, so many inches high."""
     return Figure(figsize=(WIDTH, height), layout="constrained")
 
 
-def _finish(figure: Figure, axes: Axes, count: int) -> Figure:
+def with_legend(figure: Figure, axes: Axes, count: int) -> Figure:
     """A grid, and a legend below the axes, where it covers nothing."""
     axes.grid()
     if count > 0:
@@ -90,7 +104,8 @@ def _finish(figure: Figure, axes: Axes, count: int) -> Figure:
     return figure
 
 
-def _look(position: int) -> dict[str, Any]:
+def look_of(position: int) -> dict[str, Any]:
+    """Color and marker of the series at this position."""
     return {
         "color": COLORS[position % len(COLORS)],
         "marker": MARKERS[(position + position // len(COLORS)) % len(MARKERS)],
@@ -100,7 +115,7 @@ def _look(position: int) -> dict[str, Any]:
 @styled
 def learning_curves(table: Table) -> Figure | None:
     """Test error over epochs, one line a row: the mean of its seeds, and between the smallest and the largest."""
-    figure = _figure(3.0)
+    figure = new_figure(3.0)
     axes = figure.subplots()
     drawn = 0
     for position, row in enumerate(table.rows):
@@ -110,7 +125,7 @@ def learning_curves(table: Table) -> Figure | None:
             continue
         values = np.array([[curve[epoch] for epoch in epochs] for curve in curves])
         label = run_label(row.config, row.num_blocks) + (f" (n={len(curves)})" if len(curves) > 1 else "")
-        look = _look(position)
+        look = look_of(position)
         axes.plot(epochs, values.mean(0), label=label, markevery=max(1, len(epochs) // 8), **look)
         if len(curves) > 1:
             axes.fill_between(epochs, values.min(0), values.max(0), color=look["color"], alpha=0.18, linewidth=0)
@@ -118,7 +133,7 @@ def learning_curves(table: Table) -> Figure | None:
     axes.set(xlabel="epoch", ylabel="test error (%)")
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return _finish(figure, axes, drawn) if drawn else None
+    return with_legend(figure, axes, drawn) if drawn else None
 
 
 def _curve(metrics: Sequence[dict[str, Any]]) -> dict[int, float]:
@@ -128,7 +143,7 @@ def _curve(metrics: Sequence[dict[str, Any]]) -> dict[int, float]:
 @styled
 def local_heads(table: Table) -> Figure | None:
     """Test error of each block's own head after the last epoch, a line a row: the mean of its seeds."""
-    figure = _figure(3.0)
+    figure = new_figure(3.0)
     axes = figure.subplots()
     drawn = 0
     for position, row in enumerate(table.rows):
@@ -137,18 +152,18 @@ def local_heads(table: Table) -> Figure | None:
             continue
         values = np.array(errors, dtype=float)  # None, of a block without a class head, becomes a gap
         label = run_label(row.config, row.num_blocks) + (f" (n={len(errors)})" if len(errors) > 1 else "")
-        axes.plot(range(1, row.num_blocks + 1), values.mean(0), label=label, **_look(position))
+        axes.plot(range(1, row.num_blocks + 1), values.mean(0), label=label, **look_of(position))
         drawn += 1
     axes.set(xlabel="block", ylabel="test error of its head (%)")
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return _finish(figure, axes, drawn) if drawn else None
+    return with_legend(figure, axes, drawn) if drawn else None
 
 
 @styled
 def trade_off(table: Table, device: str) -> Figure:
     """Memory of a step against test error; the area of a point is the time of a step; a line joins the best ones."""
-    figure = _figure(3.2)
+    figure = new_figure(3.2)
     axes = figure.subplots()
     rows = table.on(device)
     seconds = {position: row.mean("seconds_per_step") for position, row in rows.items()}
@@ -158,15 +173,14 @@ def trade_off(table: Table, device: str) -> Figure:
     for position, row in rows.items():
         label = f"{run_label(row.config, row.num_blocks)}, {seconds[position]:.3g} s"
         size = 30 + 130 * seconds[position] / max(seconds.values())
-        axes.scatter(*points[position], s=size, alpha=0.85, linewidth=0, label=label, **_look(position))
+        axes.scatter(*points[position], s=size, alpha=0.85, linewidth=0, label=label, **look_of(position))
         deviation = row.deviation("test_error")
         if deviation is not None:
-            axes.errorbar(*points[position], yerr=deviation, color=_look(position)["color"], linewidth=1, capsize=2)
+            axes.errorbar(*points[position], yerr=deviation, color=look_of(position)["color"], linewidth=1, capsize=2)
     axes.set(xlabel="peak memory of a step (MiB)", ylabel="test error (%)")
     axes.margins(0.14)
     axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
-    figure = _finish(figure, axes, len(rows))
+    figure = with_legend(figure, axes, len(rows))
     for handle in figure.legends[0].legend_handles:
         handle.set_sizes([28])  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
     return figure
@@ -178,117 +192,9 @@ def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
 
 
 @styled
-def probe_curves(units: Sequence[str], series: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
-    """Accuracy of the probe on each unit, a line a label: the mean of its runs, and between smallest and largest."""
-    figure = _figure(3.2)
-    axes = figure.subplots()
-    positions = range(len(units))
-    for number, (label, runs) in enumerate(series.items()):
-        values = np.array(runs)
-        look = _look(number)
-        name = label + (f" (n={len(runs)})" if len(runs) > 1 else "")
-        axes.plot(positions, values.mean(0), label=name, markevery=max(1, len(units) // 20), **look)
-        if len(runs) > 1:
-            axes.fill_between(positions, values.min(0), values.max(0), color=look["color"], alpha=0.18, linewidth=0)
-    _name_units(axes.xaxis, units, rotation=60)
-    axes.set(ylabel="accuracy of the linear probe (%)")
-    return _finish(figure, axes, len(series))
-
-
-def _name_units(axis: Any, units: Sequence[str], rotation: float = 0) -> None:
-    """At most sixteen of the units' names along an axis."""
-    step = -(-len(units) // 16)
-    shown = range(0, len(units), step)
-    axis.set_ticks(list(shown), [units[index] for index in shown], rotation=rotation)
-    for text in axis.get_ticklabels():
-        text.set_fontsize(7)
-
-
-@styled
-def alignment_map(values: dict[str, Any]) -> Figure:
-    """CKA of every unit of one network (up) with every unit of the other (right)."""
-    matrix = np.array([[np.nan if value is None else value for value in row] for row in values["alignment"]])
-    figure = _figure(3.5)
-    axes = figure.subplots()
-    picture = axes.imshow(matrix, origin="lower", vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
-    _name_units(axes.yaxis, values["units"])
-    _name_units(axes.xaxis, values["other_units"], rotation=90)
-    first, second = (run_label(run["config"], run["num_blocks"]) for run in values["runs"])
-    axes.set(ylabel=first, xlabel=second)
-    if max(matrix.shape) <= 10:
-        for (row, column), value in np.ndenumerate(matrix):
-            color = "#ffffff" if value < 0.6 else "#111111"
-            axes.text(column, row, f"{value:.2f}", color=color, ha="center", va="center")
-            axes.texts[-1].set_fontsize(7)
-    figure.colorbar(picture, shrink=0.8, label="CKA").outline.set_visible(False)  # pyright: ignore[reportCallIssue]
-    return figure
-
-
-@styled
-def activation_pictures(values: dict[str, Any]) -> Figure | None:
-    """A row an image: the image, then the mean over channels after each unit, black to yellow from least to most."""
-    shown = [index for index, maps in enumerate(values["maps"]) if maps is not None]
-    if not shown:
-        return None
-    images, columns = len(values["image_labels"]), len(shown) + 1
-    figure = _figure(images * WIDTH / columns + 1.0)
-    grid = figure.subplots(images, columns, squeeze=False)
-    for image in range(images):
-        grid[image, 0].imshow(np.array(values["thumbnails"][image], dtype=np.uint8), interpolation="nearest")
-        for axes, index in zip(grid[image, 1:], shown, strict=True):
-            axes.imshow(np.array(values["maps"][index][image]), cmap="inferno", interpolation="nearest")
-    for axes, title in zip(grid[0], ["image", *(_panel_title(values, index) for index in shown)], strict=True):
-        axes.set_title(title, fontsize=7, rotation=90)
-    for axes in grid.flat:
-        axes.axis("off")
-    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)  # pyright: ignore
-    return figure
-
-
-@styled
-def feature_clouds(values: dict[str, Any]) -> Figure:
-    """The features of each unit in two dimensions, a panel a unit, a color a class."""
-    count = len(values["points"])
-    columns = min(2 if count <= 4 else 3, count)
-    rows = -(-count // columns)
-    figure = _figure(rows * (WIDTH / columns + 0.2))
-    labels = np.array(values["point_labels"])
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for axes in grid.flat[count:]:
-        axes.axis("off")
-    for index, points in enumerate(values["points"]):
-        axes = grid.flat[index]
-        x, y = np.array(points).T
-        axes.scatter(x, y, c=labels, cmap="tab10" if labels.max() < 10 else "nipy_spectral", s=7, linewidth=0)
-        axes.collections[0].set_rasterized(True)
-        axes.set_title(_panel_title(values, index), fontsize=8)
-        axes.set(xticks=[], yticks=[])
-        axes.spines[:].set_visible(True)
-    return figure
-
-
-def _panel_title(values: dict[str, Any], index: int) -> str:
-    name = values["units"][index]
-    return f"{name} (block {values['blocks'][index]})" if values["runs"][0]["num_blocks"] > 1 else name
-
-
-def of_analysis(values: dict[str, Any]) -> dict[str, Figure]:
-    """The pictures of one analysis, by what is added to the name of its file."""
-    if values["analysis"] == "probe":
-        run = values["runs"][0]
-        return {
-            "": probe_curves(values["units"], {run_label(run["config"], run["num_blocks"]): [values["accuracies"]]})
-        }
-    if values["analysis"] == "cka":
-        return {"": alignment_map(values)}
-    maps = activation_pictures(values)
-    return {**({"-maps": maps} if maps else {}), "-features": feature_clouds(values)}
-
-
-@styled
 def planned_peaks(values: dict[str, Any]) -> Figure:
     """Predicted peak over the number of blocks, kept and checkpointed."""
-    figure = _figure(3.2)
+    figure = new_figure(3.2)
     axes = figure.subplots()
     trainings = list(dict.fromkeys(row["training"] for row in values["rows"]))
     counts = sorted({row["num_blocks"] for row in values["rows"]})
@@ -299,21 +205,21 @@ def planned_peaks(values: dict[str, Any]) -> Figure:
             label = training + (", units checkpointed" if recompute else "")
             peaks = [row["peak"] / 2**30 for row in rows]
             style = "--" if recompute else "-"
-            axes.plot([row["num_blocks"] for row in rows], peaks, linestyle=style, label=label, **_look(position))
+            axes.plot([row["num_blocks"] for row in rows], peaks, linestyle=style, label=label, **look_of(position))
     axes.set_xscale("log", base=2)
     apart = [count for count in counts[:-1] if 1.2 * count < counts[-1]] + counts[-1:]
     axes.set_xticks(apart, [str(count) for count in apart])
     axes.minorticks_off()
     axes.set_ylim(bottom=0)
     axes.set(xlabel="blocks (1 is end-to-end)", ylabel="predicted peak of a step (GiB)")
-    return _finish(figure, axes, 2 * len(trainings))
+    return with_legend(figure, axes, 2 * len(trainings))
 
 
 @styled
 def step_times(values: dict[str, Any]) -> Figure:
     """Seconds a step as bars, with their figures."""
     rows = values["rows"]
-    figure = _figure(0.6 + 0.32 * len(rows))
+    figure = new_figure(0.6 + 0.32 * len(rows))
     axes = figure.subplots()
     seconds = [row["seconds_per_step"] for row in rows]
     bars = axes.barh([row["row"] for row in rows], seconds, color=COLORS[0], height=0.62)

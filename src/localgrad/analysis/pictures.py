@@ -45,20 +45,27 @@ def _as_map(unit: Unit, features: Tensor, inputs: Tensor, index: int, count: int
 
 
 def project(
-    found: Sequence[Unit], images: ImageSet, *, method: Projection = "pca", batch_size: int = 256, seed: int = 0
+    found: Sequence[Unit],
+    images: ImageSet,
+    *,
+    at: Sequence[int] | None = None,
+    method: Projection = "pca",
+    batch_size: int = 256,
+    seed: int = 0,
 ) -> list[Tensor]:
-    """The globally pooled features of each unit, projected to two dimensions, each unit on its own.
+    """The globally pooled features of units, projected to two dimensions, each unit on its own.
 
     Args:
         found: units of the trained network.
         images: what to project; in the order of the set, not augmented.
+        at: positions of the units to project; None takes all of them.
         method: `"pca"`, the two directions of most variance, or `"tsne"`, which keeps neighbours together and is not to
             be read for distances between groups.
         batch_size: images of a batch.
         seed: of t-SNE.
 
     Returns:
-        `(N, 2)` float32 for each unit.
+        `(N, 2)` float32 for each of these units.
 
     Raises:
         LocalGradError: the method is unknown, or there are fewer than 4 images.
@@ -72,7 +79,8 @@ def project(
         for inputs, _ in images.batches(batch_size, train=False, device=device_of(found)):
             for unit, kept, features in zip(found, parts, unit_features(found, inputs), strict=True):
                 kept.append(pooled(features, unit.channel_dim).cpu())
-    return [_projected(torch.cat(kept), method, seed) for kept in parts]
+    chosen = range(len(found)) if at is None else at
+    return [_projected(torch.cat(parts[index]), method, seed) for index in chosen]
 
 
 def _projected(features: Tensor, method: Projection, seed: int) -> Tensor:

@@ -168,7 +168,7 @@ def study_pictures(
     inputs = torch.cat([_image(trained.test, number, trained.fabric.device) for number in numbers])
     maps = activation_maps(every, inputs)
     some, labels = _some(trained.test, min(points, len(trained.test)))
-    projected = project(every, some, method=projection, batch_size=batch_size)
+    projected = project(every, some, at=chosen, method=projection, batch_size=batch_size)
     return {
         "analysis": "pictures",
         **_about([trained], [every]),
@@ -179,7 +179,7 @@ def study_pictures(
         "thumbnails": _thumbnails(inputs, trained),
         "maps": [None if each is None else _rounded(_shrunk(each)) for each in (maps[index] for index in chosen)],
         "point_labels": labels,
-        "points": [_rounded(projected[index]) for index in chosen],
+        "points": [_rounded(points) for points in projected],
     }
 
 
@@ -189,7 +189,7 @@ def write_study(folder: Path, name: str, values: dict[str, Any]) -> list[Path]:
     Raises:
         LocalGradError: the folder cannot be made or written.
     """
-    from localgrad import figures
+    from localgrad.analysis import drawings
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -198,7 +198,7 @@ def write_study(folder: Path, name: str, values: dict[str, Any]) -> list[Path]:
     path = folder / f"{name}.json"
     with atomic_write(path) as file:
         file.write((json.dumps(values, allow_nan=False) + "\n").encode())
-    drawn = figures.of_analysis(values)
+    drawn = drawings.of_analysis(values)
     for suffix, figure in drawn.items():
         with atomic_write(folder / f"{name}{suffix}.png") as file:
             figure.savefig(file, format="png", dpi=200)
