@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_trainer import LOCAL, _after_steps, _assert_same_run, _metrics
+from test_trainer import LOCAL, _after_steps, _metrics, assert_same_run
 
 from localgrad import evaluation, trainer
 from localgrad.build import with_defaults
@@ -177,7 +177,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_to_the_same_bits(
     fit(CONFIG, run_dir, resume=True, quiet=True)
     assert "checkpoint.pt.1 is taken" in caplog.text
     assert len(_metrics(run_dir)) == 2
-    _assert_same_run(straight, run_dir)
+    assert_same_run(straight, run_dir)
     assert [torch.load(path)["state"]["step"] for path in versions(run_dir / "checkpoint.pt").values()] == [8, 6]
 
 
@@ -237,7 +237,7 @@ def test_a_signal_saves_and_leaves_with_its_code(
     )
     assert torch.load(run_dir / "checkpoint.pt")["state"]["step"] == 2
     assert main(arguments) == 0
-    _assert_same_run(straight, run_dir)
+    assert_same_run(straight, run_dir)
 
 
 def test_kills_at_random_moments_end_in_the_same_bits() -> None:
@@ -280,7 +280,7 @@ def test_a_checkpoint_that_finds_no_room_is_an_error_and_the_run_goes_on_later(
     assert [torch.load(path)["state"]["step"] for path in versions(tmp_path / "checkpoint.pt").values()] == [4, 3]
     assert not list(tmp_path.glob(".*"))
     fit(CONFIG, tmp_path, resume=True, quiet=True)
-    _assert_same_run(straight, tmp_path)
+    assert_same_run(straight, tmp_path)
 
 
 def test_a_full_disk(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_trainer import LOCAL, _assert_same_run, _metrics, _set_up, _weights
+from test_trainer import LOCAL, _metrics, _set_up, assert_same_run, weights
 from torch import Tensor, nn
 
 from localgrad import data, local_step, nonfinite, split, state, trainer
@@ -110,13 +110,13 @@ def test_skipped_batches_are_counted_and_left_out_of_the_loss(tmp_path: Path, mo
     assert [line["step"] for line in lines] == [4, 8]
     assert result.skipped == json.loads((tmp_path / "run" / "result.json").read_text())["skipped"] == 3
     assert all(0 < loss < 100 for line in lines for loss in line["train_loss"])
-    assert all(value.isfinite().all() for value in _weights(tmp_path / "run").values())
+    assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())
 
 
 def test_without_a_bad_batch_skip_changes_no_bit(tmp_path: Path) -> None:
     fit(LOCAL, tmp_path / "stop", quiet=True)
     fit(SKIP, tmp_path / "skip", quiet=True)
-    stopped, skipped = _weights(tmp_path / "stop"), _weights(tmp_path / "skip")
+    stopped, skipped = weights(tmp_path / "stop"), weights(tmp_path / "skip")
     assert all(torch.equal(value, skipped[name]) for name, value in stopped.items())
 
 
@@ -145,7 +145,7 @@ def test_a_resumed_run_remembers_what_it_skipped(tmp_path: Path, monkeypatch: py
             fit(config, tmp_path / "run", quiet=True)
     assert trainer.finish_epoch is original
     fit(config, tmp_path / "run", resume=True, quiet=True)
-    _assert_same_run(tmp_path / "straight", tmp_path / "run")
+    assert_same_run(tmp_path / "straight", tmp_path / "run")
 
 
 @pytest.mark.parametrize("changes", [{"on_nonfinite": "ignore"}, {"max_skips": 0}, {"keep_checkpoints": 0}])

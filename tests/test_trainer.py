@@ -515,3 +515,12 @@ def test_the_loop_names_no_method() -> None:
     for name in ("trainer", "step", "state", "runs", "evaluation", "units"):
         text = (source / f"{name}.py").read_text().lower()
         assert not re.search(r"\b(dgl|man|manpp|infopro|predsim)\b", text), name
+
+
+def test_activation_checkpointing_trains_the_same_in_less_memory(tmp_path: Path) -> None:
+    config = replace(END_TO_END, data=replace(LOCAL.data, image_size=16), optim=replace(LOCAL.optim, batch_size=50))
+    kept = fit(config, tmp_path / "kept", quiet=True)
+    recomputed = fit(replace(config, recompute=True), tmp_path / "recomputed", quiet=True)
+    trained = weights(tmp_path / "recomputed")
+    assert all(torch.equal(value, trained[name]) for name, value in weights(tmp_path / "kept").items())
+    assert recomputed.peak_memory_bytes < 0.8 * kept.peak_memory_bytes

@@ -111,6 +111,7 @@ def build_blocks(config: TrainConfig, model: nn.Module, num_classes: int) -> lis
         objective=objective,
         momentum=momentum,
         criterion=nn.CrossEntropyLoss(label_smoothing=config.optim.label_smoothing),
+        recompute=config.recompute,
     )
 
 

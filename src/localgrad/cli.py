@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from localgrad.errors import LocalGradError
 
@@ -19,6 +19,8 @@ localgrad trains a network as gradient-isolated blocks, each with a local loss o
   localgrad train RECIPE [FLAGS]       train one of them
   localgrad evaluate RUN_FOLDER        test the weights that a run left
   localgrad reproduce [TABLE]          run all rows of a table, for any seeds, and compare with the paper
+  localgrad analyse RUN_FOLDER         probes, CKA and pictures of what it learnt
+  localgrad report RESULTS             all results on one page, beside the papers' values
   localgrad units MODEL                the units of a network, where it can be cut
   localgrad plan MODEL                 the memory that a step would take, and the best cuts
 
@@ -50,8 +52,27 @@ Short names: """ + ", ".join(f"{short} for {full}" for short, full in SHORT.item
 
 EVALUATE_HELP = """Test the weights that a finished run left in its folder.
 
-Example:
+Examples:
   localgrad evaluate runs/first --local-heads
+  localgrad evaluate runs/first --exit-at 3
+"""
+
+ANALYSE_HELP = """Look into the features of a finished run: linear probes, CKA with another run, pictures.
+
+Without --probe, --cka or --pictures it does all of them, CKA where a second run is given. Writes JSON and PNG files.
+
+Examples:
+  localgrad analyse runs/first
+  localgrad analyse runs/first runs/end-to-end --cka
+  localgrad analyse runs/first --pictures --projection tsne --images 3 17 42
+"""
+
+REPORT_HELP = """Write one page with all results below a folder: tables beside the papers' values, curves, pictures.
+
+The page needs no network; what is damaged is named and left out.
+
+Example:
+  localgrad report results/ --output report.html
 """
 
 DEMO_HELP = """Train one small ResNet on scikit-learn's digits end-to-end, with DGL, and with DGL+MAN.
@@ -171,12 +192,31 @@ def evaluate(arguments: Sequence[str]) -> int:
         """Split to test on; that of the run unless given."""
         local_heads: bool = False
         """Test each block's own head too."""
+        exit_at: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+        """Run only the first so many blocks and the last one's own head, and say what that saves."""
         accelerator: str = "auto"
         """Device: auto, cpu, cuda or mps."""
 
     options = _parse(Evaluate, arguments, "localgrad evaluate", EVALUATE_HELP)
+    from localgrad.evaluation import early_exit
     from localgrad.evaluation import evaluate as evaluate_run
 
+    if options.exit_at is not None:
+        if options.local_heads:
+            raise LocalGradError("--exit-at tests one head, --local-heads all of them: give one of the two")
+        left = early_exit(
+            options.run_folder,
+            options.exit_at,
+            data=options.data,
+            test_split=options.test_split,
+            accelerator=options.accelerator,
+        )
+        print(
+            f"test error {left.test_error:.2f}% on {left.images:,} images, after block {options.exit_at} of "
+            f"{left.num_blocks}: {left.compute:.1%} of the network's compute, {left.parameters:.1%} of its parameters "
+            "(the head counted in)"
+        )
+        return 0
     found = evaluate_run(
         options.run_folder,
         data=options.data,
@@ -187,6 +227,72 @@ def evaluate(arguments: Sequence[str]) -> int:
     print(f"test error {found.test_error:.2f}% on {found.images:,} images")
     for number, error in enumerate(found.local_errors or (), start=1):
         print(f"  block {number}: {'no class head' if error is None else f'{error:.2f}%'}")
+    return 0
+
+
+def analyse(arguments: Sequence[str]) -> int:
+    """`localgrad analyse RUN [RUN2]`."""
+    import tyro
+
+    @dataclass(frozen=True)
+    class Analyse:
+        run_folder: tyro.conf.Positional[Path]
+        """Folder of a finished run."""
+        other_run: tyro.conf.Positional[Path | None] = None
+        """Folder of another one, to compare with by CKA."""
+        probe: bool = False
+        """Train a linear probe on every unit: how far its features tell the classes apart."""
+        cka: bool = False
+        """Compare every unit with every unit of the other run."""
+        pictures: bool = False
+        """Draw activation maps of some images, and the features of many in two dimensions."""
+        output: Path | None = None
+        """Folder for the files; `analysis` in the run's folder unless given."""
+        data: str | None = None
+        """Other images: a hub name or a folder; those of the run unless given."""
+        test_split: str | None = None
+        """Split to test on; that of the run unless given."""
+        train_limit: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+        """Train the probes on so many images only, evenly from each class."""
+        test_limit: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+        """Use so many test images only, evenly from each class."""
+        epochs: int = 10
+        """Passes over the training images for the probes."""
+        batch_size: int = 256
+        """Images of a batch."""
+        images: tuple[int, ...] = ()
+        """Test images to draw activation maps of, by position from 0; one of each of four classes unless given."""
+        points: int = 500
+        """Test images to project."""
+        projection: Literal["pca", "tsne"] = "pca"
+        """How to project the features to two dimensions."""
+        accelerator: str = "auto"
+        """Device: auto, cpu, cuda or mps."""
+
+    options = _parse(Analyse, arguments, "localgrad analyse", ANALYSE_HELP)
+    from localgrad.analysis.study import analyse_run
+
+    for path in analyse_run(**vars(options)):
+        print(f"wrote {path}")
+    return 0
+
+
+def report(arguments: Sequence[str]) -> int:
+    """`localgrad report RESULTS`."""
+    import tyro
+
+    @dataclass(frozen=True)
+    class Report:
+        results: tyro.conf.Positional[Path]
+        """Folder with results, in any subfolders."""
+        output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
+        """The page."""
+
+    options = _parse(Report, arguments, "localgrad report", REPORT_HELP)
+    from localgrad.report import write_report
+
+    write_report(options.results, options.output, lambda text: print(f"localgrad: {text}", file=sys.stderr))
+    print(f"wrote {options.output}")
     return 0
 
 
@@ -408,6 +514,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "evaluate": evaluate,
     "reproduce": reproduce,
+    "analyse": analyse,
+    "report": report,
     "units": units,
     "plan": plan,
 }

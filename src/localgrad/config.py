@@ -123,6 +123,8 @@ class TrainConfig:
     """Number of blocks, when `cuts` is not given and they are to be chosen by `balance`."""
     balance: Balance = "memory"
     """What the chosen blocks share evenly."""
+    recompute: bool = False
+    """Activation checkpointing: keep what is between units, and compute each unit again in the backward pass."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """The local loss."""
     momentum: MomentumConfig = field(default_factory=MomentumConfig)
@@ -264,15 +266,16 @@ def _option_problems(config: TrainConfig) -> list[str]:
 
 def differences(before: TrainConfig, after: TrainConfig) -> list[str]:
     """The fields in which two configs differ, each as one readable line `name: before -> after`."""
-    old, new = _flat(to_dict(before)), _flat(to_dict(after))
+    old, new = flat(to_dict(before)), flat(to_dict(after))
     return [f"{name}: {old[name]!r} -> {new[name]!r}" for name in old if old[name] != new[name]]
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one, with dotted names."""
+    found: dict[str, Any] = {}
     for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
 
 
 def to_dict(config: Any) -> dict[str, Any]:

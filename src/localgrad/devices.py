@@ -87,11 +87,21 @@ def make_fabric(config: TrainConfig) -> Any:
             accelerator=config.accelerator,
             devices=here,
             num_nodes=config.devices // here,
-            precision=resolve_precision(config),
+            plugins=_precision_plugins(config),
         )
     except (RuntimeError, ValueError, ImportError) as error:  # the last for an accelerator that needs a package
         given = f"accelerator {config.accelerator!r} with {config.devices} device(s)"
         raise LocalGradError(f"{given} cannot be used on this machine: {error}") from error
+
+
+def _precision_plugins(config: TrainConfig) -> list[Any]:
+    """What `precision` stands for, made here: Fabric would log a line about it."""
+    from lightning.fabric.plugins import MixedPrecision, Precision
+
+    if resolve_precision(config) == "32-true":
+        return [Precision()]
+    on_cuda = config.accelerator in ("auto", "cuda") and torch.cuda.is_available()
+    return [MixedPrecision(precision="bf16-mixed", device="cuda" if on_cuda else "cpu")]
 
 
 def resolve_precision(config: TrainConfig) -> Any:

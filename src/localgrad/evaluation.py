@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from localgrad.blocks import Block
 from localgrad.config import TrainConfig
-from localgrad.data import DataConfig
 from localgrad.errors import LocalGradError
 from localgrad.images import ImageSet
-from localgrad.runs import RunFolder, load_state
-from localgrad.sources import load_images
+from localgrad.trained import load_trained
 
 
 @dataclass(frozen=True)
@@ -80,26 +79,6 @@ def _count_wrong(scores: Tensor, targets: Tensor) -> Tensor:
     return (scores.argmax(1) != targets).sum()
 
 
-def _load_heads(blocks: Sequence[Block], folder: RunFolder, epochs: int) -> None:
-    path, saved = folder.newest_checkpoint()
-    epoch = saved["state"].get("epoch") if isinstance(saved.get("state"), dict) else None
-    if not isinstance(epoch, int) or epoch <= epochs:
-        raise LocalGradError(
-            f"{path} is not of the end of the run, as its local heads would have to be; leave them out"
-        )
-    loaders = [block.load_auxiliary_state_dict for block in blocks]
-    load_state(
-        lambda states: [load(part) for load, part in zip(loaders, states, strict=True)], saved.get("auxiliary"), path
-    )
-
-
-def _test_only(config: DataConfig, source: str | None, split: str | None) -> DataConfig:
-    """The config with its test split in both places, so that no other is needed."""
-    split = split or config.test_split
-    config = replace(config, train_limit=1, test_split=split, train_split=split if config.on_disk else "train")
-    return config if source is None else replace(config, source=source, train_split=split, test_limit=None)
-
-
 def evaluate(
     run_dir: str | Path,
     *,
@@ -124,32 +103,101 @@ def evaluate(
         LocalGradError: the folder holds no finished run, a file in it is damaged, the images have other classes than
             the network, or local heads are asked for and the last checkpoint is not there or damaged.
     """
-    from localgrad.build import build_blocks, build_model
-    from localgrad.devices import make_fabric
+    trained = load_trained(run_dir, data=data, test_split=test_split, with_blocks=local_heads, accelerator=accelerator)
+    config = replace(trained.config, local_heads=local_heads)
+    test_error, local_errors = error_rates(trained.fabric, config, trained.model, trained.blocks, trained.test)
+    return Evaluation(test_error, local_errors, len(trained.test))
 
-    folder = RunFolder(Path(run_dir))
-    config = folder.config()
-    config = replace(
-        config,
-        accelerator=accelerator,
-        devices=1,
-        local_heads=local_heads,
-        data=_test_only(config.data, data, test_split),
+
+@dataclass(frozen=True)
+class EarlyExit:
+    """What `early_exit` found."""
+
+    test_error: float
+    """Test error in percent of the block's own head."""
+    images: int
+    """Number of test images."""
+    num_blocks: int
+    """Number of blocks of the whole network."""
+    compute: float
+    """Operations of the forward pass up to this head, over those of the whole network."""
+    parameters: float
+    """Parameters up to this head, over those of the whole network."""
+
+
+def early_exit(
+    run_dir: str | Path,
+    block: int,
+    *,
+    data: str | None = None,
+    test_split: str | None = None,
+    accelerator: str = "auto",
+) -> EarlyExit:
+    """Evaluates a finished run as if its network ended after a block: its first blocks and that block's own head.
+
+    The head is what local training left there: the momentum auxiliary network, if any, and the class head. Both shares
+    count it, so they may exceed 1 where a head outweighs the rest of the network.
+
+    Args:
+        run_dir: the run folder.
+        block: number of the block, from 1; the last one's head is the network's.
+        data, test_split, accelerator: as in `evaluate`.
+
+    Raises:
+        LocalGradError: there is no such block, its head gives no class scores, the folder holds no finished run, or a
+            file in it is damaged.
+    """
+    trained = load_trained(run_dir, data=data, test_split=test_split, with_blocks=True, accelerator=accelerator)
+    count = len(trained.blocks)
+    if not 1 <= block <= count:
+        raise LocalGradError(f"exit-at is {block}: {run_dir} has {count} block(s); give a number from 1 to {count}")
+    exit_network = _Exit(trained.blocks[:block])
+    for module in (trained.model, exit_network):
+        module.eval()
+    size = trained.config.data.image_size
+    example = torch.zeros(1, 3, size, size, device=trained.fabric.device)
+    compute = _operations(exit_network, example) / _operations(trained.model, example)
+    parameters = _size(exit_network.parts) / _size([trained.model])
+    test_error, _ = error_rates(
+        trained.fabric, replace(trained.config, local_heads=False), exit_network, [], trained.test
     )
-    fabric = make_fabric(config)
-    _, test = load_images(config.data)
-    trained = folder.num_classes()
-    if trained not in (None, test.num_classes):
-        raise LocalGradError(
-            f"{config.data.source} has {test.num_classes} classes and the network of {folder.path} tells {trained} "
-            "apart; give --data with the same classes in the same order"
-        )
-    model = build_model(config.model, test.num_classes)
-    folder.load_model(model)
-    blocks = build_blocks(config, model, test.num_classes) if local_heads else []
-    if local_heads:
-        _load_heads(blocks, folder, config.optim.epochs)
-    for module in (model, *blocks):
-        module.to(fabric.device)
-    test_error, local_errors = error_rates(fabric, config, model, blocks, test.to(fabric.device))
-    return Evaluation(test_error, local_errors, len(test))
+    return EarlyExit(test_error, len(trained.test), count, compute, parameters)
+
+
+class _Exit(nn.Module):
+    """The first blocks of a network, and the last one's head."""
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.bodies = [block.body for block in blocks]
+        self.last = blocks[-1]
+
+    @property
+    def parts(self) -> list[nn.Module]:
+        """What the forward pass runs: bodies, momentum auxiliary network, class head; no decoder."""
+        auxiliary = (self.last.momentum, getattr(self.last.objective, "classifier", None))
+        return [*self.bodies, *(module for module in auxiliary if module is not None)]
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        features = inputs
+        for body in self.bodies:
+            features = body(features)
+        scores = self.last.local_logits(features)
+        if scores is None:
+            raise LocalGradError(
+                f"block {len(self.bodies)} gives no class scores (its local loss trains none, as a contrastive one): "
+                "exit at another block; evaluate --local-heads lists those that have a class head"
+            )
+        return scores
+
+
+@torch.no_grad()
+def _operations(module: nn.Module, example: Tensor) -> int:
+    with FlopCounterMode(display=False) as counter:
+        module(example)
+    return counter.get_total_flops()
+
+
+def _size(modules: Sequence[nn.Module]) -> int:
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())

@@ -45,6 +45,10 @@ class ImageSet(ABC):
         """The same set, giving out its batches on `device`."""
 
     @abstractmethod
+    def subset(self, indices: Tensor) -> ImageSet:
+        """The images at these positions, `(M,)` int64, in this order."""
+
+    @abstractmethod
     def _read(self, epoch: _Epoch) -> Iterator[tuple[Tensor, Tensor]]: ...
 
     def num_batches(self, batch_size: int, world_size: int = 1, train: bool = True) -> int:
@@ -150,6 +154,10 @@ class Images(ImageSet):
     def to(self, device: torch.device | str) -> Images:
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
+    def subset(self, indices: Tensor) -> Images:
+        indices = indices.to(self.labels.device)
+        return replace(self, images=self.images[indices], labels=self.labels[indices])
+
     def _read(self, epoch: _Epoch) -> Iterator[tuple[Tensor, Tensor]]:
         config, home = self.config, self.images.device
         order, generator = epoch.shuffle(len(self))
@@ -179,6 +187,9 @@ class ImageStream(ImageSet):
 
     def to(self, device: torch.device | str) -> ImageStream:
         return replace(self, device=device)
+
+    def subset(self, indices: Tensor) -> ImageStream:
+        return replace(self, indices=self.indices[indices], labels=self.labels[indices])
 
     def _read(self, epoch: _Epoch) -> Iterator[tuple[Tensor, Tensor]]:
         order, generator = epoch.shuffle(len(self))

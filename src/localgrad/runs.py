@@ -74,13 +74,17 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Reads a JSON file of a run.
+    """Reads a JSON file.
 
     Raises:
-        LocalGradError: it is missing, cannot be read, or is no JSON.
+        LocalGradError: it is missing, cannot be read, or is no JSON; NaN and infinities are none.
     """
+
+    def refused(constant: str) -> None:
+        raise ValueError(f"{constant} is no number of JSON")
+
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(), parse_constant=refused)
     except FileNotFoundError:
         raise LocalGradError(f"{path.parent} is no run folder: it has no {path.name}") from None
     except OSError as error:

@@ -1,0 +1,55 @@
+"""What every analysis starts from: a trained network's features after each of its units."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from localgrad.images import ImageSet
+from localgrad.units import Unit
+
+
+@contextmanager
+def frozen(found: Sequence[Unit]) -> Iterator[None]:
+    """Units in evaluation mode and without gradients; every training flag comes back."""
+    modes = [(module, module.training) for unit in found for module in unit.module.modules()]
+    for unit in found:
+        unit.module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def unit_features(found: Sequence[Unit], inputs: Tensor) -> Iterator[Tensor]:
+    """The features after each unit, one after the other, so that they need not all be kept.
+
+    Args:
+        found: the units, in order, as `localgrad.units` gives them.
+        inputs: `(N, 3, H, W)`, left as they are.
+    """
+    features = inputs
+    for unit in found:
+        features = unit.module(features.clone() if unit.writes_input else features)
+        yield features
+
+
+def pooled(features: Tensor, channel_dim: int) -> Tensor:
+    """The mean over all positions (pixels, tokens), `(N, C)` in float32."""
+    over = [dim for dim in range(1, features.ndim) if dim != channel_dim % features.ndim]
+    return features.float().mean(over) if over else features.float()
+
+
+def plain_batches(images: ImageSet, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches in a fixed random order, not augmented, for a file is often sorted by class."""
+    config = replace(images.config, crop="none", flip=False)
+    return replace(images, config=config).batches(batch_size, train=True, device=device)
+
+
+def device_of(found: Sequence[Unit]) -> torch.device:
+    """Where the units compute."""
+    return next((parameter.device for unit in found for parameter in unit.module.parameters()), torch.device("cpu"))

@@ -1,0 +1,285 @@
+"""Analyses of run folders: what is found goes into JSON files, and into pictures of them."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from localgrad.analysis.cka import MIN_IMAGES, cka, mean_diagonal
+from localgrad.analysis.features import plain_batches
+from localgrad.analysis.pictures import MIN_POINTS, Projection, activation_maps, project
+from localgrad.analysis.probe import probe
+from localgrad.blocks import cut_positions
+from localgrad.config import to_dict
+from localgrad.data import check_rules
+from localgrad.devices import provenance
+from localgrad.errors import LocalGradError
+from localgrad.images import ImageSet
+from localgrad.runs import RunFolder, atomic_write
+from localgrad.sources import balanced
+from localgrad.trained import Trained, load_trained
+from localgrad.units import Unit, units
+
+MOST_PICTURES = 8
+MOST_PIXELS = 64
+
+
+def analyse_run(
+    run_folder: Path,
+    other_run: Path | None = None,
+    *,
+    probe: bool = False,
+    cka: bool = False,
+    pictures: bool = False,
+    output: Path | None = None,
+    data: str | None = None,
+    test_split: str | None = None,
+    train_limit: int | None = None,
+    test_limit: int | None = None,
+    epochs: int = 10,
+    batch_size: int = 256,
+    images: Sequence[int] = (),
+    points: int = 500,
+    projection: Projection = "pca",
+    accelerator: str = "auto",
+) -> Iterator[Path]:
+    """Analyses a finished run, and writes what was found as JSON and PNG files.
+
+    Args:
+        run_folder: the run.
+        other_run: another one, for CKA.
+        probe, cka, pictures: what to do; all of it if none is chosen, CKA where there is another run.
+        output: folder for the files; `analysis` in the run folder if None.
+        data, test_split, accelerator: as in `evaluate`.
+        train_limit, test_limit: so many images only.
+        epochs: of the probes.
+        batch_size: images of a batch.
+        images: positions of the test images for the maps.
+        points: number of test images to project.
+        projection: `pca` or `tsne`.
+
+    Yields:
+        The path of each file, once it is written.
+
+    Raises:
+        LocalGradError: an argument is out of range, CKA is asked for without another run, a folder holds no finished
+            run or its network other units than it can be compared with, or a file cannot be written.
+    """
+    everything = not (probe or cka or pictures)
+    if cka and other_run is None:
+        raise LocalGradError(f"--cka compares two networks: give another run folder behind {run_folder}")
+    if other_run is not None and not (cka or everything):
+        raise LocalGradError(f"{other_run} is for CKA, which was not asked for: add --cka, or leave it out")
+    ranges = [("epochs", epochs, 1), ("batch_size", batch_size, 2), ("points", points, MIN_POINTS)]
+    ranges += [(name, n, 1) for name, n in (("train_limit", train_limit), ("test_limit", test_limit)) if n is not None]
+    check_rules("these analyses", [(f"{name}={n}: give at least {least}", n >= least) for name, n, least in ranges])
+    chosen: dict[str, Any] = {"data": data, "test_split": test_split, "test_limit": test_limit}
+    chosen |= {"precision": "32-true", "accelerator": accelerator}
+    trained = load_trained(run_folder, train_limit=train_limit, training_images=probe or everything, **chosen)
+    folder = run_folder / "analysis" if output is None else output
+    if probe or everything:
+        yield from write_study(folder, "probe", study_probe(trained, epochs=epochs, batch_size=batch_size))
+    if other_run is not None:
+        other = load_trained(other_run, **chosen)
+        name = f"cka-{other_run.resolve().name}"
+        yield from write_study(folder, name, study_cka(trained, other, batch_size=batch_size))
+    if pictures or everything:
+        found = study_pictures(trained, images=images, points=points, projection=projection, batch_size=batch_size)
+        yield from write_study(folder, "pictures", found)
+
+
+def units_of(trained: Trained) -> list[Unit]:
+    """The units of a trained network, as its training cut it."""
+    size = trained.config.data.image_size
+    return units(trained.model, torch.zeros(2, 3, size, size, device=trained.fabric.device))
+
+
+def study_probe(trained: Trained, *, epochs: int, batch_size: int) -> dict[str, Any]:
+    """Linear probes on every unit; see `probe`."""
+    found = units_of(trained)
+    results = probe(found, trained.train, trained.test, epochs=epochs, batch_size=batch_size, seed=trained.config.seed)
+    return {
+        "analysis": "probe",
+        **_about([trained], [found]),
+        "settings": {"epochs": epochs, "batch_size": batch_size, "train_images": len(trained.train)},
+        "units": [result.unit for result in results],
+        "blocks": _block_numbers(trained, found),
+        "accuracies": [result.accuracy for result in results],
+        "train_losses": [result.train_loss for result in results],
+    }
+
+
+def study_cka(first: Trained, second: Trained, *, batch_size: int) -> dict[str, Any]:
+    """CKA between the units of two networks on the test images of the first; see `cka`.
+
+    Raises:
+        LocalGradError: the two take their images differently, or there are fewer than 4 images.
+    """
+    prepared = [(each.config.data.image_size, each.config.data.mean, each.config.data.std) for each in (first, second)]
+    if prepared[0] != prepared[1]:
+        raise LocalGradError(
+            f"{first.folder.path} and {second.folder.path} take images of another size or normalisation "
+            f"({prepared[0]} and {prepared[1]}): compare networks that were trained on images prepared alike"
+        )
+    ours, theirs = units_of(first), units_of(second)
+    batches = plain_batches(first.test, batch_size, first.fabric.device)
+    full = min(batch_size, len(first.test))
+    if full < MIN_IMAGES:
+        raise LocalGradError(f"CKA on batches of {full} image(s): it needs at least {MIN_IMAGES} in each")
+    alignment = cka(ours, theirs, (inputs for inputs, _ in batches if len(inputs) == full))
+    return {
+        "analysis": "cka",
+        **_about([first, second], [ours, theirs]),
+        "settings": {"batch_size": batch_size},
+        "units": [unit.name for unit in ours],
+        "other_units": [unit.name for unit in theirs],
+        "alignment": [[None if value != value else value for value in row] for row in alignment.tolist()],
+        "mean_diagonal": _number(mean_diagonal(alignment)),
+    }
+
+
+def study_pictures(
+    trained: Trained, *, images: Sequence[int], points: int, projection: Projection, batch_size: int
+) -> dict[str, Any]:
+    """Activation maps and projected features of at most eight units, evenly chosen; see `pictures`.
+
+    Args:
+        trained: a run with its test images.
+        images: positions of the images for the maps in the test set; without any, the first of each of four classes.
+        points: number of test images to project, as many of each class.
+        projection: `pca` or `tsne`.
+        batch_size: images of a batch.
+
+    Raises:
+        LocalGradError: there is no such image, or there are not as many.
+    """
+    every = units_of(trained)
+    chosen = _evenly(len(every), MOST_PICTURES)
+    numbers = list(images) if images else _first_of_classes(trained.test.labels.cpu(), 4)
+    outside = [number for number in numbers if not 0 <= number < len(trained.test)]
+    if outside:
+        raise LocalGradError(
+            f"there is no test image {outside[0]}: the set has {len(trained.test)}; give 0 to {len(trained.test) - 1}"
+        )
+    inputs = torch.cat([_image(trained.test, number, trained.fabric.device) for number in numbers])
+    maps = activation_maps(every, inputs)
+    some, labels = _some(trained.test, min(points, len(trained.test)))
+    projected = project(every, some, at=chosen, method=projection, batch_size=batch_size)
+    return {
+        "analysis": "pictures",
+        **_about([trained], [every]),
+        "settings": {"projection": projection, "points": len(some), "images": numbers},
+        "units": [every[index].name for index in chosen],
+        "blocks": [_block_numbers(trained, every)[index] for index in chosen],
+        "image_labels": trained.test.labels[numbers].tolist(),
+        "thumbnails": _thumbnails(inputs, trained),
+        "maps": [None if each is None else _rounded(_shrunk(each)) for each in (maps[index] for index in chosen)],
+        "point_labels": labels,
+        "points": [_rounded(points) for points in projected],
+    }
+
+
+def write_study(folder: Path, name: str, values: dict[str, Any]) -> list[Path]:
+    """Writes an analysis as JSON, and its pictures as PNG, into a folder.
+
+    Raises:
+        LocalGradError: the folder cannot be made or written.
+    """
+    from localgrad.analysis import drawings
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LocalGradError(f"{folder} cannot be made: {error.strerror or error}; give another --output") from error
+    path = folder / f"{name}.json"
+    with atomic_write(path) as file:
+        file.write((json.dumps(values, allow_nan=False) + "\n").encode())
+    drawn = drawings.of_analysis(values)
+    for suffix, figure in drawn.items():
+        with atomic_write(folder / f"{name}{suffix}.png") as file:
+            figure.savefig(file, format="png", dpi=200)
+    return [path, *(folder / f"{name}{suffix}.png" for suffix in drawn)]
+
+
+def _about(runs: Sequence[Trained], found: Sequence[Sequence[Unit]]) -> dict[str, Any]:
+    """Which runs, which images, which machine."""
+    first = runs[0]
+    return {
+        "runs": [
+            {
+                "name": each.folder.path.resolve().name,
+                "num_blocks": _block_numbers(each, own)[-1],
+                "config": to_dict(RunFolder(each.folder.path).config()),
+            }
+            for each, own in zip(runs, found, strict=True)
+        ],
+        "data": {
+            "source": first.config.data.source,
+            "test_split": first.config.data.test_split,
+            "test_images": len(first.test),
+        },
+        **provenance(first.fabric.device),
+    }
+
+
+def _block_numbers(trained: Trained, found: Sequence[Unit]) -> list[int]:
+    """The number of the block, from 1, that each unit belongs to."""
+    ends = cut_positions(found, trained.cuts)
+    return [1 + sum(end < index for end in ends) for index in range(len(found))]
+
+
+def _evenly(count: int, most: int) -> list[int]:
+    """At most so many numbers below `count`, the first and the last included."""
+    if count <= most:
+        return list(range(count))
+    return [round(position * (count - 1) / (most - 1)) for position in range(most)]
+
+
+def _first_of_classes(labels: Tensor, most: int) -> list[int]:
+    classes = labels.unique().tolist()[:most]
+    return [int((labels == each).nonzero()[0]) for each in classes]
+
+
+def _image(images: ImageSet, number: int, device: torch.device) -> Tensor:
+    inputs, _ = next(iter(images.batches(1, train=False, start=number, device=device)))
+    return inputs
+
+
+def _some(images: ImageSet, count: int) -> tuple[ImageSet, list[int]]:
+    """So many images, as many of each class, with their labels."""
+    chosen = balanced(images.labels.cpu(), count)
+    return images.subset(chosen), images.labels.cpu()[chosen].tolist()
+
+
+def _thumbnails(inputs: Tensor, trained: Trained) -> list[Any]:
+    """Images back in 0..255, height x width x 3."""
+    config = trained.config.data
+    mean, std = (inputs.new_tensor(values)[:, None, None] for values in (config.mean, config.std))
+    pixels = _shrunk(inputs * std + mean).clamp(0, 1).mul(255).round().to(torch.int64)
+    return pixels.movedim(1, -1).tolist()
+
+
+def _shrunk(pictures: Tensor) -> Tensor:
+    """At most 64 pixels high and wide, averaged."""
+    height, width = pictures.shape[-2:]
+    size = min(height, MOST_PIXELS), min(width, MOST_PIXELS)
+    if size == (height, width):
+        return pictures
+    return F.adaptive_avg_pool2d(pictures, size)
+
+
+def _rounded(values: Tensor) -> Any:
+    """Nested lists of numbers with four significant digits."""
+    return _each(values.double().tolist())
+
+
+def _each(value: Any) -> Any:
+    return [_each(item) for item in value] if isinstance(value, list) else float(f"{value:.4g}")
+
+
+def _number(value: float | None) -> float | None:
+    return None if value is None or value != value else value

@@ -1,0 +1,204 @@
+"""Runs summed up: those that differ in their seed alone are one row, rows of one network and budget one table."""
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from localgrad.build import with_defaults
+from localgrad.config import flat, to_dict
+from localgrad.recipes import RECIPES, Recipe
+from localgrad.results import FinishedRun
+
+METHODS = {"none": "End-to-end", "classifier": "Greedy", "predsim": "PredSim", "dgl": "DGL", "infopro": "InfoPro"}
+MOMENTA = {"none": "", "man": " + MAN", "manpp": " + MAN++"}
+DATASETS = {
+    "cifar10": "CIFAR-10",
+    "svhn": "SVHN",
+    "stl10": "STL-10",
+    "imagenet": "ImageNet",
+    "imagenette": "Imagenette",
+    "digits": "Digits",
+}
+BY_THE_WAY = (
+    "seed",
+    "accelerator",
+    "devices",
+    "evaluate_every",
+    "local_heads",
+    "checkpoint_every",
+    "tensorboard",
+    "data.source",
+    "data.streaming",
+    "data.workers",
+)
+"""Fields of a config that leave a run in its row."""
+BUDGET = ("optim.epochs", "optim.batch_size", "optim.lr", "optim.warmup_epochs", "data.train_limit", "data.test_limit")
+"""Fields that a table says once for all of its rows."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Runs of one config with different seeds."""
+
+    runs: tuple[FinishedRun, ...]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.runs[0].result.config
+
+    @property
+    def name(self) -> str:
+        """Its recipe, or its folder where it has none."""
+        path = self.runs[0].path
+        return self.config["name"] or (path.parent.name if path.name == "result.json" else path.stem)
+
+    @property
+    def label(self) -> str:
+        return method_label(self.config)
+
+    @property
+    def num_blocks(self) -> int:
+        return self.runs[0].result.num_blocks
+
+    @cached_property
+    def recipe(self) -> Recipe | None:
+        make = RECIPES.get(self.config["name"])
+        return make() if make else None
+
+    @property
+    def paper_error(self) -> float | None:
+        """Test error in percent that the paper reports for this very config, its budget left aside."""
+        return self.recipe.paper_error if self.recipe and not self.changes else None
+
+    @cached_property
+    def changes(self) -> list[str]:
+        """What was set other than the recipe sets it, its budget left aside: `name value`, a field each."""
+        if self.recipe is None:
+            return []
+        own, published = flat(self.config), flat(to_dict(with_defaults(self.recipe.config)))
+        aside = {*BY_THE_WAY, *BUDGET, "data.subset", "precision", "channels_last", "recompute"}
+        return [
+            f"{name} {'none' if value is None else value}"
+            for name, value in own.items()
+            if name not in aside and name in published and value != published[name]
+        ]
+
+    def mean(self, name: str) -> float:
+        """Mean over the runs of a field of their results."""
+        return statistics.fmean(getattr(run.result, name) for run in self.runs)
+
+    def deviation(self, name: str) -> float | None:
+        """Standard deviation over the runs (n - 1); None for a single one."""
+        return statistics.stdev(getattr(run.result, name) for run in self.runs) if len(self.runs) > 1 else None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of one network on one set of images, trained at one budget on one kind of device."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.rows[0].config
+
+    @property
+    def title(self) -> str:
+        return f"{dataset_label(self.config)}, {network_label(self.config)}"
+
+    @property
+    def budget(self) -> str:
+        """Epochs, images, batch size and rate in words."""
+        optim, images = self.config["optim"], self.config["data"].get("train_limit")
+        parts = [
+            f"{optim['epochs']} epoch{'s' * (optim['epochs'] > 1)}",
+            "all training images" if images is None else f"{images:,} training images",
+            f"batch size {optim['batch_size']:,}",
+        ]
+        for name, words in (("lr", "learning rate"), ("warmup_epochs", "warm-up epochs")):
+            value = optim.get(name)
+            parts += [] if value is None else [f"{words} {value:g}"]
+        return ", ".join(parts)
+
+    @property
+    def devices(self) -> list[str]:
+        return list(dict.fromkeys(run.result.device for row in self.rows for run in row.runs))
+
+    def on(self, device: str) -> dict[int, Row]:
+        """The rows by position, with the runs on one device only, for times and memory of two cannot be compared."""
+        parts = {p: tuple(run for run in row.runs if run.result.device == device) for p, row in enumerate(self.rows)}
+        return {position: Row(runs) for position, runs in parts.items() if runs}
+
+    @property
+    def paper_epochs(self) -> list[int]:
+        """Epochs that the papers' figures in it were trained for."""
+        recipes = [row.recipe for row in self.rows if row.paper_error is not None]
+        return sorted({recipe.config.optim.epochs for recipe in recipes if recipe})
+
+
+def tables(runs: Sequence[FinishedRun]) -> list[Table]:
+    """Every run in its row, every row in its table; the longest budget of a network first."""
+    rows: dict[str, list[FinishedRun]] = {}
+    for run in runs:
+        own = {name: value for name, value in flat(run.result.config).items() if name not in BY_THE_WAY}
+        rows.setdefault(json.dumps(own, sort_keys=True, default=str), []).append(run)
+    grouped: dict[tuple[Any, ...], list[Row]] = {}
+    for same in rows.values():
+        row = Row(tuple(sorted(same, key=lambda run: run.result.config["seed"])))
+        values = flat(row.config)
+        key = (dataset_label(row.config), network_label(row.config), *(values.get(name) for name in BUDGET))
+        grouped.setdefault(key, []).append(row)
+    found = [
+        Table(tuple(sorted(group, key=lambda row: (*place(row.config, row.num_blocks), row.name))))
+        for group in grouped.values()
+    ]
+    return sorted(found, key=lambda table: (table.title, -table.config["optim"]["epochs"], table.budget))
+
+
+def place(config: dict[str, Any], num_blocks: int) -> tuple[Any, ...]:
+    """What to sort by: the number of blocks, then the method as the papers' tables have it."""
+    names = ((METHODS, config["objective"]["name"]), (MOMENTA, config["momentum"]["name"]))
+    order = [list(known).index(name) if name in known else len(known) for known, name in names]
+    return (num_blocks, *order, method_label(config))
+
+
+def method_label(config: dict[str, Any]) -> str:
+    """What a config trains, in the papers' words, as `DGL + MAN (EMA only)`."""
+    objective: str = config["objective"]["name"]
+    momentum: dict[str, Any] = config["momentum"]
+    name = METHODS.get(objective, objective) + MOMENTA.get(momentum["name"], f" + {momentum['name']}")
+    decay = momentum.get("decay")
+    parts = [
+        "bias only" if momentum.get("ema") is False else "",
+        "EMA only" if momentum.get("bias") is False else "",
+        "fused" if momentum.get("form") == "fused" else "",
+        "direct use" if decay == 0 else "" if decay in (None, 0.995) else f"decay {decay}",
+        "random start" if momentum.get("initial") == "random" else "",
+        f"depth {momentum['depth']}" if (momentum.get("depth") or 1) > 1 else "",
+        "checkpointed" if config.get("recompute") else "",
+    ]
+    said = ", ".join(part for part in parts if part)
+    return f"{name} ({said})" if said else name
+
+
+def run_label(config: dict[str, Any], num_blocks: int) -> str:
+    """Method and number of blocks."""
+    return method_label(config) + (f", {num_blocks} blocks" if num_blocks > 1 else "")
+
+
+def dataset_label(config: dict[str, Any]) -> str:
+    """The recipe's set of images, or the last part of where they came from."""
+    first: str = config["name"].partition("-")[0]
+    if config["name"] in RECIPES or first in DATASETS:
+        return DATASETS.get(first, first)
+    source: str = config["data"]["source"].rstrip("/").rpartition("/")[2]
+    return DATASETS.get(source, source)
+
+
+def network_label(config: dict[str, Any]) -> str:
+    """The network's name, with its depth where that is no part of it."""
+    name: str = config["model"]["name"]
+    return f"ResNet-{config['model']['depth']}" if name == "cifar_resnet" else name.partition(":")[2] or name

@@ -1,0 +1,424 @@
+"""The report: its figures are those of the files, and it is a page that a browser shows without a complaint."""
+
+import json
+import re
+import shutil
+import statistics
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from html import unescape
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browser import CHROMIUM, Tab, chromium
+
+from localgrad.build import with_defaults
+from localgrad.cli import main
+from localgrad.config import TrainConfig, to_dict
+from localgrad.errors import LocalGradError
+from localgrad.recipes import recipe
+from localgrad.report import page
+from localgrad.results import Results, read_results
+from localgrad.runs import Result
+from localgrad.summary import method_label, tables
+
+DEVICE = '<script>alert(1)</script> & "GPU"'
+UNITS = ["conv1", "layer1.0", "layer2.0", "fc"]
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+def _config(name: str, *, epochs: int = 10, seed: int = 0, **changes: Any) -> TrainConfig:
+    config = with_defaults(recipe(name).config)
+    return replace(config, seed=seed, optim=replace(config.optim, epochs=epochs), **changes)
+
+
+def _run(path: Path, config: TrainConfig, error: float, **other: Any) -> dict[str, Any]:
+    """A result file as `train` writes it, with a line of metrics an epoch."""
+    blocks = len(config.cuts or ()) + 1
+    result = Result(
+        config=to_dict(config),
+        test_error=error,
+        best_test_error=error - 0.5,
+        best_epoch=2,
+        local_errors=[error + 1.0] * (blocks - 1) + [error] if blocks > 1 else None,
+        cuts=list(config.cuts or ()),
+        num_blocks=blocks,
+        parameters={"backbone": 466_906, "auxiliary": 123_456 * (blocks > 1), "trainable": 590_362},
+        peak_memory_bytes=round((1 + 10 / blocks) * 2**20),
+        seconds_per_step=0.1 * blocks,
+        wall_seconds=3600.0,
+        device=DEVICE,
+        precision="32-true",
+        versions={"torch": "2.11"},
+        commit="0123456789abcdef",
+    )
+    values = {**asdict(result), **other}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values))
+    lines = [{"epoch": epoch, "test_error": error * (1 + 2 / epoch)} for epoch in range(1, 4)]
+    beside = path.with_name("metrics.jsonl") if path.name == "result.json" else path.with_suffix(".jsonl")
+    beside.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return values
+
+
+def _about(*names: str) -> dict[str, Any]:
+    runs = [{"name": f"{name}-seed0", "num_blocks": 15, "config": to_dict(_config(name))} for name in names]
+    data = {"source": "cifar10", "test_split": "test", "test_images": 10_000}
+    return {"runs": runs, "data": data, "device": DEVICE, "versions": {}, "commit": None}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run folders, flat results, analyses, a plan and step times."""
+    folder = tmp_path_factory.mktemp("results")
+    man = "cifar10-resnet32-k16-dgl-man"
+    for seed, error in enumerate((30.25, 31.5, 29.0)):
+        _run(folder / f"{man}-seed{seed}" / "result.json", _config(man, seed=seed), error)
+    _run(folder / "flat" / "e2e.json", _config("cifar10-resnet32-e2e"), 20.125)
+    _run(folder / "flat" / "checkpointed.json", _config("cifar10-resnet32-e2e", recompute=True), 20.125)
+    changed = _config(man)
+    changed = replace(changed, momentum=replace(changed.momentum, decay=0.9))
+    _run(folder / "flat" / "decay.json", changed, 33.75)
+    _run(folder / "digits.json", _config("digits-dgl", epochs=8), 5.5)
+    probed = {"analysis": "probe", **_about(man), "settings": {"train_images": 50_000}, "units": UNITS}
+    accuracies = [40.0, 51.23, 62.5, 71.0]
+    (folder / "probe.json").write_text(json.dumps({**probed, "blocks": [1, 1, 2, 3], "accuracies": accuracies}))
+    alignment = [[1.0, 0.5, None, 0.1] for _ in UNITS]
+    compared = {**_about(man, "cifar10-resnet32-e2e"), "units": UNITS, "other_units": UNITS, "alignment": alignment}
+    (folder / "cka.json").write_text(json.dumps({"analysis": "cka", **compared, "mean_diagonal": 0.4321}))
+    maps = [[[[0.1, 0.2], [0.3, 0.4]]] * 2, [[[0.5]]] * 2, [[[1.0]]] * 2, None]
+    drawn = {**_about(man), "units": UNITS, "blocks": [1, 1, 2, 3], "settings": {"projection": "pca"}, "maps": maps}
+    drawn |= {"image_labels": [3, 7], "thumbnails": [[[[9, 9, 9]]]] * 2, "point_labels": [0, 1, 2]}
+    drawn |= {"points": [[[0, 0], [1, 1], [2, 0]]] * 4}
+    (folder / "pictures.json").write_text(json.dumps({"analysis": "pictures", **drawn}))
+    for name in ("speed.json", "plan-resnet101"):
+        copy = shutil.copytree if (RESULTS / name).is_dir() else shutil.copy
+        copy(RESULTS / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(folder: Path) -> str:
+    found, warnings = _read(folder)
+    assert warnings == []
+    return page(found, folder)
+
+
+def _read(folder: Path) -> tuple[Results, list[str]]:
+    warnings: list[str] = []
+    return read_results(folder, warnings.append), warnings
+
+
+class Cells(HTMLParser):
+    """The texts of a page's table cells, a list a row."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self._inside = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self._inside = self._inside or tag in ("td", "th")
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+        elif tag == "small" and self._inside:
+            self.rows[-1][-1] += "|"
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = self._inside and tag not in ("td", "th")
+
+    def handle_data(self, data: str) -> None:
+        if self._inside:
+            self.rows[-1][-1] += data
+
+
+# What the page says
+
+
+def test_the_tables_hold_the_figures_of_the_files(text: str) -> None:
+    rows = {row[0]: row[1:] for row in Cells(text).rows}
+    errors = [30.25, 31.5, 29.0]
+    mean, deviation = statistics.fmean(errors), statistics.stdev(errors)
+    main_row = rows["DGL + MAN|cifar10-resnet32-k16-dgl-man"]
+    assert main_row == ["15|K=16", f"{mean:.2f} ± {deviation:.2f}|n = 3", f"{mean - 0.5:.2f}", "9.11"]
+    assert rows["End-to-end|cifar10-resnet32-e2e"] == ["1|E2E", "20.12|n = 1", "19.62", "6.37"]
+    assert rows["DGL|digits-dgl"] == ["6|K=6", "5.50|n = 1", "5.00"], "no paper has it, so its table has no such column"
+    assert rows["DGL + MAN, 15 blocks"] == ["1.7", "1.5", "1.00", "467k + 123k"]
+    assert rows["layer1.0"] == ["51.23"]
+    assert rows["DGL + MAN, 15 blocks|cifar10-resnet32-k16-dgl-man-seed0"][-1] == "0.432"
+
+
+def test_a_run_that_is_no_row_of_the_paper_gets_none_of_its_figures(text: str) -> None:
+    rows = {row[0]: row[1:] for row in Cells(text).rows}
+    name = "DGL + MAN (decay 0.9)|cifar10-resnet32-k16-dgl-man, momentum.decay 0.9"
+    assert rows[name] == ["15|K=16", "33.75|n = 1", "33.25", ""]
+    assert rows["End-to-end (checkpointed)|cifar10-resnet32-e2e"][-1] == "6.37", "the same weights in less memory"
+
+
+def test_the_budget_is_said_beside_the_papers(text: str) -> None:
+    text = unescape(text)
+    assert "10 epochs, all training images, batch size 1,024, learning rate 0.8, warm-up epochs 10." in text
+    assert f"On {DEVICE}." in text
+    assert "Paper: after 400 epochs, these runs after 10." in text
+
+
+def test_runs_of_another_budget_stand_in_another_table(folder: Path) -> None:
+    runs = _read(folder)[0].runs
+    long = replace(runs[0].result, config=to_dict(_config("cifar10-resnet32-k16-dgl-man", epochs=400)))
+    found = tables([*runs, replace(runs[0], result=long)])
+    assert [(table.title, table.config["optim"]["epochs"], len(table.rows)) for table in found] == [
+        ("CIFAR-10, ResNet-32", 400, 1),
+        ("CIFAR-10, ResNet-32", 10, 4),
+        ("Digits, ResNet-14", 8, 1),
+    ]
+
+
+def test_rows_come_in_the_order_of_the_papers(folder: Path) -> None:
+    labels = [row.label for row in tables(_read(folder)[0].runs)[0].rows]
+    assert labels == ["End-to-end", "End-to-end (checkpointed)", "DGL + MAN", "DGL + MAN (decay 0.9)"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "label"),
+    [
+        ({}, "DGL + MAN"),
+        ({"ema": False}, "DGL + MAN (bias only)"),
+        ({"bias": False}, "DGL + MAN (EMA only)"),
+        ({"bias": False, "decay": 0.0}, "DGL + MAN (EMA only, direct use)"),
+        ({"form": "fused", "initial": "random", "depth": 2}, "DGL + MAN (fused, random start, depth 2)"),
+    ],
+)
+def test_labels_of_the_ablations(changes: dict[str, Any], label: str) -> None:
+    config = _config("cifar10-resnet32-k16-dgl-man")
+    assert method_label(to_dict(replace(config, momentum=replace(config.momentum, **changes)))) == label
+
+
+def test_everything_is_escaped_and_nothing_is_loaded(text: str) -> None:
+    assert "<script" not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; &quot;GPU&quot;" in text
+    sources = re.findall(r'\b(?:src|href|action|data|poster|srcset)\s*=\s*"([^"]*)"', text)
+    assert sources
+    assert all(source.startswith(("#", "data:")) for source in sources), set(sources)
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", text))
+
+
+def test_ids_are_there_once_and_links_lead_somewhere(text: str) -> None:
+    ids = re.findall(r'\bid="([^"]*)"', text)
+    assert len(ids) == len(set(ids)) > 50
+    targets = re.findall(r'href="#([^"]*)"', text) + re.findall(r"url\(#([^)]*)\)", text)
+    assert {*targets} <= {*ids}
+
+
+def test_every_picture_has_a_caption_and_says_where_it_is_from(text: str, folder: Path) -> None:
+    pictures = re.findall(r"<figure>(.*?)</figure>", text, re.DOTALL)
+    assert len(pictures) == text.count("<svg ") == 12
+    for picture in pictures:
+        described = re.search(r'<svg role="img" aria-label="([^"]{40,})"', picture)
+        caption = re.search(
+            r"<figcaption>(.{40,}?) <(?:small|details)>.*?([^ >]+\.json.*)\.</small>", picture, re.DOTALL
+        )
+        assert described
+        assert caption
+        assert described[1] == caption[1]
+        names = [unescape(name) for name in caption[2].split(", ")]
+        assert all((folder / name).exists() for name in names)
+        assert len(names) <= 3 or f"<summary>From {len(names)} files</summary>" in picture
+
+
+def test_sections_without_data_are_left_out(text: str, folder: Path, tmp_path: Path) -> None:
+    shutil.copy(folder / "digits.json", tmp_path / "digits.json")
+    titles = re.findall(r"<h2>(.*?)</h2>", page(_read(tmp_path)[0], tmp_path))
+    assert titles == ["Test errors", "Memory, error and time", "Local heads", "Files"]
+    assert re.findall(r"<h2>(.*?)</h2>", text) == [
+        "Test errors",
+        "Learning curves",
+        "Memory, error and time",
+        "Local heads",
+        "Linear separability",
+        "Similarity of features (CKA)",
+        "Pictures of features",
+        "Planned memory",
+        "Time of a step",
+        "Files",
+    ]
+
+
+def test_the_results_of_this_repository_make_a_page() -> None:
+    found, warnings = _read(RESULTS)
+    assert warnings == []
+    assert len(found.plans) >= 1
+    assert len(found.speeds) >= 1
+    assert "Time of a step" in page(found, RESULTS)
+
+
+# What cannot be read
+
+
+def _damaged(folder: Path) -> dict[str, str]:
+    """Files of many kinds of damage, and what is said of each."""
+    good = _run(folder / "good.json", _config("digits-e2e"), 4.0)
+    texts = {
+        "cut.json": json.dumps(good)[:100],
+        "nan.json": json.dumps({**good, "test_error": float("nan")}),
+        "text.json": json.dumps({**good, "test_error": "4.0"}),
+        "lacks.json": json.dumps({name: value for name, value in good.items() if name != "device"}),
+        "list.json": json.dumps({**good, "config": [1]}),
+        "probe.json": json.dumps({"analysis": "probe", **_about("digits-e2e"), "units": UNITS, "accuracies": [1.0]}),
+        "kind.json": json.dumps({"analysis": "umap", **_about("digits-e2e"), "units": UNITS}),
+        "plan.json": json.dumps(
+            {"title": "x", "rows": [{"peak": None, "training": "", "num_blocks": 1, "recompute": 0}]}
+        ),
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    (folder / "bytes.json").write_bytes(b"\xff\xfe{}")
+    return {
+        "cut.json": "is not readable as JSON",
+        "nan.json": "NaN is no number of JSON",
+        "text.json": "test_error is '4.0', not a number",
+        "lacks.json": "it has no 'device'",
+        "list.json": "is damaged",
+        "probe.json": "accuracies must be a list of 4",
+        "kind.json": "it has no 'umap'",
+        "plan.json": "peak is None, not a number",
+        "bytes.json": "is not readable as JSON",
+    }
+
+
+def test_damaged_files_are_named_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    expected = _damaged(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "other.json").write_text("[1, 2]")
+    output = tmp_path / "pages" / "report.html"
+    assert main(["report", str(tmp_path), "-o", str(output)]) == 0
+    said = capsys.readouterr()
+    assert said.out == f"wrote {output}\n"
+    lines = said.err.splitlines()
+    assert len(lines) == len(expected) + 1
+    for name, reason in expected.items():
+        (line,) = [line for line in lines if str(tmp_path / name) in line]
+        assert line.startswith("localgrad: left out: ")
+        assert reason in line
+    assert lines[-1] == "localgrad: left out, no result that is known: other.json"
+    rows = {row[0]: row[1:] for row in Cells(output.read_text()).rows}
+    assert rows["End-to-end|digits-e2e"][1] == "4.00|n = 1"
+    assert len(_read(tmp_path)[0].runs) == 1
+
+
+def test_a_damaged_line_of_metrics_costs_that_line_only(tmp_path: Path) -> None:
+    _run(tmp_path / "run" / "result.json", _config("digits-e2e"), 4.0)
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 4, "test_er')
+    found, warnings = _read(tmp_path)
+    assert [line["epoch"] for line in found.runs[0].metrics] == [1, 2, 3]
+    assert len(warnings) == 1
+    assert "metrics.jsonl, line 4, is damaged" in warnings[0]
+
+
+def test_a_copy_of_a_run_is_counted_once(tmp_path: Path) -> None:
+    _run(tmp_path / "run" / "result.json", _config("digits-e2e"), 4.0)
+    shutil.copy(tmp_path / "run" / "result.json", tmp_path / "copy.json")
+    found, warnings = _read(tmp_path)
+    assert len(found.runs) == 1
+    assert warnings == [f"left out: {tmp_path / 'run' / 'result.json'} is a copy of {tmp_path / 'copy.json'}"]
+
+
+@pytest.mark.parametrize("name", ["empty", "missing"])
+def test_nothing_to_show_is_an_error(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    output = tmp_path / "report.html"
+    assert main(["report", str(tmp_path / name), "-o", str(output)]) == 2
+    assert ("has no results" if name == "empty" else "is not a folder") in capsys.readouterr().err
+    assert not output.exists()
+    with pytest.raises(LocalGradError):
+        _read(tmp_path / name)
+
+
+# In a browser
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
+    if CHROMIUM is None:
+        pytest.skip("no chromium in PATH: the page was not looked at in a browser")
+    with chromium(tmp_path_factory.mktemp("profile")) as tab:
+        yield tab
+
+
+@pytest.fixture(scope="module")
+def written(text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("page") / "report.html"
+    output.write_text(text)
+    return output
+
+
+IMAGES = """Promise.all([...document.querySelectorAll('svg image, img')].map(async (element) => {
+  const image = new Image();
+  image.src = element.getAttribute('href') || element.getAttribute('xlink:href') || element.src;
+  try { await image.decode(); } catch { return 0; }
+  return image.naturalWidth;
+}))"""
+PICTURES = """[...document.querySelectorAll('figure > svg')].map((svg) => {
+  const box = svg.getBoundingClientRect();
+  return [box.width, box.height, svg.querySelectorAll('path, image, use, text').length];
+})"""
+
+
+@pytest.mark.parametrize(("width", "dark"), [(390, False), (1200, True)])
+def test_a_browser_shows_the_page_without_a_complaint(tab: Tab, written: Path, width: int, dark: bool) -> None:
+    tab.open(written, width=width, dark=dark)
+    assert tab.complaints() == []
+    assert tab.requests() == []
+    assert tab.run("document.compatMode") == "CSS1Compat"
+    assert tab.run("document.documentElement.scrollWidth") <= width
+    tables = "[...document.querySelectorAll('section > .wide')].map((each) => each.scrollWidth - each.clientWidth)"
+    assert tab.run(tables) == [0] * 5, "no table of errors, costs or CKA needs to be scrolled"
+    tab.run("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
+    assert tab.run("document.documentElement.scrollWidth") <= width
+    loaded = tab.run(IMAGES)
+    assert len(loaded) >= 10
+    assert min(loaded) > 0
+    for box in tab.run(PICTURES):
+        assert box[0] > 200, box
+        assert box[1] > 100, box
+        assert box[2] > 10, box
+    assert tab.complaints() == []
+
+
+def test_ink_and_paper_differ_by_day_by_night_and_in_print(tab: Tab, written: Path) -> None:
+    colors = "[document.body, document.querySelector('svg text')].map((e) => getComputedStyle(e))"
+    script = f"{colors}.map((s) => [s.backgroundColor, s.color, s.fill])"
+    seen = {}
+    for name, look in {"day": {}, "night": {"dark": True}, "print": {"dark": True, "media": "print"}}.items():
+        tab.open(written, **look)
+        (paper, ink, _), (_, _, letters) = tab.run(script)
+        assert letters == ink, "pictures take the ink of the page"
+        seen[name] = _brightness(paper), _brightness(ink)
+    assert seen["day"][0] > 230 > 60 > seen["day"][1]
+    assert seen["night"][0] < 60 < 200 < seen["night"][1]
+    assert seen["print"] == seen["day"]
+
+
+def _brightness(color: str) -> float:
+    return statistics.fmean(map(float, re.findall(r"[\d.]+", color)[:3]))
+
+
+def test_the_browser_would_complain(tab: Tab, written: Path, tmp_path: Path) -> None:
+    """What the tests above look for is seen where it is there."""
+    text = written.read_text()
+    bad = '<img src="https://localhost:9/x.png"><script>1</script><div style="width: 900px">wide</div>'
+    broken = tmp_path / "broken.html"
+    broken.write_text(text.replace("</main>", f"{bad}</main>"))
+    tab.open(broken, width=390)
+    assert len(tab.complaints()) >= 2
+    assert tab.run("document.documentElement.scrollWidth") > 390
+    free = tmp_path / "free.html"
+    free.write_text(re.sub(r"<meta http-equiv.*?>", "", broken.read_text()))
+    tab.open(free)
+    assert tab.requests() == ["https://localhost:9/x.png"]
+    assert 0 in tab.run(IMAGES)
