@@ -56,7 +56,9 @@ def _rank(
     dist.init_process_group("gloo")
     try:
         answer = function(*arguments)
-    except (Exception, KeyboardInterrupt) as error:
+    except KeyboardInterrupt as error:
+        answer = KeyboardInterrupt(str(error))
+    except Exception as error:
         answer = error
     written = io.BytesIO()  # the tensors themselves would be gone with this process
     torch.save(answer, written)

@@ -157,6 +157,15 @@ def test_synchronised_norms_see_the_whole_batch(tmp_path: Path) -> None:
     assert not torch.allclose(weights(tmp_path / "apart")["fc.weight"], weights(tmp_path / "one")["fc.weight"], 1e-4)
 
 
+def test_shards_of_the_weights_train_like_whole_ones(tmp_path: Path) -> None:
+    run_ranks(_fit, 2, replace(LOCAL, devices=2), tmp_path / "whole", 0, False)
+    config = replace(LOCAL, devices=2, parallel="shards")
+    with pytest.raises(KeyboardInterrupt, match="after step 3; everything is saved"):
+        run_ranks(_fit, 2, config, tmp_path / "sharded", 3, False)
+    run_ranks(_fit, 2, config, tmp_path / "sharded", 0, True)
+    torch.testing.assert_close(weights(tmp_path / "sharded"), weights(tmp_path / "whole"), rtol=1e-5, atol=1e-6)
+
+
 # A rank that dies
 
 DYING = """

@@ -130,20 +130,22 @@ def _make(chosen: Any, choices: dict[str, Callable[..., Any]], data: dict[str, A
     return factory(**wanted, **options)
 
 
-def build_optimizers(config: OptimConfig, blocks: Sequence[Block]) -> list[torch.optim.Optimizer]:
-    """One optimizer a block, over the parameters that get gradients."""
-    return [_optimizer(config, block.trainable_parameters()) for block in blocks]
+def build_optimizers(
+    config: OptimConfig, blocks: Sequence[Block], *, fused: bool = True
+) -> list[torch.optim.Optimizer]:
+    """One optimizer a block, over the parameters that get gradients; `fused` in one kernel, which shards have not."""
+    return [_optimizer(config, block.trainable_parameters(), fused) for block in blocks]
 
 
-def _optimizer(config: OptimConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+def _optimizer(config: OptimConfig, parameters: list[nn.Parameter], fused: bool) -> torch.optim.Optimizer:
     if config.name == "adamw":
         betas = (config.momentum, 0.999)
-        return torch.optim.AdamW(parameters, config.lr, betas, weight_decay=config.weight_decay, fused=True)
+        return torch.optim.AdamW(parameters, config.lr, betas, weight_decay=config.weight_decay, fused=fused)
     return torch.optim.SGD(
         parameters,
         lr=config.lr,
         momentum=config.momentum,
         nesterov=config.nesterov,
         weight_decay=config.weight_decay,
-        fused=True,
+        fused=fused,
     )

@@ -17,7 +17,7 @@ from localgrad.data import DataConfig
 from localgrad.errors import LocalGradError
 
 Precision = Literal["auto", "32-true", "bf16-mixed"]
-Parallel = Literal["data", "blocks"]
+Parallel = Literal["data", "blocks", "shards"]
 OnNonfinite = Literal["stop", "skip"]
 Balance = Literal["memory", "compute", "count"]
 Optimizer = Literal["sgd", "adamw"]
@@ -140,7 +140,7 @@ class TrainConfig:
     devices: int = 1
     """Number of devices, with a process each."""
     parallel: Parallel = "data"
-    """What several devices share: the images of a batch (`data`), or the blocks of the network (`blocks`)."""
+    """What several devices share: a batch's images (`data`), the blocks (`blocks`), images and weights (`shards`)."""
     replicas: int = 1
     """Copies of the network with `--parallel blocks`; each is spread over devices / replicas of them."""
     sync_batchnorm: bool = False
@@ -213,7 +213,7 @@ def _device_problems(config: TrainConfig) -> list[str]:
     devices, replicas, batch_size = config.devices, config.replicas, config.optim.batch_size
     if devices < 1 or replicas < 1:
         return []
-    if config.parallel == "data":
+    if config.parallel != "blocks":
         shares, what = devices, "devices"
         problems = [] if replicas == 1 else [f"replicas is {replicas}, which needs --parallel blocks"]
     else:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from localgrad.errors import LocalGradError
+from localgrad.shards import whole
 from localgrad.state import Run
 
 
@@ -15,7 +16,7 @@ def gradient_norms(run: Run, like: Tensor) -> Tensor:
         like: a tensor of the dtype and on the device that the norms shall have.
     """
     gradients = [[p.grad for p in block.trainable_parameters() if p.grad is not None] for block in run.own_blocks]
-    return torch.stack([nn.utils.get_total_norm(found).to(like) for found in gradients])
+    return torch.stack([whole(nn.utils.get_total_norm(found)).to(like) for found in gradients])
 
 
 def all_finite(run: Run, losses: Tensor, norms: Tensor) -> bool:

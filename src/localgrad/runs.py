@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from localgrad.config import TrainConfig, differences, from_dict, to_dict
 from localgrad.errors import LocalGradError
@@ -53,10 +53,6 @@ class Result:
     """Median seconds from one optimizer step of the last epoch to the next; None for a run of one step."""
     wall_seconds: float
     """Seconds of training and evaluation, over all sittings."""
-    skipped: int
-    """Batches skipped because a loss or gradient was not finite."""
-    num_classes: int
-    """Number of classes of the images, and of the network."""
     device: str
     """Name of the processor or GPU."""
     precision: str
@@ -65,6 +61,10 @@ class Result:
     """Versions of localgrad, Python, torch and lightning."""
     commit: str | None
     """Commit of the working directory, or None outside a git repository."""
+    skipped: int = 0
+    """Batches skipped because a loss or gradient was not finite."""
+    num_classes: int | None = None
+    """Number of classes of the images, and of the network."""
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -256,11 +256,11 @@ class RunFolder:
                 return
             path.replace(f"{path}.damaged")
 
-    def save_model(self, model: nn.Module) -> None:
+    def save_model(self, weights: dict[str, Tensor]) -> None:
         """Writes the weights under the model's own names."""
         from safetensors.torch import save
 
-        state = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
+        state = {name: value.detach().cpu().contiguous().clone() for name, value in weights.items()}
         with atomic_write(self.model) as file:
             file.write(save(state))
 

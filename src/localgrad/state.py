@@ -17,6 +17,7 @@ from localgrad.images import ImageSet
 from localgrad.pipeline import Stage
 from localgrad.runs import Board, RunFolder, load_state
 from localgrad.schedule import learning_rate
+from localgrad.shards import shard_optimizer_state, sharded_as, whole
 
 
 @dataclass
@@ -145,16 +146,15 @@ def save(run: Run) -> None:
         run.stage.gather()
         on_cpu = tree_map_only(Tensor, Tensor.cpu, optimizers)
         optimizers = [state for states in run.stage.gather_objects(on_cpu) for state in states]
+    saved = whole(
+        {
+            "model": run.model.state_dict(),
+            "auxiliary": [block.auxiliary_state_dict() for block in run.blocks],
+            "optimizers": optimizers,
+        }
+    )
     if run.fabric.is_global_zero:
-        run.folder.save_checkpoint(
-            {
-                "model": run.model.state_dict(),
-                "auxiliary": [block.auxiliary_state_dict() for block in run.blocks],
-                "optimizers": optimizers,
-                "state": asdict(run.state),
-            },
-            run.config.keep_checkpoints,
-        )
+        run.folder.save_checkpoint(saved | {"state": asdict(run.state)}, run.config.keep_checkpoints)
 
 
 def load(run: Run) -> None:
@@ -165,14 +165,15 @@ def load(run: Run) -> None:
     """
     path, saved = run.folder.newest_checkpoint()
     state = _state(saved.get("state"), len(run.blocks), path)
-    load_state(run.model.load_state_dict, saved.get("model"), path)
     own = dict(zip(run.own, run.optimizers, strict=True))
-    for name, loaders in (
-        ("auxiliary", [block.load_auxiliary_state_dict for block in run.blocks]),
-        ("optimizers", [own[n].load_state_dict if n in own else _leave for n in range(len(run.blocks))]),
+    numbers = range(len(run.blocks))
+    load_state(lambda values: _load_model(run.model, values), saved.get("model"), path)
+    for name, load_one in (
+        ("auxiliary", lambda number, values: _load_auxiliary(run.blocks[number], values)),
+        ("optimizers", lambda number, values: _load_optimizer(own.get(number), values)),
     ):
         load_state(
-            lambda states, put=loaders: [one(part) for one, part in zip(put, states, strict=True)],
+            lambda parts, one=load_one: [one(number, part) for number, part in zip(numbers, parts, strict=True)],
             saved.get(name),
             path,
         )
@@ -180,6 +181,20 @@ def load(run: Run) -> None:
     run.begin = time.perf_counter() - run.state.elapsed_seconds
     if run.fabric.is_global_zero:
         run.folder.set_aside_newer(path)
+
+
+def _load_model(model: nn.Module, values: Any) -> None:
+    model.load_state_dict(sharded_as(values, model.state_dict()))
+
+
+def _load_auxiliary(block: Block, values: Any) -> None:
+    block.load_auxiliary_state_dict(sharded_as(values, block.auxiliary_state_dict()))
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer | None, values: Any) -> None:
+    if optimizer is not None:  # else it is the optimizer of another process's block
+        optimizer.load_state_dict(values)
+        shard_optimizer_state(optimizer)
 
 
 def _state(values: Any, num_blocks: int, path: Path) -> State:
@@ -196,7 +211,3 @@ def _state(values: Any, num_blocks: int, path: Path) -> State:
             "start again in another --run-dir"
         )
     return State(**values)
-
-
-def _leave(state: Any) -> None:
-    """The optimizer of another process's block."""

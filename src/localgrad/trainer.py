@@ -22,6 +22,7 @@ from localgrad.nonfinite import all_finite, gradient_norms, kept_buffers, stop_o
 from localgrad.pipeline import Stage, block_seconds, place
 from localgrad.progress import Display
 from localgrad.runs import Result, RunFolder
+from localgrad.shards import put_together, shard, whole
 from localgrad.sources import load_images
 from localgrad.state import Run, State, load, save
 from localgrad.step import apply_updates, local_gradients
@@ -61,9 +62,9 @@ def _fit(run: Run, quiet: bool) -> Result:
             train_epoch(run, display, interrupted)
             finish_epoch(run, display)
             save(run)
-    result = _result(run)
+    result, weights = _result(run), whole(run.model.state_dict())
     if run.fabric.is_global_zero:
-        run.folder.save_model(run.model)
+        run.folder.save_model(weights)
         run.folder.save_result(result)
     run.fabric.barrier()
     return result
@@ -114,7 +115,7 @@ def set_up(config: TrainConfig, folder: RunFolder, resume: bool) -> Run:
 
 
 def spread(run: Run) -> None:
-    """Shares the work between the devices: the images of each batch, or the blocks by what they were measured to cost.
+    """Shares the work between the devices: a batch's images, the weights too, or the blocks by measured cost.
 
     Raises:
         LocalGradError: there are fewer blocks than devices to share them.
@@ -125,6 +126,12 @@ def spread(run: Run) -> None:
             synchronise(block)
         device_ids = [fabric.device.index] if fabric.device.type == "cuda" else None
         run.wrapped = [nn.parallel.DistributedDataParallel(block, device_ids=device_ids) for block in run.blocks]
+        return
+    if config.parallel == "shards":
+        for block in run.blocks if config.sync_batchnorm else ():
+            synchronise(block)
+        shard(run.blocks, fabric.device, fabric.world_size)
+        run.optimizers = build_optimizers(config.optim, run.blocks, fused=False)
         return
     num_stages = config.devices // config.replicas
     seconds = [1.0] * len(run.blocks)
@@ -316,7 +323,8 @@ def finish_epoch(run: Run, display: Display) -> None:
     if evaluated:
         if run.stage:
             run.stage.gather()
-        state.test_error, state.local_errors = error_rates(run.fabric, config, run.model, run.blocks, run.test)
+        with put_together(run.blocks):
+            state.test_error, state.local_errors = error_rates(run.fabric, config, run.model, run.blocks, run.test)
         if state.best_epoch == 0 or state.test_error < state.best_test_error:
             state.best_test_error, state.best_epoch = state.test_error, state.epoch
     state.elapsed_seconds = time.perf_counter() - run.begin
