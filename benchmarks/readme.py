@@ -38,7 +38,29 @@ def speed_table(path: Path) -> str:
     return "\n".join(lines)
 
 
+def ranks_table(path: Path) -> str:
+    """Images a second of `pipeline.json` on two ranks as a Markdown table."""
+    rows = json.loads(path.read_text())["measured"][0]["rows"]
+    lines = ["| two ranks of one thread | images a second | to one rank |", "|---|--:|--:|"]
+    lines += [f"| {r['row']} | {r['images_per_second']:.0f} | {r['times_one_rank']:.2f} |" for r in rows]
+    return "\n".join(lines)
+
+
+def runs_table(folder: Path) -> str:
+    """Error, memory and time of the runs in a folder as a Markdown table."""
+    lines = ["| run | blocks | test error | peak memory of a step | seconds a step |", "|---|--:|--:|--:|--:|"]
+    for path in sorted(folder.glob("*.json"), key=lambda path: json.loads(path.read_text())["test_error"]):
+        run = json.loads(path.read_text())
+        lines.append(
+            f"| `{run['config']['name']}` | {run['num_blocks']} | {run['test_error']:.2f} % | "
+            f"{run['peak_memory_bytes'] / 2**20:.0f} MiB | {run['seconds_per_step']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
 TABLES = {
+    "runs": lambda: runs_table(ROOT / "results" / "cifar10-five-epochs"),
+    "ranks": lambda: ranks_table(ROOT / "results" / "pipeline.json"),
     "plan": lambda: plan_table(ROOT / "results" / "plan-resnet101" / "plan.json"),
     "speed": lambda: speed_table(ROOT / "results" / "speed.json"),
 }
@@ -48,7 +70,7 @@ def filled(text: str) -> str:
     """The README with every table between its two marks written anew."""
     for name, table in TABLES.items():
         marks = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
-        text = re.sub(f"{marks[0]}.*?{marks[1]}", lambda _, m=marks, t=table: m[0] + t() + m[1], text, flags=re.DOTALL)
+        text = re.sub(f"{marks[0]}.*?{marks[1].lstrip()}", lambda _, m=marks, t=table: m[0] + t() + m[1], text, flags=re.DOTALL)
     return text
 
 
