@@ -66,7 +66,7 @@ def read_results(folder: Path, warn: Callable[[str], None]) -> Results:
         if path.name == "config.json":
             continue  # of a run, whose result has it too
         try:
-            if not _sort_in(found, path, read_json(path), warn):
+            if not _sort_in(found, path, read_json(path, finite=True), warn):
                 unknown.append(str(path.relative_to(folder)))
         except LocalGradError as problem:
             warn(f"left out: {problem}")

@@ -73,18 +73,18 @@ def write_json(path: Path, value: Any) -> None:
         file.write((json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, *, finite: bool = False) -> Any:
     """Reads a JSON file.
 
     Raises:
-        LocalGradError: it is missing, cannot be read, or is no JSON; NaN and infinities are none.
+        LocalGradError: it is missing, cannot be read, or is no JSON; with `finite`, also one with NaN or infinities.
     """
 
     def refused(constant: str) -> None:
         raise ValueError(f"{constant} is no number of JSON")
 
     try:
-        return json.loads(path.read_text(), parse_constant=refused)
+        return json.loads(path.read_text(), parse_constant=refused if finite else None)
     except FileNotFoundError:
         raise LocalGradError(f"{path.parent} is no run folder: it has no {path.name}") from None
     except OSError as error:
