@@ -374,6 +374,12 @@ def test_analyse_takes_other_images_and_writes_beside_the_run(run: Path, tmp_pat
         for split in ("train", "test"):
             (tmp_path / "images" / split / str(label)).mkdir(parents=True)
             Image.new("RGB", (8, 8), (25 * label, 0, 99)).save(tmp_path / "images" / split / str(label) / "one.png")
+    streamed = replace(TINY.data, source=str(tmp_path / "images"), streaming=True, train_limit=None, test_limit=None)
+    for config in (streamed, replace(streamed, streaming=False)):
+        some = load_images(config)[1].subset(torch.tensor([4, 9, 1]))
+        inputs, labels = next(iter(some.batches(5, train=False)))
+        assert labels.tolist() == [4, 9, 1]
+        assert (inputs[:, 0, 0, 0] * config.std[0] + config.mean[0]).mul(255).round().tolist() == [100, 225, 25]
     copy = Path(shutil.copytree(run, tmp_path / "copy"))
     _analyse(copy, "--data", tmp_path / "images", "--pictures", "--images", 7, 2, "--points", 6)
     assert {path.suffix for path in (copy / "analysis").iterdir()} == {".json", ".png"}

@@ -63,16 +63,9 @@ def as_svg(figure: Figure, prefix: str, description: str) -> str:
 
 
 def _with_ids_once(svg: str, prefix: str) -> str:
-    """Leaves ids only where something refers to them; matplotlib defines some paths twice, alike, under one id."""
+    """Leaves ids only where something refers to them: of the others, matplotlib gives some twice."""
     wanted = set(re.findall(r'(?:href="#|url\(#)([^")]+)', svg))
-
-    def kept(found: re.Match[str]) -> str:
-        if found[1] not in wanted:
-            return ""
-        wanted.remove(found[1])
-        return f' id="{prefix}-{found[1]}"'
-
-    return re.sub(r' id="([^"]+)"', kept, svg)
+    return re.sub(r' id="([^"]+)"', lambda id: f' id="{prefix}-{id[1]}"' if id[1] in wanted else "", svg)
 
 
 def _paint(figure: Figure, color: str) -> None:

@@ -87,11 +87,8 @@ def _sort_in(found: Results, path: Path, values: Any, warn: Callable[[str], None
     try:
         if "config" in values and "test_error" in values:
             run = FinishedRun(path, _result(values), _metrics(path, values, warn))
-            twin = next((other.path for other in found.runs if other.result == run.result), None)
-            if twin is None:
+            if all(run.result != other.result for other in found.runs):  # a run folder's result may lie outside too
                 found.runs.append(run)
-            else:
-                warn(f"left out: {path} is a copy of {twin}")
         elif "analysis" in values:
             kinds = {"probe": found.probes, "cka": found.alignments, "pictures": found.pictures}
             kinds[values["analysis"]].append(Sheet(path, _checked_analysis(values)))
@@ -183,9 +180,10 @@ def number(value: Any, name: str) -> float:
 
 
 def _metrics(path: Path, values: dict[str, Any], warn: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Lines of metrics: the field of that name, or the file beside the result."""
-    if "metrics" in values:
-        return [_metric(line) for line in values["metrics"]]
+    """Lines of metrics: from the errors by epoch in the result, as `reproduce` keeps them, or the file beside it."""
+    if "test_errors" in values:
+        errors = enumerate(values["test_errors"], start=1)
+        return [_metric({"epoch": epoch, "test_error": error}) for epoch, error in errors]
     beside = path.with_name("metrics.jsonl") if path.name == "result.json" else path.with_suffix(".jsonl")
     if not beside.exists():
         return []
