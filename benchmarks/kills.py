@@ -167,7 +167,7 @@ def kill_runs(kills: int, seed: int, folder: Path) -> dict[str, Any]:
     expected, files = contents(straight), sorted(path.name for path in straight.iterdir())
     phases: Counter[str] = Counter()
     lost: list[int] = []
-    runs = left_over = 0
+    runs = left_over = readings = 0
 
     def kill(work: Callable[[Board, Path], None], run_dir: Path, longest: float) -> bool:
         killed = sitting(work, board, run_dir, chance.uniform(0, longest))
@@ -184,7 +184,8 @@ def kill_runs(kills: int, seed: int, folder: Path) -> dict[str, Any]:
                 assert 0 <= lost[-1] <= CONFIG.checkpoint_every, f"{run_dir}: {lost[-1]} steps were lost"
                 reached = done
             if run_dir.exists():
-                contents(run_dir)
+                contents(run_dir)  # raises where a file is half-written
+                readings += 1
                 left_over += bool(list(run_dir.glob(".*.tmp")))
         for _ in range(2 if phases.total() < kills else 0):
             kill(evaluate, run_dir, duration / 3)
@@ -199,11 +200,11 @@ def kill_runs(kills: int, seed: int, folder: Path) -> dict[str, Any]:
         "kills": phases.total(),
         "kills_by_phase": {name: phases[name] for name in PHASES},
         "runs_finished_bit_identical": runs,
-        "steps_of_a_run": 4 * 7,
+        "steps_of_a_run": expected["checkpoint.pt"]["state"]["step"],
         "checkpoint_every": CONFIG.checkpoint_every,
         "most_steps_lost": max(lost),
         "mean_steps_lost": sum(lost) / len(lost),
-        "half_written_files": 0,
+        "folders_read_with_every_file_whole": readings,
         "temporary_files_cleared_away": left_over,
         "seconds_of_an_uninterrupted_run": duration,
     }
