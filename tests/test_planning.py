@@ -58,16 +58,16 @@ def test_the_best_cuts_are_those_that_brute_force_finds() -> None:
                 kept=draw.randint(0, 50),
                 keeps_input=draw.random() < 0.5,
                 keeps_output=draw.random() < 0.5,
+                casts=draw.randint(0, 9),
                 forward=draw.randint(0, 60),
                 backward=draw.randint(20, 90),
                 backward_first=draw.randint(20, 90),
+                backward_last=draw.randint(20, 90),
+                backward_alone=draw.randint(20, 90),
             )
             for _ in range(length)
         )
-        ends = [
-            tuple(EndProfile(draw.randint(0, 30), draw.randint(0, 30), draw.randint(0, 60)) for _ in range(length))
-            for _ in range(3)
-        ]
+        ends = [tuple(EndProfile(*(draw.randint(0, 30) for _ in range(4))) for _ in range(length)) for _ in range(3)]
         profiled = Profile(chain, (ends[0], ends[1], ends[2]), batch=5)
         for count in range(1, length + 1):
             found = profiled.best_cuts(count)

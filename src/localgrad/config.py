@@ -132,6 +132,8 @@ class TrainConfig:
     """Device to train on: `auto`, `cpu`, `cuda` or `mps`."""
     devices: int = 1
     """Number of devices (processes); more than one trains data-parallel, with a wrapper a block."""
+    step_each_block: bool = False
+    """Step each block right after its own backward pass, so that gradients of one block live at a time."""
     seed: int = 0
     """Decides initial weights, order of the images and augmentation."""
     evaluate_every: int = 1
@@ -180,6 +182,11 @@ def _number_problems(config: TrainConfig) -> list[str]:
     problems = [f"{name} is {value}, it must be {allowed}" for name, value, fits, allowed in ranges if not fits]
     if optim.nesterov and optim.momentum == 0:
         problems.append("optim.nesterov is on with optim.momentum 0, give a momentum, or --optim.no-nesterov")
+    if config.step_each_block and optim.accumulate > 1:
+        problems.append(
+            f"step_each_block is on with optim.accumulate {optim.accumulate}: gradients of all parts must be there "
+            "before a block steps, use one of the two"
+        )
     if config.devices >= 1 and optim.batch_size % config.devices:
         problems.append(f"optim.batch_size {optim.batch_size} cannot be shared by {config.devices} devices")
     return problems

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from localgrad.autocast import Precision, check_precision
 from localgrad.blocks import Objective
 from localgrad.errors import LocalGradError
 from localgrad.momentum import Momentum
@@ -42,6 +43,8 @@ def plan(
     budget: int | None = None,
     num_blocks: Sequence[int] | None = None,
     names: Sequence[str] | None = None,
+    precision: Precision = "32-true",
+    step_each_block: bool = False,
 ) -> list[PlanRow]:
     """Predict the peak memory of a training step, and find the cuts that make it smallest, without running it.
 
@@ -52,26 +55,42 @@ def plan(
 
     Args:
         model: as for `split`; it is not changed.
-        example: a batch of the size to train with, such as `torch.empty(128, 3, 224, 224, device="meta")`.
+        example: a batch of the size to train with, such as `torch.empty(128, 3, 224, 224, device="meta")`. In bf16 its
+            device decides whose autocast is meant: the processor's for an example on the CPU, else CUDA's.
         objective: the local objective.
         momentum: `man(...)`, `manpp(...)` or None.
         budget: bytes that a step may take.
         num_blocks: the K to try; 1, 2, 4, 8, ... up to the most that there can be if not given. K = 1 is end-to-end.
         names: the units by name, for a model that cannot be traced.
+        precision: `"32-true"`, or `"bf16-mixed"` for weights in float32 and each block's forward pass under bf16
+            autocast, as the trainer runs it.
+        step_each_block: as in `local_step`.
 
     Returns:
         Two rows a K, without and with `recompute`, in the order of K. The first row that fits has the smallest K.
 
     Raises:
         LocalGradError: the budget is not positive, or less than any row takes (the message names the largest unit and
-            what would fit), a K is out of range, or the model cannot be split.
+            what would fit), a K is out of range, the precision is unknown, or the model cannot be split.
     """
     if budget is not None and budget <= 0:
         raise LocalGradError(f"budget is {budget} bytes: give more than 0, such as 8 * 2**30")
     check_example(example)
+    check_precision(precision)
     blueprint = copy.deepcopy(model).to("meta").train()
     found = units(blueprint, torch.empty_like(example, device="meta"), names)
-    profiles = [profile(found, example, objective, momentum, recompute=recompute) for recompute in (False, True)]
+    profiles = [
+        profile(
+            found,
+            example,
+            objective,
+            momentum,
+            recompute=recompute,
+            precision=precision,
+            step_each_block=step_each_block,
+        )
+        for recompute in (False, True)
+    ]
     most = 1 + sum(end.lasting < INFINITE for end in profiles[0].ends[1][:-1])
     counts = num_blocks or sorted({1, *(2**power for power in range(1, 12) if 2**power < most), most})
     rows = []

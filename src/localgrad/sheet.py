@@ -4,10 +4,12 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from localgrad.autocast import Precision
 from localgrad.blocks import Objective
 from localgrad.build import MOMENTA, OBJECTIVES, build_model
 from localgrad.config import ModelConfig, closest
@@ -52,6 +54,8 @@ def plan_model(
     momentum: str,
     budget: int | None,
     num_blocks: Sequence[int] | None,
+    precision: Precision = "32-true",
+    step_each_block: bool = False,
 ) -> list[Sheet]:
     """Plan a model by name without momentum and, if one is given, with it, kept and recomputed.
 
@@ -73,13 +77,19 @@ def plan_model(
         choices[momentum] = MOMENTA[momentum]()
         choices[f"{momentum}, recomputed"] = MOMENTA[momentum](recompute=True)
     # the budget is checked over all sheets, so that one that fits is enough
-    sheets = [
-        Sheet(label, plan(model, example, objective=factory, momentum=choice, num_blocks=num_blocks))
-        for label, choice in choices.items()
-    ]
+    planned = partial(
+        plan,
+        model,
+        example,
+        objective=factory,
+        num_blocks=num_blocks,
+        precision=precision,
+        step_each_block=step_each_block,
+    )
+    sheets = [Sheet(label, planned(momentum=choice)) for label, choice in choices.items()]
     least = min(row.peak for sheet in sheets for row in sheet.rows)
     if budget is not None and least > budget:
-        plan(model, example, objective=factory, num_blocks=num_blocks, budget=min(budget, least - 1))
+        planned(budget=budget)
     return [
         Sheet(
             sheet.label,

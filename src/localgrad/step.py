@@ -11,18 +11,29 @@ from localgrad.errors import LocalGradError
 
 
 def local_step(
-    blocks: Sequence[Block], optimizers: Sequence[Optimizer], inputs: Tensor, targets: Tensor
+    blocks: Sequence[Block],
+    optimizers: Sequence[Optimizer],
+    inputs: Tensor,
+    targets: Tensor,
+    *,
+    step_each_block: bool = False,
 ) -> list[Tensor]:
     """Train every block on one batch.
 
     For each block: forward on a detached input, backward, drop the graph. Then for each block: its optimizer, and the
     EMA of its momentum auxiliary network. All blocks compute with the weights that the batch began with.
 
+    With `step_each_block` a block's optimizer and EMA follow its own backward pass at once, and its gradients are freed
+    before the next block starts, so that gradients of one block live at a time. The weights come out the same, bit for
+    bit: no block reads the weights of a block before it, and block j's EMA reads block j + 1, which has not stepped
+    yet. What differs is a batch that fails in the middle: blocks before the one that failed have stepped.
+
     Args:
         blocks: what `split` gave, in training mode.
         optimizers: one a block, over `block.trainable_parameters()`.
         inputs: `(N, 3, H, W)`, or what the model takes.
         targets: `(N,)` classes, or what the objectives and the criterion take.
+        step_each_block: see above.
 
     Returns:
         One detached scalar loss a block.
@@ -31,6 +42,13 @@ def local_step(
         LocalGradError: there is not one optimizer a block, a block is in evaluation mode, or the batch does not fit the
             blocks (a class that does not exist, a batch of one where a norm needs more).
     """
+    check_optimizers(blocks, optimizers)
+    if step_each_block:
+
+        def update(index: int, loss: Tensor) -> None:
+            apply_updates([blocks[index]], [optimizers[index]])
+
+        return local_gradients(blocks, inputs, targets, after_block=update)
     losses = local_gradients(blocks, inputs, targets)
     apply_updates(blocks, optimizers)
     return losses
@@ -43,8 +61,12 @@ def local_gradients(
     *,
     backward: Callable[[Tensor], Any] = Tensor.backward,
     scale: float = 1.0,
+    after_block: Callable[[int, Tensor], Any] | None = None,
 ) -> list[Tensor]:
-    """The first half of `local_step`: add the gradients of every block's loss, times `scale`, to its parameters."""
+    """The first half of `local_step`: add the gradients of every block's loss, times `scale`, to its parameters.
+
+    `after_block(index, loss)` is called when a block has its gradients, before the next block starts.
+    """
     features, losses = inputs, []
     for index, block in enumerate(blocks):
         block.check_training()
@@ -54,6 +76,8 @@ def local_gradients(
             raise _explained(error, index, inputs, targets) from error
         backward(loss if scale == 1.0 else loss * scale)
         losses.append(loss.detach())
+        if after_block is not None:
+            after_block(index, losses[-1])
     return losses
 
 
@@ -62,15 +86,20 @@ def apply_updates(blocks: Sequence[Block], optimizers: Sequence[Optimizer]) -> N
 
     Block j's EMA reads block j + 1 before that block's optimizer has stepped: the weights that the batch began with.
     """
+    check_optimizers(blocks, optimizers)
+    for block, optimizer in zip(blocks, optimizers, strict=True):
+        optimizer.step()
+        block.update_momentum()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def check_optimizers(blocks: Sequence[Block], optimizers: Sequence[Optimizer]) -> None:
+    """Refuse optimizers that are not one a block."""
     if len(optimizers) != len(blocks):
         raise LocalGradError(
             f"{len(optimizers)} optimizers for {len(blocks)} blocks: give one a block, "
             "[SGD(block.trainable_parameters(), lr=0.1) for block in blocks]"
         )
-    for block, optimizer in zip(blocks, optimizers, strict=True):
-        optimizer.step()
-        block.update_momentum()
-        optimizer.zero_grad(set_to_none=True)
 
 
 def _explained(error: Exception, index: int, inputs: Tensor, targets: Tensor) -> Exception:

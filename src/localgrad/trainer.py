@@ -4,6 +4,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -126,14 +127,15 @@ def train_epoch(run: Run, display: Display, interrupted: threading.Event) -> Non
     run.seconds.clear()
     begin = time.perf_counter()
     for inputs, targets in _batches(run):
-        first = state.step == 0  # its memory is measured, which takes time, so it is not timed
-        losses = _measured_step(run, inputs, targets) if first else train_step(run, inputs, targets)
+        # the first step also makes the optimizers' state, so the second is measured too; neither is timed
+        measured = state.step < 2
+        losses = _measured_step(run, inputs, targets) if measured else train_step(run, inputs, targets)
         sums += torch.cat([losses, losses.new_ones(1)]) * len(inputs)
         state.batch, state.step = state.batch + 1, state.step + 1
         if display.is_due():
             _show(run, display, sums)
         now = time.perf_counter()
-        run.seconds.extend([] if first else [now - begin])
+        run.seconds.extend([] if measured else [now - begin])
         begin = now
         stop = fabric.strategy.reduce_boolean_decision(interrupted.is_set(), all=False)
         if stop or (every and state.step % every == 0):
@@ -194,28 +196,49 @@ def train_step(run: Run, inputs: Tensor, targets: Tensor) -> Tensor:
         with contextlib.ExitStack() as no_sync:
             for block in run.wrapped if number < len(parts) else ():
                 no_sync.enter_context(run.fabric.no_backward_sync(block, enabled=run.fabric.world_size > 1))
-            part_losses = local_gradients(run.wrapped, part, part_targets, backward=run.fabric.backward, scale=share)
+            part_losses = local_gradients(
+                run.wrapped,
+                part,
+                part_targets,
+                backward=run.fabric.backward,
+                scale=share,
+                after_block=partial(_update, run) if run.config.step_each_block else None,
+            )
         losses += share * torch.stack(part_losses)
-    _check_finite(run, losses)
-    if optim.clip_norm is not None:
-        for block in run.blocks:
-            nn.utils.clip_grad_norm_(block.trainable_parameters(), optim.clip_norm)
-    apply_updates(run.blocks, run.optimizers)
+    if not run.config.step_each_block:
+        _check_finite(run, losses)
+        for index in range(len(run.blocks)):
+            _step(run, index)
     return losses
 
 
-def _check_finite(run: Run, losses: Tensor) -> None:
+def _update(run: Run, index: int, loss: Tensor) -> None:
+    """Check and step one block alone."""
+    _check_finite(run, loss[None], index)
+    _step(run, index)
+
+
+def _step(run: Run, index: int) -> None:
+    if run.config.optim.clip_norm is not None:
+        nn.utils.clip_grad_norm_(run.blocks[index].trainable_parameters(), run.config.optim.clip_norm)
+    apply_updates([run.blocks[index]], [run.optimizers[index]])
+
+
+def _check_finite(run: Run, losses: Tensor, first: int = 0) -> None:
+    """Refuse a loss that is no number; `losses` are those of the blocks from `first` on."""
     if run.fabric.strategy.reduce_boolean_decision(bool(losses.isfinite().all()), all=True):
         return
     for optimizer in run.optimizers:
         optimizer.zero_grad(set_to_none=True)
     losses = run.fabric.all_reduce(losses)
-    index = int(losses.isfinite().int().argmin())
+    place = int(losses.isfinite().int().argmin())
+    index = first + place
     names = run.blocks[index].names
+    stepped = ", those of the blocks before it were not" if run.config.step_each_block and index else ""
     raise LocalGradError(
-        f"the loss of block {index + 1} of {len(losses)} ({names[0]} to {names[-1]}) is {float(losses[index])} at "
+        f"the loss of block {index + 1} of {len(run.blocks)} ({names[0]} to {names[-1]}) is {float(losses[place])} at "
         f"epoch {run.state.epoch}, step {run.state.step + 1}, learning rate {run.learning_rate:g}; its weights were "
-        "left as they were before this step; try a lower --optim.lr, or --optim.clip-norm 1"
+        f"left as they were before this step{stepped}; try a lower --optim.lr, or --optim.clip-norm 1"
     )
 
 
