@@ -1,7 +1,8 @@
 """Profiles: what each unit does to memory; the peak of any cuts, and the best cuts, follow by addition."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -10,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from localgrad.autocast import Precision, Simulation
 from localgrad.blocks import Objective, build_auxiliary
 from localgrad.errors import LocalGradError
 from localgrad.memory import PeakMemory, to_meta
 from localgrad.momentum import Momentum
 from localgrad.partition import check_num_blocks
 from localgrad.recompute import recomputed
+from localgrad.simulation import Precision, Simulation
 from localgrad.units import Unit
 
 INFINITE = float("inf")
@@ -97,6 +98,11 @@ class Profile:
         if index == 0:
             return self.ends[0]
         return self.ends[2] if index == num_blocks - 2 else self.ends[1]
+
+    @property
+    def most_blocks(self) -> int:
+        """The largest number of blocks that there can be."""
+        return 1 + sum(end.lasting < INFINITE for end in self.ends[1][:-1])
 
     @cached_property
     def _lasting(self) -> int:
@@ -234,6 +240,7 @@ def profile(
     recompute: bool = False,
     precision: Precision = "32-true",
     step_each_block: bool = False,
+    known: dict[Any, Any] | None = None,
 ) -> Profile:
     """Profile every unit, and every place where a block may end, on tensors without data: nothing is computed.
 
@@ -246,40 +253,53 @@ def profile(
         recompute: with activation checkpointing of each unit.
         precision: `"32-true"`, or `"bf16-mixed"` for each block's forward pass under bf16 autocast.
         step_each_block: as in `local_step`.
+        known: what earlier calls have profiled, filled further; to be shared by calls that have parts in common.
     """
     simulation = Simulation(precision, example.device.type)
     on_meta = [replace(unit, module=to_meta(unit.module)) for unit in found]
     with simulation.running():
         inputs = torch.empty(example.shape, dtype=example.dtype, device=simulation.device)
         targets = torch.zeros(len(example), dtype=torch.long, device=simulation.device)
+    setting = (precision, simulation.cuda_rules, example.shape, example.dtype)
+    known = {} if known is None else known
     features, profiles = inputs, []
     ends: list[list[EndProfile]] = [[], [], []]
-    known: dict[object, UnitProfile] = {}
-    known_ends: dict[object, EndProfile] = {}
     for position, unit in enumerate(on_meta):
-        module = copy.deepcopy(unit.module)
-        key = (features.shape, features.dtype, _signature(module))
+        shared = bool(profiles) and profiles[-1].keeps_output  # the input stays for the unit before
+        key = ("unit", *setting, recompute, shared, features.shape, features.dtype, _signature(unit.module))
+        if key not in known:
+            module = copy.deepcopy(unit.module)  # the next block's first unit is copied from `meta`
+            with simulation.running(), _explained(f"the unit {unit.name!r}"):
+                known[key] = _profile_unit(simulation.place(module), features, recompute, shared, simulation)
+        profiled, shape, dtype = known[key]
         with simulation.running():
-            module = simulation.place(module)
-            if key not in known:
-                known[key] = _profile_unit(module, features, recompute, simulation)
-            profiles.append(known[key])
-            with torch.no_grad(), simulation.forward_pass():
-                features = module(features)
+            features = torch.empty(shape, dtype=dtype, device=simulation.device)
+        profiles.append(profiled)
         following = on_meta[position + 1 : -1] or on_meta[position + 1 :]
         for role in range(3):
             modules = _auxiliary(unit, following, example, role, objective, momentum) if following else []
             if modules is None:
                 ends[role].append(NO_END)
                 continue
-            key = (features.shape, features.dtype, *map(_signature, modules))
-            if key not in known_ends:
-                with simulation.running():
-                    placed = [simulation.place(module) for module in modules]
-                    known_ends[key] = _profile_end(placed, features, targets, inputs, simulation)
-            ends[role].append(known_ends[key])
+            key = ("end", *setting, shape, dtype, *map(_signature, modules))
+            if key not in known:
+                with simulation.running(), _explained(f"the objective after {unit.name!r}"):
+                    known[key] = _profile_end(modules, features, targets, inputs, simulation)
+            ends[role].append(known[key])
     first, middle, last = map(tuple, ends)
     return Profile(tuple(profiles), (first, middle, last), inputs.nbytes + targets.nbytes, step_each_block)
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Say which part it is that needs values to run."""
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:
+        raise LocalGradError(
+            f"{what} cannot be profiled without data ({str(error).strip().splitlines()[0]}): what a forward pass keeps "
+            "must follow from shapes alone; measure a real step with localgrad.memory.step_peak instead"
+        ) from error
 
 
 def _signature(module: nn.Module) -> tuple[object, ...]:
@@ -291,7 +311,10 @@ def _signature(module: nn.Module) -> tuple[object, ...]:
             for key, value in sorted(vars(layer).items())
             if isinstance(value, int | str | list | tuple | type(None))
         ]
-        tensors = [(key, tensor.shape, tensor.requires_grad) for key, tensor in layer.named_parameters(recurse=False)]
+        tensors = [
+            (key, tensor.shape, tensor.dtype, tensor.requires_grad)
+            for key, tensor in layer.named_parameters(recurse=False)
+        ]
         code = layer.code if isinstance(layer, fx.GraphModule) else ""
         parts.append((name, type(layer), tuple(settings), tuple(tensors), code))
     return tuple(parts)
@@ -323,14 +346,23 @@ class _After(torch.autograd.Function):
         return torch.empty(shape, dtype=dtype, device=device)
 
 
-def _profile_unit(module: nn.Module, features: Tensor, recompute: bool, simulation: Simulation) -> UnitProfile:
+def _profile_unit(
+    module: nn.Module, features: Tensor, recompute: bool, shared: bool, simulation: Simulation
+) -> tuple[UnitProfile, torch.Size, torch.dtype]:
+    """The profile, and the shape and dtype of the output."""
+    with torch.no_grad(), simulation.forward_pass():
+        result = module(features)
     run = partial(_run_unit, module, features, recompute, simulation)
-    return replace(
-        run(),
-        backward_first=run(first=True).backward,
-        backward_last=run(last=True).backward,
-        backward_alone=run(first=True, last=True).backward,
+    profiled, first = run(), run(first=True)
+    middle = run(shared=True).backward if shared else profiled.backward
+    if profiled.keeps_output:
+        last, alone = run(shared=shared, last=True).backward, run(first=True, last=True).backward
+    else:
+        last, alone = middle + profiled.output, first.backward + profiled.output
+    profiled = replace(
+        profiled, backward=middle, backward_first=first.backward, backward_last=last, backward_alone=alone
     )
+    return profiled, result.shape, result.dtype
 
 
 def _run_unit(
@@ -340,6 +372,7 @@ def _run_unit(
     simulation: Simulation,
     *,
     first: bool = False,
+    shared: bool = False,
     last: bool = False,
 ) -> UnitProfile:
     module.zero_grad(set_to_none=True)
@@ -356,7 +389,7 @@ def _run_unit(
         casts -= counter.current
         output = result.untyped_storage().nbytes()
         rest: Any = _After.apply(result)
-        held = result.detach() if last else None
+        held = [entry.detach()] * shared + [result.detach()] * last
         before = counter.current
         del result
         keeps_output = counter.current == before
@@ -407,6 +440,7 @@ def _profile_end(
     modules: Sequence[nn.Module], features: Tensor, targets: Tensor, inputs: Tensor, simulation: Simulation
 ) -> EndProfile:
     """Of momentum and objective, or of the cross-entropy of the model's output where there are none."""
+    modules = [simulation.place(module) for module in modules]
     entry = torch.empty_like(features, requires_grad=True)
     counter = PeakMemory()
     with counter:

@@ -243,7 +243,7 @@ def _check_finite(run: Run, losses: Tensor, first: int = 0) -> None:
 
 
 def _measured_step(run: Run, inputs: Tensor, targets: Tensor) -> Tensor:
-    losses, run.state.peak_memory_bytes = measure_peak(lambda: train_step(run, inputs, targets))
+    losses, run.state.peak_memory_bytes = measure_peak(lambda: train_step(run, inputs, targets), run.fabric.device)
     return losses
 
 

@@ -1,7 +1,7 @@
-"""bf16 autocast on tensors without data: what a mixed-precision step keeps, without the device it is meant for."""
+"""Simulation: forward and backward passes on tensors without data, under bf16 autocast too."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, get_args
 
 import torch
@@ -40,9 +40,10 @@ class _CudaRules(TorchFunctionMode):
 
 
 class Simulation:
-    """Where a step is simulated: on `meta` in float32, else on fake tensors of the processor, which autocast knows.
+    """Where a step is simulated: on fake tensors, which have no data and behave as those of a processor.
 
-    A fake tensor on CUDA would be closer, but its backward pass needs a GPU to be there.
+    `meta` tensors know no autocast, and take attention apart where real devices have one kernel for it. A fake tensor
+    on CUDA would be closer, but its backward pass needs a GPU to be there.
 
     Args:
         precision: of the forward passes.
@@ -50,38 +51,32 @@ class Simulation:
     """
 
     def __init__(self, precision: Precision, device_type: str) -> None:
-        self.mixed = precision == "bf16-mixed"
-        self.device = torch.device("cpu" if self.mixed else "meta")
-        self._cuda_rules = device_type != "cpu"
-        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.precision: Precision = precision
+        self.cuda_rules = precision == "bf16-mixed" and device_type != "cpu"
+        self.device = torch.device("cpu")
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Tensors made inside have no data."""
-        if not self.mixed:
+        """Tensors made inside are fake."""
+        with self._mode, _CudaRules() if self.cuda_rules else nullcontext():
             yield
-        elif self._cuda_rules:
-            with self._fake, _CudaRules():
-                yield
-        else:
-            with self._fake:
-                yield
 
     def forward_pass(self) -> torch.autocast:
         """What the forward pass of one block runs under; the casts of its weights are cached until it ends."""
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.mixed)
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16-mixed")
 
     def place(self, module: nn.Module) -> nn.Module:
-        """Move a module from `meta`, in place, and return it; to be called inside `running`."""
-        if not self.mixed:
-            return module
+        """Give a module fake tensors, in place, and return it; to be called inside `running`."""
         known: dict[torch.Tensor, torch.Tensor] = {}
         for layer in module.modules():
             for table in (layer._parameters, layer._buffers):
                 for name, tensor in table.items():
-                    if tensor is not None and tensor not in known:
+                    if tensor is None:
+                        continue
+                    if tensor not in known:
                         empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
                         is_parameter = isinstance(tensor, nn.Parameter)
                         known[tensor] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
-                    table[name] = None if tensor is None else known[tensor]  # pyright: ignore[reportArgumentType]
+                    table[name] = known[tensor]  # pyright: ignore[reportArgumentType]
         return module
