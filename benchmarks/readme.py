@@ -70,7 +70,9 @@ def filled(text: str) -> str:
     """The README with every table between its two marks written anew."""
     for name, table in TABLES.items():
         marks = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
-        text = re.sub(f"{marks[0]}.*?{marks[1].lstrip()}", lambda _, m=marks, t=table: m[0] + t() + m[1], text, flags=re.DOTALL)
+        text = re.sub(
+            f"{marks[0]}.*?{marks[1].lstrip()}", lambda _, m=marks, t=table: m[0] + t() + m[1], text, flags=re.DOTALL
+        )
     return text
 
 

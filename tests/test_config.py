@@ -57,6 +57,10 @@ def test_numbers_out_of_range(optim: dict[str, Any], message: str) -> None:
         ({"devices": 0}, "devices is 0"),
         ({"devices": 3}, "batch_size 1024 cannot be shared by 3 devices"),
         ({"seed": -1}, "seed is -1"),
+        (
+            {"step_each_block": True, "optim": OptimConfig(accumulate=2)},
+            "step_each_block is on with optim.accumulate 2.*use one of the two",
+        ),
         ({"evaluate_every": 0}, "evaluate_every is 0"),
         ({"checkpoint_every": -1}, "checkpoint_every is -1"),
         ({"cuts": None}, "cuts is None and num_blocks is None, give exactly one"),

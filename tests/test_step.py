@@ -1,17 +1,20 @@
 """The local step: equal to backpropagation for one block, isolated for more, exact and deterministic."""
 
 import copy
+import itertools
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from cases import IMAGE, NUM_CLASSES, batch
+from cases import IMAGE, MOMENTA, NUM_CLASSES, OBJECTIVES, batch
 from torch import nn
 
 import localgrad
 from localgrad import LocalGradError, local_step, split
 from localgrad.blocks import Block
+from localgrad.memory import measure_peak
 from localgrad.models import cifar_resnet
 from localgrad.step import apply_updates, local_gradients
 
@@ -167,3 +170,70 @@ def test_training_after_model_eval_is_refused_until_the_blocks_train_again() -> 
     for block in blocks:
         block.train()
     local_step(blocks, optimizers_of(blocks), *batch())
+
+
+@pytest.mark.parametrize("momentum", ["none", "man", "man of depth 2", "man fused", "direct use", "manpp"])
+def test_stepping_each_block_at_once_gives_the_same_weights_bit_for_bit(momentum: str) -> None:
+    arguments = {"cuts": ["conv1", "layer1"], "objective": OBJECTIVES["dgl compact"], "momentum": MOMENTA[momentum]}
+    states = []
+    for step_each_block in (False, True):
+        torch.manual_seed(0)
+        blocks = split(cifar_resnet(14, NUM_CLASSES), EXAMPLE, **arguments)
+        optimizers = optimizers_of(blocks)
+        for seed in range(3):
+            losses = local_step(blocks, optimizers, *batch(seed), step_each_block=step_each_block)
+        states.append([*losses, *(tensor for block in blocks for tensor in block.state_dict().values())])
+    assert all(map(torch.equal, *states))
+    assert len(losses) == 3
+
+
+def test_stepping_each_block_at_once_keeps_gradients_of_one_block_only() -> None:
+    widths = [40, 50, 60, 70]
+    layers = [nn.Linear(a, b, bias=False) for a, b in itertools.pairwise([4, *widths])]
+    blocks = split(nn.Sequential(*layers), torch.empty(2, 4), num_blocks=4, objective=localgrad.classifier(70))
+    alive = []
+    peaks = []
+    for step_each_block in (False, True):
+        optimizers = [_Watching(block.trainable_parameters(), blocks, alive) for block in blocks]
+        run = partial(local_step, blocks, optimizers, torch.randn(2, 4), torch.arange(2))
+        run(step_each_block=step_each_block)
+        peaks.append(measure_peak(partial(run, step_each_block=step_each_block))[1])
+    whole, each = alive[:8], alive[8:]
+    assert whole == 2 * [[0, 1, 2, 3], [1, 2, 3], [2, 3], [3]]
+    assert each == 2 * [[0], [1], [2], [3]]
+    gradients = [sum(parameter.nbytes for parameter in block.trainable_parameters()) for block in blocks]
+    assert peaks[0] - peaks[1] >= sum(gradients) - 2 * max(gradients)
+
+
+class _Watching(torch.optim.SGD):
+    """SGD that notes which blocks have gradients when it steps."""
+
+    def __init__(self, parameters: list[nn.Parameter], blocks: list[Block], alive: list[list[int]]) -> None:
+        super().__init__(parameters, lr=0.1)
+        self.blocks, self.alive = blocks, alive
+
+    def step(self, closure=None) -> None:
+        having = [any(p.grad is not None for p in block.trainable_parameters()) for block in self.blocks]
+        self.alive.append([index for index, has in enumerate(having) if has])
+        super().step(closure)
+
+
+def test_a_batch_that_fails_in_the_middle_has_stepped_the_blocks_before_it() -> None:
+    def fits_only_small_classes(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(inputs[:, :2], targets)
+
+    for step_each_block in (False, True):
+        blocks = split(
+            cifar_resnet(8, NUM_CLASSES),
+            EXAMPLE,
+            cuts=["layer1"],
+            objective=localgrad.dgl(NUM_CLASSES),
+            criterion=fits_only_small_classes,
+        )
+        before = [next(block.parameters()).clone() for block in blocks]
+        with pytest.raises(LocalGradError, match="not among the classes of block 1"):
+            local_step(blocks, optimizers_of(blocks), *batch(), step_each_block=step_each_block)
+        changed = [not torch.equal(next(b.parameters()), w) for b, w in zip(blocks, before, strict=True)]
+        assert changed == [step_each_block, False]
+    with pytest.raises(LocalGradError, match=r"1 optimizers for 2 blocks"):
+        local_step(blocks, optimizers_of(blocks)[:1], *batch(), step_each_block=True)

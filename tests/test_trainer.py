@@ -22,6 +22,7 @@ from localgrad import data, evaluation, state, trainer
 from localgrad.config import ModelConfig, MomentumConfig, ObjectiveConfig, OptimConfig, TrainConfig
 from localgrad.devices import make_fabric, resolve_precision
 from localgrad.errors import LocalGradError
+from localgrad.memory import measure_peak
 from localgrad.models import cifar_resnet
 from localgrad.runs import RunFolder
 from localgrad.schedule import learning_rate
@@ -106,6 +107,14 @@ def test_the_result_says_what_was_done(straight: Path) -> None:
     assert result["wall_seconds"] >= metrics[-1]["elapsed_seconds"] > 0
     assert result["seconds_per_step"] == metrics[-1]["seconds_per_step"] > 0
     assert result["local_errors"] is None
+
+
+def test_the_peak_is_that_of_a_step_whose_optimizers_have_their_state(straight: Path, tmp_path: Path) -> None:
+    run = _set_up(LOCAL, tmp_path)
+    first, second, *_ = trainer._batches(run)
+    _, starting = measure_peak(lambda: trainer.train_step(run, *first))
+    _, steady = measure_peak(lambda: trainer.train_step(run, *second))
+    assert json.loads((straight / "result.json").read_text())["peak_memory_bytes"] == steady < starting
 
 
 def test_parameters_are_counted_once(straight: Path) -> None:
@@ -385,6 +394,28 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> No
     for name, parameter in run.model.named_parameters():
         assert torch.equal(parameter, before[name]), name
         assert parameter.grad is None
+
+
+def test_stepping_each_block_at_once_stops_at_the_block_whose_loss_is_not_finite(tmp_path: Path) -> None:
+    run = _set_up(replace(LOCAL, step_each_block=True), tmp_path)
+    inputs, targets = next(iter(trainer._batches(run)))
+    nn.init.constant_(run.blocks[1].trainable_parameters()[0], float("inf"))
+    before = [[p.clone() for p in block.trainable_parameters()] for block in run.blocks]
+    message = r"block 2 of 3 .* is nan .* its weights were left as they were.*, those of the blocks before it were not"
+    with pytest.raises(LocalGradError, match=message):
+        trainer.train_step(run, inputs, targets)
+    same = [all(map(torch.equal, b.trainable_parameters(), w)) for b, w in zip(run.blocks, before, strict=True)]
+    assert same == [False, True, True]
+    assert all(parameter.grad is None for block in run.blocks for parameter in block.parameters())
+
+
+def test_stepping_each_block_at_once_trains_the_same_weights(tmp_path: Path) -> None:
+    clipped = replace(LOCAL, optim=replace(LOCAL.optim, clip_norm=0.5, epochs=1))
+    for step_each_block in (False, True):
+        fit(replace(clipped, step_each_block=step_each_block), tmp_path / str(step_each_block), quiet=True)
+    ours, others = weights(tmp_path / "False"), weights(tmp_path / "True")
+    assert all(torch.equal(ours[name], others[name]) for name in ours)
+    assert _metrics(tmp_path / "False")[0]["train_loss"] == _metrics(tmp_path / "True")[0]["train_loss"]
 
 
 def test_a_diverging_run_ends_with_that_error(tmp_path: Path) -> None:

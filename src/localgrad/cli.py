@@ -475,6 +475,10 @@ def plan(arguments: Sequence[str]) -> int:
         """Local loss: classifier, predsim, dgl or infopro."""
         momentum: str = "man"
         """Momentum auxiliary network: none, man or manpp."""
+        precision: str = "32-true"
+        """32-true, or bf16-mixed for float32 weights and a forward pass under CUDA's bf16 autocast."""
+        step_each_block: bool = False
+        """Step each block right after its own backward pass, so that gradients of one block live at a time."""
         budget: str | None = None
         """Memory that a step may take, such as 8GiB."""
         num_blocks: tuple[int, ...] = ()
@@ -498,9 +502,13 @@ def plan(arguments: Sequence[str]) -> int:
         momentum=options.momentum,
         budget=budget,
         num_blocks=options.num_blocks or None,
+        precision=options.precision,
+        step_each_block=options.step_each_block,
     )
     name = f"cifar_resnet {options.depth}" if small else options.model
-    title = f"{name}, batch {options.batch_size}, {size} px, float32, SGD, {options.objective}"
+    precision = "float32" if options.precision == "32-true" else options.precision
+    title = f"{name}, batch {options.batch_size}, {size} px, {precision}, SGD, {options.objective}"
+    title += ", each block stepped at once" if options.step_each_block else ""
     show_sheets(title, sheets, budget)
     if options.output is not None:
         write_sheets(options.output, title, sheets, budget)

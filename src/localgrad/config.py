@@ -145,6 +145,8 @@ class TrainConfig:
     """Copies of the network with `--parallel blocks`; each is spread over devices / replicas of them."""
     sync_batchnorm: bool = False
     """Normalise by the statistics of the whole batch where its images are shared between devices."""
+    step_each_block: bool = False
+    """Step each block right after its own backward pass, so that gradients of one block live at a time."""
     seed: int = 0
     """Decides initial weights, order of the images and augmentation."""
     evaluate_every: int = 1
@@ -206,6 +208,13 @@ def _number_problems(config: TrainConfig) -> list[str]:
         problems.append("optim.nesterov is on with optim.momentum 0, give a momentum, or --optim.no-nesterov")
     if optim.nesterov and optim.name == "adamw":
         problems.append("optim.nesterov is on, but optim.name adamw has no such form, give --optim.no-nesterov")
+    if config.step_each_block and optim.accumulate > 1:
+        problems.append(
+            f"step_each_block is on with optim.accumulate {optim.accumulate}: gradients of all parts must be there "
+            "before a block steps, use one of the two"
+        )
+    if config.step_each_block and (config.parallel == "blocks" or config.on_nonfinite == "skip"):
+        problems.append("step_each_block goes neither with --parallel blocks nor with --on-nonfinite skip")
     return [*problems, *_device_problems(config)]
 
 

@@ -15,10 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from localgrad.blocks import Objective, build_auxiliary, split
 from localgrad.errors import LocalGradError
 from localgrad.momentum import Momentum
-from localgrad.step import local_gradients
+from localgrad.simulation import Precision
+from localgrad.step import local_step
 from localgrad.units import Unit
 
 Result = TypeVar("Result")
+CPU = torch.device("cpu")
 NOWHERE = (float("inf"), float("inf"), float("inf"))
 
 
@@ -61,19 +63,23 @@ class PeakMemory(TorchDispatchMode):
         self.current -= size
 
 
-def measure_peak(function: Callable[[], Result]) -> tuple[Result, int]:
+def measure_peak(function: Callable[[], Result], device: torch.device = CPU) -> tuple[Result, int]:
     """Run a function and measure the most memory it held at once beyond what was there before.
 
+    Args:
+        function: what to run.
+        device: where its tensors are.
+
     Returns:
-        The function's result, and bytes: of live tensor storages on CPU, of the allocator on CUDA.
+        The function's result, and bytes: of the allocator on CUDA, of live tensor storages elsewhere.
     """
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         result = function()
-        torch.cuda.synchronize()
-        return result, torch.cuda.max_memory_allocated() - before
+        torch.cuda.synchronize(device)
+        return result, torch.cuda.max_memory_allocated(device) - before
     counter = PeakMemory()
     with counter:
         result = function()
@@ -198,23 +204,48 @@ def step_peak(
     objective: Objective | None,
     momentum: Momentum | None,
     names: Sequence[str] | None = None,
+    *,
     recompute: bool = False,
+    precision: Precision = "32-true",
+    step_each_block: bool = False,
 ) -> int:
-    """Peak bytes of a `local_step` of a model on `meta`, with one buffer a parameter as SGD's momentum.
+    """Peak bytes of a `local_step` of a copy of the model, with SGD and all that lives in it included.
 
-    The optimizers themselves are not run: their step, in place, holds less than the backward pass before it.
+    What `plan` predicts, measured where the model is; on `meta` nothing is computed. The first step makes the state of
+    the optimizers, the second is measured.
+
+    Args:
+        model: on the device of `example`.
+        example: a batch of the size to train with; not read.
+        cuts: as for `split`, like `objective`, `momentum`, `names` and `recompute`.
+        precision: `"bf16-mixed"` runs each block's forward pass under autocast; `meta` has none.
+        step_each_block: as in `local_step`.
     """
-    counter = PeakMemory()
-    blueprint = copy.deepcopy(model)
-    with counter:
-        blocks = split(
-            blueprint, example, cuts=cuts, objective=objective, momentum=momentum, names=names, recompute=recompute
-        )
-        state = [torch.empty_like(parameter) for block in blocks for parameter in block.trainable_parameters()]
-        inputs = torch.empty_like(example)
-        targets = torch.zeros(len(example), dtype=torch.long, device=example.device)
-        counter.peak = counter.current
-        local_gradients(blocks, inputs, targets)
-    del state
-    tensors = [*blueprint.parameters(), *blueprint.buffers()]
-    return counter.peak + sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+    device = example.device
+    blocks = split(
+        copy.deepcopy(model),
+        example,
+        cuts=cuts,
+        objective=objective,
+        momentum=momentum,
+        names=names,
+        recompute=recompute,
+    )
+    if precision == "bf16-mixed":
+        for block in blocks:
+            block.forward = torch.autocast(device.type, torch.bfloat16)(block.forward)
+    optimizers = [
+        torch.optim.SGD(block.trainable_parameters(), lr=0.01, momentum=0.9, fused=not example.is_meta)
+        for block in blocks
+    ]
+    inputs, targets = torch.zeros_like(example), torch.zeros(len(example), dtype=torch.long, device=device)
+
+    def step() -> None:
+        local_step(blocks, optimizers, inputs, targets, step_each_block=step_each_block)
+
+    step()
+    _, peak = measure_peak(step, device)
+    lasting = [inputs, targets, *(tensor for block in blocks for tensor in (*block.parameters(), *block.buffers()))]
+    for optimizer in optimizers:
+        lasting += [value for state in optimizer.state.values() for value in state.values() if value is not None]
+    return peak + sum({tensor.untyped_storage(): tensor.nbytes for tensor in lasting}.values())

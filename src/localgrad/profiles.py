@@ -1,8 +1,11 @@
 """Profiles: what each unit does to memory; the peak of any cuts, and the best cuts, follow by addition."""
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +17,7 @@ from localgrad.memory import PeakMemory, to_meta
 from localgrad.momentum import Momentum
 from localgrad.partition import check_num_blocks
 from localgrad.recompute import recomputed
+from localgrad.simulation import Precision, Simulation
 from localgrad.units import Unit
 
 INFINITE = float("inf")
@@ -30,9 +34,12 @@ class UnitProfile:
         kept: what its graph keeps for the backward pass, without input and output.
         keeps_input: whether its graph keeps the input.
         keeps_output: whether its graph keeps the output.
+        casts: weights in lower precision that autocast caches until the block's forward pass ends, and no graph keeps.
         forward: the most that is alive during its forward pass beyond the input.
         backward: the most that is alive during its backward pass, its own kept bytes included, beyond the input.
         backward_first: the same where it is the first of a block and its input needs no gradient.
+        backward_last: as `backward` where it is the last of a block and its output stays.
+        backward_alone: where it is both.
     """
 
     lasting: int
@@ -41,9 +48,12 @@ class UnitProfile:
     kept: int
     keeps_input: bool
     keeps_output: bool
+    casts: int
     forward: int
     backward: int
     backward_first: int
+    backward_last: int
+    backward_alone: int
 
 
 @dataclass(frozen=True)
@@ -53,12 +63,17 @@ class EndProfile:
     Attributes:
         lasting: parameters, buffers and optimizer state of momentum and objective; infinite where they cannot sit.
         gradients: of their parameters.
-        peak: the most that is alive during their forward and backward pass beyond the features.
+        forward: the most that is alive during their forward pass beyond the features.
+        backward: the most that is alive during their backward pass beyond the features.
     """
 
     lasting: float
     gradients: int
-    peak: float
+    forward: int
+    backward: int
+
+
+NO_END = EndProfile(INFINITE, 0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -70,17 +85,24 @@ class Profile:
         ends: of a block that ends after each unit, and of the model's output for the last unit; three times, for the
             first, a middle and the last local block, since an objective may differ between them.
         batch: bytes of inputs and targets.
+        step_each_block: whether a block's gradients are gone before the next block's forward pass.
     """
 
     units: tuple[UnitProfile, ...]
     ends: tuple[tuple[EndProfile, ...], tuple[EndProfile, ...], tuple[EndProfile, ...]]
     batch: int
+    step_each_block: bool = False
 
     def ends_of(self, index: int, num_blocks: int) -> tuple[EndProfile, ...]:
         """What a block with this index may end in."""
         if index == 0:
             return self.ends[0]
         return self.ends[2] if index == num_blocks - 2 else self.ends[1]
+
+    @property
+    def most_blocks(self) -> int:
+        """The largest number of blocks that there can be."""
+        return 1 + sum(end.lasting < INFINITE for end in self.ends[1][:-1])
 
     @cached_property
     def _lasting(self) -> int:
@@ -92,6 +114,10 @@ class Profile:
         for unit in self.units:
             sums.append(sums[-1] + unit.gradients)
         return sums
+
+    def _waiting(self, start: int) -> int:
+        """Gradients of the units before `start` that wait while the block from there is trained."""
+        return 0 if self.step_each_block else self._gradients_before[start]
 
     @cached_property
     def _between(self) -> list[int]:
@@ -108,26 +134,23 @@ class Profile:
         entry = 0 if start == 0 else self.units[start - 1].output
         kept_entry = entry if first.keeps_input else 0
         peaks: list[float] = []
-        forward_peak, level = 0.0, float(kept_entry)
-        # for the backward pass: level before unit u and what its pass adds; gradients of later units come on top
-        backward: list[tuple[float, int]] = []
+        forward_peak, level, casts = 0.0, float(kept_entry), 0
+        # of the units so far: their backward pass beyond what gradients of later units and the block's output add
+        backward: list[float] = []
         alive_input = entry - kept_entry
         for position in range(start, len(self.units)):
             unit, end = self.units[position], ends[position]
-            forward_peak = max(forward_peak, level + alive_input + unit.forward)
-            backward.append((level + (unit.backward_first if position == start else unit.backward), position))
+            forward_peak = max(forward_peak, level + casts + alive_input + unit.forward)
+            casts += unit.casts
+            last = level + (unit.backward_alone if position == start else unit.backward_last)
+            before = level + (unit.backward_first if position == start else unit.backward)
             level += unit.kept
             held = unit.output  # the block's own output stays alive while it is trained
-            at_end = level + held + end.peak
+            at_end = level + held + max(casts + end.forward, end.backward)
             gradients = self._gradients_before[position + 1]
-            worst = max(
-                before
-                + (0 if later < position else (0 if unit.keeps_output else held))
-                + (held if later < position else 0)
-                + gradients
-                - self._gradients_before[later + 1]
-                for before, later in backward
-            )
+            earlier = (peak + held - self._gradients_before[start + 1 + i] for i, peak in enumerate(backward))
+            worst = max([last - gradients, *earlier]) + gradients
+            backward.append(before)
             peaks.append(max(forward_peak, at_end, worst + end.gradients))
             kept = self._between[position]
             level += kept
@@ -141,10 +164,10 @@ class Profile:
         for index, (start, stop) in enumerate(zip(starts, stops, strict=True)):
             ends = self.ends_of(index, len(stops))
             peak = self.peaks_from(start, ends)[stop - start]
-            worst = max(worst, gradients + self._gradients_before[start] + peak)
+            worst = max(worst, gradients + self._waiting(start) + peak)
             if index < len(cuts):
                 lasting += ends[stop].lasting
-                gradients += ends[stop].gradients
+                gradients += 0 if self.step_each_block else ends[stop].gradients
         return lasting + worst
 
     def best_cuts(self, num_blocks: int) -> list[int]:
@@ -172,14 +195,15 @@ class Profile:
             table = tables[ends]
             stops = [last] if blocks == num_blocks else range(blocks - 1, last)
             for stop in stops:
-                end = ends[stop] if stop < last else EndProfile(0, 0, 0)
+                end = ends[stop] if stop < last else EndProfile(0, 0, 0, 0)
                 if end.lasting == INFINITE:
                     continue
+                left = 0 if self.step_each_block else end.gradients
                 choices = [
                     (
                         lasting + end.lasting,
-                        waiting + end.gradients,
-                        max(worst, waiting + self._gradients_before[cut + 1] + table[cut + 1][stop - cut - 1]),
+                        waiting + left,
+                        max(worst, waiting + self._waiting(cut + 1) + table[cut + 1][stop - cut - 1]),
                         (*cuts, stop),
                     )
                     for cut, front in fronts.items()
@@ -214,39 +238,68 @@ def profile(
     momentum: Momentum | None = None,
     *,
     recompute: bool = False,
+    precision: Precision = "32-true",
+    step_each_block: bool = False,
+    known: dict[Any, Any] | None = None,
 ) -> Profile:
-    """Profile every unit, and every place where a block may end, on `meta` tensors: nothing is computed.
+    """Profile every unit, and every place where a block may end, on tensors without data: nothing is computed.
 
     Args:
         found: the units, from `localgrad.units`.
-        example: a batch of the size to train with.
+        example: a batch of the size to train with. In bf16 its device decides whose autocast is meant: the processor's
+            for an example on the CPU, else CUDA's.
         objective: what ends a block; without one no cut is possible.
         momentum: likewise, or None.
         recompute: with activation checkpointing of each unit.
+        precision: `"32-true"`, or `"bf16-mixed"` for each block's forward pass under bf16 autocast.
+        step_each_block: as in `local_step`.
+        known: what earlier calls have profiled, filled further; to be shared by calls that have parts in common.
     """
-    inputs = torch.empty_like(example, device="meta")
-    targets = torch.zeros(len(example), dtype=torch.long, device="meta")
+    simulation = Simulation(precision, example.device.type)
     on_meta = [replace(unit, module=to_meta(unit.module)) for unit in found]
+    with simulation.running():
+        inputs = torch.empty(example.shape, dtype=example.dtype, device=simulation.device)
+        targets = torch.zeros(len(example), dtype=torch.long, device=simulation.device)
+    setting = (precision, simulation.cuda_rules, example.shape, example.dtype)
+    known = {} if known is None else known
     features, profiles = inputs, []
     ends: list[list[EndProfile]] = [[], [], []]
-    known: dict[object, UnitProfile] = {}
-    known_ends: dict[object, list[EndProfile]] = {}
     for position, unit in enumerate(on_meta):
-        key = (features.shape, _signature(unit.module))
+        shared = bool(profiles) and profiles[-1].keeps_output  # the input stays for the unit before
+        key = ("unit", *setting, recompute, shared, features.shape, features.dtype, _signature(unit.module))
         if key not in known:
-            known[key] = _profile_unit(unit.module, features, recompute)
-        profiles.append(known[key])
-        with torch.no_grad():
-            features = unit.module(features)
+            module = copy.deepcopy(unit.module)  # the next block's first unit is copied from `meta`
+            with simulation.running(), _explained(f"the unit {unit.name!r}"):
+                known[key] = _profile_unit(simulation.place(module), features, recompute, shared, simulation)
+        profiled, shape, dtype = known[key]
+        with simulation.running():
+            features = torch.empty(shape, dtype=dtype, device=simulation.device)
+        profiles.append(profiled)
         following = on_meta[position + 1 : -1] or on_meta[position + 1 :]
-        depth = 1 if momentum is None or not following else getattr(momentum(following), "depth", 1)
-        end_key = (features.shape, unit.channel_dim, *(_signature(after.module) for after in following[:depth]))
-        if end_key not in known_ends:
-            known_ends[end_key] = _profile_ends(unit, following, features, targets, inputs, objective, momentum)
-        for role, end in enumerate(known_ends[end_key]):
-            ends[role].append(end)
+        for role in range(3):
+            modules = _auxiliary(unit, following, example, role, objective, momentum) if following else []
+            if modules is None:
+                ends[role].append(NO_END)
+                continue
+            key = ("end", *setting, shape, dtype, *map(_signature, modules))
+            if key not in known:
+                with simulation.running(), _explained(f"the objective after {unit.name!r}"):
+                    known[key] = _profile_end(modules, features, targets, inputs, simulation)
+            ends[role].append(known[key])
     first, middle, last = map(tuple, ends)
-    return Profile(tuple(profiles), (first, middle, last), inputs.nbytes + targets.nbytes)
+    return Profile(tuple(profiles), (first, middle, last), inputs.nbytes + targets.nbytes, step_each_block)
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Say which part it is that needs values to run."""
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:
+        raise LocalGradError(
+            f"{what} cannot be profiled without data ({str(error).strip().splitlines()[0]}): what a forward pass keeps "
+            "must follow from shapes alone; measure a real step with localgrad.memory.step_peak instead"
+        ) from error
 
 
 def _signature(module: nn.Module) -> tuple[object, ...]:
@@ -256,104 +309,154 @@ def _signature(module: nn.Module) -> tuple[object, ...]:
         settings = [
             (key, repr(value))
             for key, value in sorted(vars(layer).items())
-            if isinstance(value, int | str | list | tuple | type(None)) and not key.startswith("_")
+            if isinstance(value, int | str | list | tuple | type(None))
         ]
-        tensors = [(key, tensor.shape, tensor.requires_grad) for key, tensor in layer.named_parameters(recurse=False)]
+        tensors = [
+            (key, tensor.shape, tensor.dtype, tensor.requires_grad)
+            for key, tensor in layer.named_parameters(recurse=False)
+        ]
         code = layer.code if isinstance(layer, fx.GraphModule) else ""
         parts.append((name, type(layer), tuple(settings), tuple(tensors), code))
     return tuple(parts)
 
 
-def _profile_unit(module: nn.Module, features: Tensor, recompute: bool) -> UnitProfile:
-    def run(needs_gradient: bool) -> tuple[int, int, int, bool, bool, int]:
-        module.zero_grad(set_to_none=True)
-        counter = PeakMemory()
-        leaf = torch.empty_like(features, requires_grad=needs_gradient)
-        with counter:
-            entry = leaf * 1  # no leaf, so that only the unit's graph can keep it
-            size = counter.current
-            counter.peak = size
+class _Before(torch.autograd.Function):
+    """Features of the units before: nobody outside holds them, and their gradient is dropped when it arrives."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, features: Tensor) -> Tensor:
+        return torch.empty_like(features)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+class _After(torch.autograd.Function):
+    """The units after: they keep nothing, and give a gradient that is the engine's own, as in a real backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor) -> Tensor:
+        ctx.like = features.shape, features.dtype, features.device
+        return features.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        shape, dtype, device = ctx.like
+        return torch.empty(shape, dtype=dtype, device=device)
+
+
+def _profile_unit(
+    module: nn.Module, features: Tensor, recompute: bool, shared: bool, simulation: Simulation
+) -> tuple[UnitProfile, torch.Size, torch.dtype]:
+    """The profile, and the shape and dtype of the output."""
+    with torch.no_grad(), simulation.forward_pass():
+        result = module(features)
+    run = partial(_run_unit, module, features, recompute, simulation)
+    profiled, first = run(), run(first=True)
+    middle = run(shared=True).backward if shared else profiled.backward
+    if profiled.keeps_output:
+        last, alone = run(shared=shared, last=True).backward, run(first=True, last=True).backward
+    else:
+        last, alone = middle + profiled.output, first.backward + profiled.output
+    profiled = replace(
+        profiled, backward=middle, backward_first=first.backward, backward_last=last, backward_alone=alone
+    )
+    return profiled, result.shape, result.dtype
+
+
+def _run_unit(
+    module: nn.Module,
+    features: Tensor,
+    recompute: bool,
+    simulation: Simulation,
+    *,
+    first: bool = False,
+    shared: bool = False,
+    last: bool = False,
+) -> UnitProfile:
+    module.zero_grad(set_to_none=True)
+    anchor = torch.zeros((), device=features.device, requires_grad=True)
+    counter = PeakMemory()
+    with counter:
+        entry: Any = torch.empty_like(features) if first else _Before.apply(anchor, features)
+        size = counter.current
+        counter.peak = size
+        with simulation.forward_pass():
             result = recomputed(module, entry, module) if recompute else module(entry)
             forward = counter.peak - size
-            output = result.untyped_storage().nbytes()
-            edge = torch.autograd.graph.get_gradient_edge(result)
-            gradient = torch.empty_like(result)
-            before = counter.current
-            del result
-            keeps_output = counter.current == before
-            before = counter.current
-            del entry
-            keeps_input = counter.current == before
-            level = counter.current - gradient.nbytes
-            kept = level - (size if keeps_input else 0) - (output if keeps_output else 0)
-            counter.peak = counter.current
-            torch.autograd.backward(edge, gradient)
-            backward = counter.peak - (size if keeps_input else 0)
-        return forward, kept, output, keeps_input, keeps_output, backward
-
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    forward, kept, output, keeps_input, keeps_output, backward = run(needs_gradient=True)
-    backward_first = run(needs_gradient=False)[-1] if trained else backward
+            casts = counter.current
+        casts -= counter.current
+        output = result.untyped_storage().nbytes()
+        rest: Any = _After.apply(result)
+        held = [entry.detach()] * shared + [result.detach()] * last
+        before = counter.current
+        del result
+        keeps_output = counter.current == before
+        before = counter.current
+        del entry
+        keeps_input = counter.current == before
+        kept = counter.current - rest.nbytes - size * keeps_input - output * keeps_output
+        counter.peak = counter.current
+        if rest.requires_grad:
+            rest.backward()
+        backward = counter.peak - size * keeps_input
+    del held
     return UnitProfile(
         lasting=_lasting(module),
-        gradients=sum(parameter.nbytes for parameter in trained),
+        gradients=sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad),
         output=output,
         kept=kept,
         keeps_input=keeps_input,
         keeps_output=keeps_output,
+        casts=casts,
         forward=forward,
         backward=backward,
-        backward_first=backward_first,
+        backward_first=backward,
+        backward_last=backward,
+        backward_alone=backward,
     )
 
 
-def _profile_ends(
+def _auxiliary(
     unit: Unit,
     following: Sequence[Unit],
-    features: Tensor,
-    targets: Tensor,
-    inputs: Tensor,
+    example: Tensor,
+    role: int,
     objective: Objective | None,
     momentum: Momentum | None,
-) -> list[EndProfile]:
-    """For the first, a middle and the last local block; profiled once where they are built alike."""
-    if not following:
-        return [_profile_loss(F.cross_entropy, [], features, targets)] * 3
-    ends: list[EndProfile] = []
-    known: dict[str, EndProfile] = {}
-    for index in range(3):
-        try:
-            if objective is None:
-                raise LocalGradError("objective is None, and a block cannot end without one; give one")
-            branches, head = build_auxiliary(unit, following, inputs, index, 4, objective, momentum)
-        except LocalGradError:
-            ends.append(EndProfile(INFINITE, 0, 0))
-            continue
-        modules = [head] if branches is None else [branches, head]
-
-        def loss(
-            features: Tensor, targets: Tensor, head: nn.Module = head, branches: nn.Module | None = branches
-        ) -> Tensor:
-            return head(features if branches is None else branches(features), targets, inputs)
-
-        if str(head) not in known:
-            known[str(head)] = _profile_loss(loss, modules, features, targets)
-        ends.append(known[str(head)])
-    return ends
+) -> list[nn.Module] | None:
+    """Momentum and objective of the first, a middle or the last local block, if it can end after this unit."""
+    if objective is None:
+        return None
+    try:
+        branches, head = build_auxiliary(unit, following, example, role, 4, objective, momentum)
+    except LocalGradError:
+        return None
+    return [head] if branches is None else [branches, head]
 
 
-def _profile_loss(
-    loss: Callable[[Tensor, Tensor], Tensor], modules: Sequence[nn.Module], features: Tensor, targets: Tensor
+def _profile_end(
+    modules: Sequence[nn.Module], features: Tensor, targets: Tensor, inputs: Tensor, simulation: Simulation
 ) -> EndProfile:
-    counter = PeakMemory()
+    """Of momentum and objective, or of the cross-entropy of the model's output where there are none."""
+    modules = [simulation.place(module) for module in modules]
     entry = torch.empty_like(features, requires_grad=True)
+    counter = PeakMemory()
     with counter:
-        loss(entry, targets).backward()
+        with simulation.forward_pass():
+            mixed = modules[0](entry) if len(modules) == 2 else entry
+            loss = modules[-1](mixed, targets, inputs) if modules else F.cross_entropy(mixed, targets)
+            forward = counter.peak
+        del mixed
+        counter.peak = counter.current
+        loss.backward()
     trained = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
     return EndProfile(
         lasting=sum(map(_lasting, modules)),
         gradients=sum(parameter.nbytes for parameter in trained),
-        peak=counter.peak,
+        forward=forward,
+        backward=counter.peak,
     )
 
 

@@ -15,7 +15,8 @@ from localgrad.devices import provenance
 from localgrad.errors import LocalGradError
 from localgrad.objectives.dgl import dgl
 from localgrad.objectives.infopro import infopro
-from localgrad.planning import PlanRow, plan
+from localgrad.planning import PlanRow, plan_rows
+from localgrad.simulation import Precision
 
 UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
@@ -52,6 +53,8 @@ def plan_model(
     momentum: str,
     budget: int | None,
     num_blocks: Sequence[int] | None,
+    precision: Precision = "32-true",
+    step_each_block: bool = False,
 ) -> list[Sheet]:
     """Plan a model by name without momentum and, if one is given, with it, kept and recomputed.
 
@@ -72,21 +75,25 @@ def plan_model(
     if momentum != "none":
         choices[momentum] = MOMENTA[momentum]()
         choices[f"{momentum}, recomputed"] = MOMENTA[momentum](recompute=True)
-    # the budget is checked over all sheets, so that one that fits is enough
-    sheets = [
-        Sheet(label, plan(model, example, objective=factory, momentum=choice, num_blocks=num_blocks))
-        for label, choice in choices.items()
-    ]
-    least = min(row.peak for sheet in sheets for row in sheet.rows)
-    if budget is not None and least > budget:
-        plan(model, example, objective=factory, num_blocks=num_blocks, budget=min(budget, least - 1))
-    return [
-        Sheet(
-            sheet.label,
-            [PlanRow(**{**asdict(row), "fits": budget is None or row.peak <= budget}) for row in sheet.rows],
+    sheets, refusals, known = [], [], {}
+    for label, choice in choices.items():
+        rows, refusal = plan_rows(
+            model,
+            example,
+            objective=factory,
+            momentum=choice,
+            budget=budget,
+            num_blocks=num_blocks,
+            names=None,
+            precision=precision,
+            step_each_block=step_each_block,
+            known=known,
         )
-        for sheet in sheets
-    ]
+        sheets.append(Sheet(label, rows))
+        refusals.append((min(row.peak for row in rows), refusal))
+    if not any(row.fits for sheet in sheets for row in sheet.rows):
+        raise LocalGradError(min(refusals)[1])
+    return sheets
 
 
 def _objective(name: str, num_classes: int, *, large: bool) -> Objective:

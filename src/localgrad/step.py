@@ -17,18 +17,29 @@ class OutOfMemoryError(LocalGradError, torch.OutOfMemoryError):
 
 
 def local_step(
-    blocks: Sequence[Block], optimizers: Sequence[Optimizer], inputs: Tensor, targets: Tensor
+    blocks: Sequence[Block],
+    optimizers: Sequence[Optimizer],
+    inputs: Tensor,
+    targets: Tensor,
+    *,
+    step_each_block: bool = False,
 ) -> list[Tensor]:
     """Train every block on one batch.
 
     For each block: forward on a detached input, backward, drop the graph. Then for each block: its optimizer, and the
     EMA of its momentum auxiliary network. All blocks compute with the weights that the batch began with.
 
+    With `step_each_block` a block's optimizer and EMA follow its own backward pass at once, and its gradients are freed
+    before the next block starts, so that gradients of one block live at a time. The weights come out the same, bit for
+    bit: no block reads the weights of a block before it, and block j's EMA reads block j + 1, which has not stepped
+    yet. What differs is a batch that fails in the middle: blocks before the one that failed have stepped.
+
     Args:
         blocks: what `split` gave, in training mode.
         optimizers: one a block, over `block.trainable_parameters()`.
         inputs: `(N, 3, H, W)`, or what the model takes.
         targets: `(N,)` classes, or what the objectives and the criterion take.
+        step_each_block: see above.
 
     Returns:
         One detached scalar loss a block.
@@ -39,9 +50,15 @@ def local_step(
             shape).
         OutOfMemoryError: a block does not fit into the device's memory; it is torch's error too.
     """
-    _check_optimizers(blocks, optimizers)
+    check_optimizers(blocks, optimizers)
     for block in blocks:
         block.check_training()
+    if step_each_block:
+
+        def update(index: int, loss: Tensor) -> None:
+            apply_updates([blocks[index]], [optimizers[index]])
+
+        return local_gradients(blocks, inputs, targets, after_block=update)
     losses = local_gradients(blocks, inputs, targets)
     apply_updates(blocks, optimizers)
     return losses
@@ -56,6 +73,7 @@ def local_gradients(
     scale: float = 1.0,
     context: Callable[[int], AbstractContextManager[Any]] = nullcontext,
     on_output: Callable[[Tensor], Any] | None = None,
+    after_block: Callable[[int, Tensor], Any] | None = None,
 ) -> list[Tensor]:
     """The first half of `local_step`: add the gradients of every block's loss, times `scale`, to its parameters.
 
@@ -67,6 +85,7 @@ def local_gradients(
         scale: factor of every loss, for a part of a batch.
         context: what a block's forward pass runs in, such as autocast, by its place among these blocks.
         on_output: called with the last block's detached output before that block's backward pass begins.
+        after_block: called with a block's place and its loss when it has its gradients, before the next block starts.
 
     Returns:
         One detached scalar loss a block, not scaled.
@@ -100,6 +119,8 @@ def local_gradients(
             raise explained from error
         losses.append(loss.detach())
         del loss
+        if after_block is not None:
+            after_block(index, losses[-1])
     return losses
 
 
@@ -108,14 +129,15 @@ def apply_updates(blocks: Sequence[Block], optimizers: Sequence[Optimizer]) -> N
 
     Block j's EMA reads block j + 1 before that block's optimizer has stepped: the weights that the batch began with.
     """
-    _check_optimizers(blocks, optimizers)
+    check_optimizers(blocks, optimizers)
     for block, optimizer in zip(blocks, optimizers, strict=True):
         optimizer.step()
         block.update_momentum()
         optimizer.zero_grad(set_to_none=True)
 
 
-def _check_optimizers(blocks: Sequence[Block], optimizers: Sequence[Optimizer]) -> None:
+def check_optimizers(blocks: Sequence[Block], optimizers: Sequence[Optimizer]) -> None:
+    """Refuse optimizers that are not one a block."""
     if isinstance(blocks, Block) or isinstance(optimizers, Optimizer) or not hasattr(optimizers, "__len__"):
         raise LocalGradError(
             f"blocks is a {type(blocks).__name__} and optimizers a {type(optimizers).__name__}: give two lists, "

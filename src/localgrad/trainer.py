@@ -2,7 +2,8 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from localgrad.batchnorm import synchronise
+from localgrad.blocks import Block
 from localgrad.build import build_blocks, build_model, build_optimizers, with_defaults
 from localgrad.config import TrainConfig, to_dict, validate
 from localgrad.devices import as_launched, make_fabric, noticed_losses, provenance, resolve_precision, restarted
@@ -51,7 +53,7 @@ def fit(config: TrainConfig, run_dir: str | Path, *, resume: bool = False, quiet
     folder = RunFolder(Path(run_dir))
     resume = resume or (restarted() and folder.has_checkpoint)
     with noticed_losses():
-        run = set_up(with_defaults(validate(as_launched(config))), folder, resume)
+        run = set_up(with_defaults(as_launched(validate(config))), folder, resume)
         return _fit(run, quiet or not run.fabric.is_global_zero)
 
 
@@ -195,15 +197,16 @@ def train_epoch(run: Run, display: Display, interrupted: Interrupts) -> None:
     run.seconds.clear()
     begin = time.perf_counter()
     for batch in _batches(run, interrupted.is_set):
-        first = state.step == 0  # its memory is measured, which takes time, so it is not timed
-        losses = _measured_step(run, *batch) if first else train_step(run, *batch)
+        # the first step also makes the optimizers' state, so the second is measured too; neither is timed
+        measured = state.step < 2
+        losses = _measured_step(run, *batch) if measured else train_step(run, *batch)
         if losses is not None:
             sums += torch.cat([losses, losses.new_ones(1)]) * len(batch[0])
         state.batch, state.step = state.batch + 1, state.step + 1
         if display.is_due():
             _show(run, display, sums)
         now = time.perf_counter()
-        run.seconds.extend([] if first else [now - begin])
+        run.seconds.extend([] if measured else [now - begin])
         begin = now
         if run.stage:  # asking all ranks would make each wait for the last
             stop = run.stage.is_last_batch
@@ -277,15 +280,16 @@ def train_step(run: Run, inputs: Tensor, targets: Tensor, features: Tensor | Non
                 scale=len(part) * run.replicas / whole,
                 context=_forward_context(run, number),
                 on_output=stage.send if stage else None,
+                after_block=partial(_update_block, run) if run.config.step_each_block else None,
             )
         own += share * torch.stack(part_losses)
-    norms = gradient_norms(run, own)
+    if run.config.step_each_block:
+        return own
+    norms = gradient_norms(run.own_blocks, own)
     if not all_finite(run, own, norms):
         return stop_or_skip(run, own, norms, buffers)
     run.state.skipped_in_a_row = 0
-    if optim.clip_norm is not None:
-        for block, norm in zip(run.own_blocks, norms, strict=True):
-            nn.utils.clip_grads_with_norm_(block.trainable_parameters(), optim.clip_norm, norm)
+    _clip(run, run.own_blocks, norms)
     if stage is None:
         apply_updates(run.blocks, run.optimizers)
         return own
@@ -294,6 +298,22 @@ def train_step(run: Run, inputs: Tensor, targets: Tensor, features: Tensor | Non
     losses = own.new_zeros(len(run.blocks))
     losses[run.own.start : run.own.stop] = own * stage.num_stages  # so that the mean over all processes is that of own
     return losses
+
+
+def _update_block(run: Run, index: int, loss: Tensor) -> None:
+    """Check, clip and step one block alone."""
+    block, losses = run.blocks[index], loss[None]
+    norms = gradient_norms([block], losses)
+    if not all_finite(run, losses, norms):
+        stop_or_skip(run, losses, norms, [], first=index)
+    _clip(run, [block], norms)
+    apply_updates([block], [run.optimizers[index]])
+
+
+def _clip(run: Run, blocks: Sequence[Block], norms: Tensor) -> None:
+    if run.config.optim.clip_norm is not None:
+        for block, norm in zip(blocks, norms, strict=True):
+            nn.utils.clip_grads_with_norm_(block.trainable_parameters(), run.config.optim.clip_norm, norm)
 
 
 def _forward_context(run: Run, part: int) -> Callable[[int], contextlib.AbstractContextManager[None]]:
@@ -310,7 +330,7 @@ def _forward_context(run: Run, part: int) -> Callable[[int], contextlib.Abstract
 
 
 def _measured_step(run: Run, *batch: Tensor) -> Tensor | None:
-    losses, peak = measure_peak(lambda: train_step(run, *batch))
+    losses, peak = measure_peak(lambda: train_step(run, *batch), run.fabric.device)
     largest = run.fabric.all_reduce(torch.tensor(peak, device=run.fabric.device), reduce_op="max")
     run.state.peak_memory_bytes = int(largest)
     return losses
