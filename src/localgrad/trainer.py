@@ -53,7 +53,7 @@ def fit(config: TrainConfig, run_dir: str | Path, *, resume: bool = False, quiet
     folder = RunFolder(Path(run_dir))
     resume = resume or (restarted() and folder.has_checkpoint)
     with noticed_losses():
-        run = set_up(with_defaults(as_launched(validate(config))), folder, resume)
+        run = set_up(with_defaults(validate(as_launched(validate(config)))), folder, resume)
         return _fit(run, quiet or not run.fabric.is_global_zero)
 
 
