@@ -237,3 +237,23 @@ def test_a_batch_that_fails_in_the_middle_has_stepped_the_blocks_before_it() -> 
         assert changed == [step_each_block, False]
     with pytest.raises(LocalGradError, match=r"1 optimizers for 2 blocks"):
         local_step(blocks, optimizers_of(blocks)[:1], *batch(), step_each_block=True)
+
+
+def test_every_block_gets_the_batch_and_the_features_without_a_copy() -> None:
+    seen: list[tuple[torch.Tensor, ...]] = []
+
+    class Watching(nn.Module):
+        def forward(self, features: torch.Tensor, targets: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+            seen.append((features, targets, inputs))
+            return features.mean()
+
+    blocks = split(cifar_resnet(8), EXAMPLE, num_blocks=4, balance="count", objective=lambda site: Watching())
+    received: list[torch.Tensor] = []
+    for block in blocks:
+        block.body[0].register_forward_pre_hook(lambda module, arguments: received.append(arguments[0]))
+    inputs, targets = batch()
+    local_step(blocks, optimizers_of(blocks), inputs, targets)
+    assert len(seen) == 3
+    assert all(given[1] is targets and given[2] is inputs for given in seen)
+    given = [inputs, *(features for features, _, _ in seen)]
+    assert [a.data_ptr() for a in received] == [a.data_ptr() for a in given]

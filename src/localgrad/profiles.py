@@ -375,6 +375,10 @@ def _run_unit(
     shared: bool = False,
     last: bool = False,
 ) -> UnitProfile:
+    """What one forward and one backward pass show.
+
+    `first`: its input needs no gradient. `shared`: its input stays, for the unit before. `last`: its output stays.
+    """
     module.zero_grad(set_to_none=True)
     anchor = torch.zeros((), device=features.device, requires_grad=True)
     counter = PeakMemory()
