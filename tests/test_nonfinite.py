@@ -80,7 +80,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(
 def test_the_norms_are_those_of_the_gradients(tmp_path: Path) -> None:
     run = _set_up(LOCAL, tmp_path)
     trainer.local_gradients(run.blocks, *next(iter(trainer._batches(run))))
-    norms = nonfinite.gradient_norms(run, torch.zeros(3))
+    norms = nonfinite.gradient_norms(run.blocks, torch.zeros(3))
     for block, norm in zip(run.blocks, norms, strict=True):
         squares = [p.grad.double().square().sum() for p in block.trainable_parameters() if p.grad is not None]
         assert float(norm) == pytest.approx(float(torch.stack(squares).sum().sqrt()), rel=1e-5)

@@ -139,7 +139,12 @@ def test_a_run_on_two_ranks_is_that_of_one_process(tmp_path: Path) -> None:
 
 
 def test_replicas_of_a_pipeline_are_data_parallel(tmp_path: Path) -> None:
-    run_ranks(_fit, 2, replace(LOCAL, devices=2), tmp_path / "data", 0, False)
+    data = replace(LOCAL, devices=2)
+    run_ranks(_fit, 2, data, tmp_path / "data", 0, False)
+    with pytest.raises(KeyboardInterrupt, match="after step 2; everything is saved"):
+        run_ranks(_fit, 2, data, tmp_path / "resumed", 2, False)
+    run_ranks(_fit, 2, data, tmp_path / "resumed", 0, True)
+    assert_same_run(tmp_path / "data", tmp_path / "resumed")
     run_ranks(_fit, 4, replace(BLOCKS, devices=4, replicas=2), tmp_path / "both", 0, False)
     assert_same_run(tmp_path / "data", tmp_path / "both")
 

@@ -122,7 +122,7 @@ def test_the_autocast_that_is_meant_for_cuda_keeps_what_cudas_does(family: str) 
             output = module(torch.empty(2, 3, 32, 32, device=device))
             kept.append(counter.current - before)
         del output
-    assert kept[1] == pytest.approx(kept[0], rel=0.001)
+    assert kept[1] == pytest.approx(kept[0], rel=0.01)
     assert (kept[2] < 0.97 * kept[0]) == (family == "convnext")
 
 
@@ -219,7 +219,7 @@ def test_the_smallest_number_of_blocks_that_fits_is_among_the_rows() -> None:
 def test_what_is_impossible_is_refused_with_what_would_fit() -> None:
     model = cifar_resnet(8, NUM_CLASSES)
     dgl = localgrad.dgl(NUM_CLASSES)
-    with pytest.raises(LocalGradError, match="budget is 0 bytes: give more than 0"):
+    with pytest.raises(LocalGradError, match="budget is 0: give a whole number of bytes more than 0"):
         plan(model, EXAMPLE, objective=dgl, budget=0)
     with pytest.raises(LocalGradError, match=r"budget is 0.01 MiB.*the unit 'layer1.0' alone needs.*") as refused:
         plan(model, EXAMPLE, objective=dgl, budget=1000)

@@ -244,12 +244,12 @@ def test_a_skip_over_two_layers_keeps_them_in_one_unit() -> None:
     ("model", "example", "message"),
     [
         (
-            nn.Linear(4, 3),
+            nn.Sequential(nn.Linear(4, 3)),
             torch.zeros(2, 4, dtype=torch.long),
             r"example is \(2, 4\) torch.int64.*floating-point batch",
         ),
-        (nn.Linear(4, 3), torch.empty(4), r"example is \(4,\)"),
-        (nn.Linear(4, 3), "images", r"example is 'images'"),
+        (nn.Sequential(nn.Linear(4, 3)), torch.empty(4), r"example is \(4,\)"),
+        (nn.Sequential(nn.Linear(4, 3)), "images", r"example is 'images'"),
         (nn.Sequential(nn.Linear(4, 3)), torch.empty(2, 5), r"does not run on the example of shape \(2, 5\)"),
     ],
 )

@@ -42,7 +42,7 @@ def memory_advice(config: TrainConfig, num_classes: int, cuts: list[str], capaci
     least = min(rows, key=lambda row: row.peak)
     best = next((row for row in rows if capacity is not None and row.peak <= capacity), least)
     said = f"`localgrad plan` predicts {_size(now)} for a step of {len(cuts) + 1} block(s) and {images} images"
-    if best.peak >= now:
+    if best.peak >= now or best.cuts == tuple(cuts):
         return f"{said}, and no other cuts take less; {smaller}"
     loss = "" if objective else "--objective.name dgl "
     return f"{said}, {_size(best.peak)} with {best.num_blocks} blocks: {loss}--cuts {' '.join(best.cuts)}; {smaller}"

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ def _sort_in(found: Results, path: Path, values: Any, warn: Callable[[str], None
         elif _has_rows(values, "row", "seconds_per_step"):
             found.speeds.append(Sheet(path, _checked_rows(values, "seconds_per_step")))
         else:
-            return "settings" in values and "versions" in values  # another benchmark's, for which there is no section
+            return "versions" in values  # another benchmark's, for which there is no section
     except KeyError as error:
         raise LocalGradError(f"{path} is damaged: it has no {error}") from None
     except (TypeError, ValueError, AttributeError, IndexError) as error:
@@ -118,7 +118,9 @@ def _checked_rows(values: dict[str, Any], *names: str) -> dict[str, Any]:
 
 
 def _result(values: dict[str, Any]) -> Result:
-    result = Result(**{each.name: values[each.name] for each in fields(Result)})
+    result = Result(
+        **{each.name: values[each.name] for each in fields(Result) if each.name in values or each.default is MISSING}
+    )
     for name in ("test_error", "best_test_error", "best_epoch", "num_blocks", "peak_memory_bytes", "seconds_per_step"):
         number(getattr(result, name), name)
     number(result.wall_seconds, "wall_seconds")
