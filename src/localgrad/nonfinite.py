@@ -72,11 +72,11 @@ def _complaint(run: Run, losses: Tensor, norms: Tensor, first: int) -> str:
     names, state = run.blocks[index].names, run.state
     skipped = f", after {state.skipped_in_a_row} batches in a row were skipped" if state.skipped_in_a_row else ""
     whose = "its" if run.config.step_each_block or run.stage else "all"
-    stepped = ", those of the blocks before it were not" if run.config.step_each_block and index else ""
+    before = ", those of the blocks before it were not" if run.config.step_each_block and index else ""
     block = f"block {index + 1} of {len(run.blocks)} ({names[0]} to {names[-1]})"
     return (
         f"the {what} of {block} is {float(values[place])} at "
         f"epoch {state.epoch}, step {state.step + 1}, learning rate {run.learning_rate:g}, in batch {state.batch + 1} "
-        f"of the epoch{skipped}; {whose} weights were left as they were before this step{stepped}; try a lower --optim.lr, "
-        "--optim.clip-norm 1, or --on-nonfinite skip for a rare bad batch"
+        f"of the epoch{skipped}; {whose} weights were left as they were before this step{before}; try "
+        "a lower --optim.lr, --optim.clip-norm 1, or --on-nonfinite skip for a rare bad batch"
     )
