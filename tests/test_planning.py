@@ -122,7 +122,7 @@ def test_the_autocast_that_is_meant_for_cuda_keeps_what_cudas_does(family: str) 
             output = module(torch.empty(2, 3, 32, 32, device=device))
             kept.append(counter.current - before)
         del output
-    assert kept[1] == pytest.approx(kept[0], rel=0.001)
+    assert kept[1] == pytest.approx(kept[0], rel=0.01)
     assert (kept[2] < 0.97 * kept[0]) == (family == "convnext")
 
 
@@ -174,7 +174,7 @@ def test_the_best_cuts_are_those_that_brute_force_finds() -> None:
             for _ in range(length)
         )
         ends = [tuple(EndProfile(*(draw.randint(0, 30) for _ in range(4))) for _ in range(length)) for _ in range(3)]
-        profiled = Profile(chain, (ends[0], ends[1], ends[2]), batch=5)
+        profiled = Profile(chain, (ends[0], ends[1], ends[2]), batch=5, step_each_block=draw.random() < 0.5)
         for count in range(1, length + 1):
             found = profiled.best_cuts(count)
             assert len(found) == count - 1
