@@ -174,7 +174,7 @@ def test_the_best_cuts_are_those_that_brute_force_finds() -> None:
             for _ in range(length)
         )
         ends = [tuple(EndProfile(*(draw.randint(0, 30) for _ in range(4))) for _ in range(length)) for _ in range(3)]
-        profiled = Profile(chain, (ends[0], ends[1], ends[2]), batch=5)
+        profiled = Profile(chain, (ends[0], ends[1], ends[2]), batch=5, step_each_block=draw.random() < 0.5)
         for count in range(1, length + 1):
             found = profiled.best_cuts(count)
             assert len(found) == count - 1
