@@ -39,7 +39,7 @@ def measure(batch_size: int, rounds: int, run_dir: Path) -> dict[str, Any]:
             seconds[name].append(time.perf_counter() - begin)
         trainer.local_gradients(run.blocks, inputs, targets)
         begin = time.perf_counter()
-        nonfinite.gradient_norms(run, without)
+        nonfinite.gradient_norms(run.blocks, without)
         seconds["norms"].append(time.perf_counter() - begin)
     checked, unchecked, norms = (values[1:] for values in seconds.values())
     return {

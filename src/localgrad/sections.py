@@ -72,6 +72,7 @@ def _row_head(row: Row) -> str:
 
 
 def errors(table: Table) -> str:
+    """HTML of a table: mean, deviation and number of runs of each row, beside the paper's value."""
     own, theirs = table.config["optim"]["epochs"], table.paper_epochs
     rows = [
         [
@@ -107,6 +108,7 @@ def _told(table: Table) -> str:
 
 
 def curves(grouped: Sequence[Table]) -> Iterator[Captioned]:
+    """A picture of learning curves for each table, with its caption."""
     for table in grouped:
         several = any(len(row.runs) > 1 for row in table.rows)
         band = " Lines are means over seeds, bands reach from the best to the worst seed." if several else ""
@@ -116,6 +118,7 @@ def curves(grouped: Sequence[Table]) -> Iterator[Captioned]:
 
 
 def costs(grouped: Sequence[Table], pictures: Pictures) -> Iterator[str]:
+    """HTML of memory, error and time of each table, with the picture that sets them against each other."""
     head = ["training", "memory, MiB", "s a step", "hours", "parameters"]
     for table in grouped:
         for device in table.devices:
@@ -157,6 +160,7 @@ def _short(number: int) -> str:
 
 
 def local_heads(grouped: Sequence[Table]) -> Iterator[Captioned]:
+    """A picture of the errors of the blocks' own heads for each table that has them."""
     for table in grouped:
         runs = [run for row in table.rows for run in row.runs if run.result.local_errors and row.num_blocks > 1]
         caption = (
@@ -173,6 +177,7 @@ def _of(run: dict[str, Any]) -> str:
 
 
 def order_of(sheet: Sheet) -> tuple[Any, ...]:
+    """What an analysis is sorted by: its run's place in the papers, seed and path."""
     run = sheet.values["runs"][0]
     return (*place(run["config"], run["num_blocks"]), run["config"]["seed"], str(sheet.path))
 
@@ -187,6 +192,7 @@ def _where(values: dict[str, Any]) -> str:
 
 
 def probes(sheets: Sequence[Sheet], pictures: Pictures) -> Iterator[str]:
+    """HTML of linear probes, a curve a run, for each network that was probed."""
     grouped: dict[tuple[Any, ...], list[Sheet]] = {}
     for sheet in sheets:
         run = sheet.values["runs"][0]
@@ -212,6 +218,7 @@ def probes(sheets: Sequence[Sheet], pictures: Pictures) -> Iterator[str]:
 
 
 def alignments(sheets: Sequence[Sheet], pictures: Pictures) -> str:
+    """HTML of the CKA maps, with their mean diagonals as a table."""
     if not sheets:
         return ""
     rows = [
@@ -237,6 +244,7 @@ def _maps(sheets: Sequence[Sheet]) -> Iterator[Captioned]:
 
 
 def features(sheets: Sequence[Sheet]) -> Iterator[Captioned]:
+    """Pictures of features, each with its caption."""
     for sheet in sheets:
         values, run = sheet.values, sheet.values["runs"][0]
         labels = ", ".join(map(str, values["image_labels"]))
@@ -258,6 +266,7 @@ def features(sheets: Sequence[Sheet]) -> Iterator[Captioned]:
 
 
 def plans(sheets: Sequence[Sheet]) -> Iterator[Captioned]:
+    """A picture of planned memory over the number of blocks for each plan."""
     for sheet in sheets:
         caption = (
             f"Predicted peak memory of a step over the number of blocks: {sheet.values['title']}. Dashed: activation "
@@ -267,6 +276,7 @@ def plans(sheets: Sequence[Sheet]) -> Iterator[Captioned]:
 
 
 def speeds(sheets: Sequence[Sheet]) -> Iterator[Captioned]:
+    """A picture of seconds a step for each table of them."""
     for sheet in sheets:
         settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in _settings(sheet.values))
         caption = f"Seconds of one training step, side by side on {sheet.values.get('device', 'one machine')}"
@@ -279,6 +289,7 @@ def _settings(values: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def files(found: Results, folder: Path) -> str:
+    """HTML of the list of files that the page was made from."""
     origins = [(run.path, vars(run.result)) for run in found.runs]
     sheets = [*found.probes, *found.alignments, *found.pictures, *found.plans, *found.speeds]
     origins += [(sheet.path, sheet.values) for sheet in sheets]
