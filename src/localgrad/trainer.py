@@ -15,7 +15,15 @@ from localgrad.batchnorm import synchronise
 from localgrad.blocks import Block
 from localgrad.build import build_blocks, build_model, build_optimizers, with_defaults
 from localgrad.config import TrainConfig, to_dict, validate
-from localgrad.devices import as_launched, make_fabric, noticed_losses, provenance, resolve_precision, restarted
+from localgrad.devices import (
+    as_launched,
+    keep_freed_memory,
+    make_fabric,
+    noticed_losses,
+    provenance,
+    resolve_precision,
+    restarted,
+)
 from localgrad.errors import LocalGradError
 from localgrad.evaluation import error_rates
 from localgrad.interrupts import InterruptedRun, Interrupts, noted_interrupts
@@ -83,6 +91,8 @@ def set_up(config: TrainConfig, folder: RunFolder, resume: bool) -> Run:
     fabric.launch()
     if fabric.device.type == "cuda":
         torch.backends.cudnn.benchmark = True
+    elif fabric.device.type == "cpu":
+        keep_freed_memory()
     train, test = load_images(config.data)
     torch.manual_seed(config.seed)
     model = build_model(config.model, train.num_classes)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from localgrad.blocks import Site
 from localgrad.errors import LocalGradError
 from localgrad.models import initialise
-from localgrad.objectives.features import AsMap, check_num_classes
+from localgrad.objectives.features import AsMap, MeanOverSpace, check_num_classes
 
 
 class Classifier(nn.Module):
@@ -24,9 +24,7 @@ class Classifier(nn.Module):
             )
         else:
             as_map = AsMap(site, "classifier")
-            self.classifier = nn.Sequential(
-                as_map, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes)
-            )
+            self.classifier = nn.Sequential(as_map, MeanOverSpace(), nn.Linear(channels, num_classes))
         initialise(self)
 
     def predict(self, features: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from localgrad.blocks import Site
 from localgrad.models import initialise
-from localgrad.objectives.features import AsMap, check_choice, check_num_classes, conv_norm_relu
+from localgrad.objectives.features import AsMap, MeanOverSpace, check_choice, check_num_classes, conv_norm_relu
 
 Head = Literal["original", "compact", "wide", "light"]
 
@@ -69,8 +69,7 @@ def _wide(channels: int, size: tuple[int, int], num_classes: int) -> list[nn.Mod
     return [
         nn.AdaptiveAvgPool2d(8),
         *convs,
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
+        MeanOverSpace(),
         *mlp,
         nn.Linear(512, num_classes),
     ]
@@ -79,7 +78,7 @@ def _wide(channels: int, size: tuple[int, int], num_classes: int) -> list[nn.Mod
 def _light(channels: int, size: tuple[int, int], num_classes: int) -> list[nn.Module]:
     width = max(channels // 4, 1)
     convs = [*conv_norm_relu(channels, width, 1), *conv_norm_relu(width, width, 3, 2)]
-    return [*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes)]
+    return [*convs, MeanOverSpace(), nn.Linear(width, num_classes)]
 
 
 def _pooled(size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
