@@ -4,8 +4,13 @@ The rows take turns, a step each, so that whatever else the machine does hits al
 the rounds of a row's time over the reference's time in the same round.
 
     python benchmarks/speed.py --data path/to/cifar10 --rounds 15 -o results/speed.json
+    python benchmarks/speed.py --network resnet50 --data path/to/imagenette --batch-size 32 \\
+        -o results/speed-resnet50.json
 
-Reference: a plain end-to-end loop of the same network in float32, NCHW, written out below.
+- resnet32, CIFAR-10: the papers' methods at MAN's K=16 cuts. Reference: a plain end-to-end loop of the same network in
+  float32, NCHW, written out below.
+- resnet50, Imagenette at 128 px: DGL+MAN in four blocks at the cuts that `plan` gives for this batch, with the peak
+  memory of each row. Reference: end-to-end, as the trainer does it.
 """
 
 import argparse
@@ -22,10 +27,17 @@ import torch.nn.functional as F
 from report import environment, print_table, write
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
+from localgrad.build import build_factories, build_model
+from localgrad.config import TrainConfig
+from localgrad.devices import resolve_precision
+from localgrad.memory import measure_peak
 from localgrad.models import CifarResNet, cifar_resnet
+from localgrad.planning import plan
 from localgrad.recipes import recipe
 from localgrad.runs import RunFolder
+from localgrad.state import Run
 from localgrad.trainer import set_up, train_step
 
 ROWS = {
@@ -36,6 +48,7 @@ ROWS = {
     "InfoPro+MAN, 15 blocks": "cifar10-resnet32-k16-infopro-man",
 }
 Step = Callable[[], Any]
+Measured = tuple[str, list[dict[str, Any]], dict[str, list[float]]]
 
 
 def plain_step(batches: Iterator[tuple[Tensor, Tensor]], *, dtype: torch.dtype, channels_last: bool) -> Step:
@@ -81,17 +94,20 @@ def checkpointed(model: CifarResNet, inputs: Tensor) -> Tensor:
     return model.fc(model.avgpool(features).flatten(1))
 
 
-def trainer_step(name: str, data: str, batch_size: int, folder: Path) -> tuple[Step, Any]:
+def trainer_step(config: TrainConfig, data: str, folder: Path) -> tuple[Step, Run]:
     """A step of the trainer, as `localgrad train` does it; also the run."""
-    config = recipe(name).config
     config = replace(
-        config,
-        data=replace(config.data, source=data, train_limit=64 * batch_size, test_limit=100),
-        optim=replace(config.optim, batch_size=batch_size),
+        config, data=replace(config.data, source=data, train_limit=16 * config.optim.batch_size, test_limit=100)
     )
-    run = set_up(config, RunFolder(folder / name), resume=False)
-    batches = forever(run, batch_size, channels_last=True)
+    run = set_up(config, RunFolder(folder), resume=False)
+    batches = forever(run, config.optim.batch_size, channels_last=True)
     return lambda: train_step(run, *next(batches)), run
+
+
+def of_recipe(name: str, batch_size: int) -> TrainConfig:
+    """A recipe with another batch size."""
+    config = recipe(name).config
+    return replace(config, optim=replace(config.optim, batch_size=batch_size))
 
 
 def forever(run: Any, batch_size: int, *, channels_last: bool) -> Iterator[tuple[Tensor, Tensor]]:
@@ -104,29 +120,43 @@ def forever(run: Any, batch_size: int, *, channels_last: bool) -> Iterator[tuple
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="uoft-cs/cifar10", help="CIFAR-10, a hub name or a folder")
+    parser.add_argument("--network", choices=["resnet32", "resnet50"], default="resnet32")
+    parser.add_argument("--data", default="uoft-cs/cifar10", help="the network's images, a hub name or a folder")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("-o", "--output", type=Path, default=Path("results/speed.json"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    steps: dict[str, Step] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for label, name in ROWS.items():
-            steps[label], run = trainer_step(name, options.data, options.batch_size, Path(folder))
-        native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        best = torch.bfloat16 if native else torch.float32
-        loops = {
-            "plain loop, float32 NCHW": (torch.float32, False),
-            f"plain loop, {'bfloat16' if native else 'float32'} channels last": (best, True),
-        }
-        for label, (dtype, channels_last) in loops.items():
-            batches = forever(run, options.batch_size, channels_last=channels_last)
-            steps[label] = plain_step(batches, dtype=dtype, channels_last=channels_last)
-        batches = forever(run, options.batch_size, channels_last=True)
-        steps["end-to-end, every unit checkpointed"] = checkpointed_step(batches)
-        seconds = take_turns(steps, options.rounds)
+        measure = resnet32 if options.network == "resnet32" else resnet50
+        title, rows, seconds = measure(options, Path(folder))
+    print_table(f"{title}, batch {options.batch_size}, {options.threads} thread(s)", rows)
+    settings = {name: str(value) for name, value in vars(options).items() if name not in ("output", "data")}
+    write(options.output, {"settings": settings, "rows": rows, "seconds": seconds, **environment()})
+
+
+def resnet32(options: argparse.Namespace, folder: Path) -> Measured:
+    """ResNet-32 on CIFAR-10: every method, plain loops, and checkpointing."""
+    runs = {
+        label: trainer_step(of_recipe(name, options.batch_size), options.data, folder / name)
+        for label, name in ROWS.items()
+    }
+    steps: dict[str, Step] = {label: step for label, (step, _) in runs.items()}
+    run = next(run for _, run in runs.values())
+    native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    best = torch.bfloat16 if native else torch.float32
+    loops = {
+        "plain loop, float32 NCHW": (torch.float32, False),
+        f"plain loop, {'bfloat16' if native else 'float32'} channels last": (best, True),
+    }
+    for label, (dtype, channels_last) in loops.items():
+        batches = forever(run, options.batch_size, channels_last=channels_last)
+        steps[label] = plain_step(batches, dtype=dtype, channels_last=channels_last)
+    batches = forever(run, options.batch_size, channels_last=True)
+    steps["end-to-end, every unit checkpointed"] = checkpointed_step(batches)
+    counted = {label: operations(step) for label, step in steps.items()}
+    seconds = take_turns(steps, options.rounds)
     reference, same = list(loops)
     rows = [
         {
@@ -134,12 +164,58 @@ def main() -> None:
             "seconds_per_step": statistics.median(times),
             "ratio_to_float32_nchw": ratio(times, seconds[reference]),
             "ratio_to_same_precision_and_layout": ratio(times, seconds[same]),
+            "ratio_of_operations": counted[label] / counted[reference],
         }
         for label, times in seconds.items()
     ]
-    print_table(f"ResNet-32, 32 px, batch {options.batch_size}, {options.threads} thread(s)", rows)
-    settings = {name: str(value) for name, value in vars(options).items() if name not in ("output", "data")}
-    write(options.output, {"settings": settings, "rows": rows, "seconds": seconds, **environment()})
+    return "ResNet-32, 32 px", rows, seconds
+
+
+def resnet50(options: argparse.Namespace, folder: Path) -> Measured:
+    """ResNet-50 on Imagenette: end-to-end, checkpointed, and DGL+MAN at the planned cuts."""
+    local = of_recipe("imagenette-resnet50-k4-dgl-man", options.batch_size)
+    whole = of_recipe("imagenette-resnet50-e2e", options.batch_size)
+    lean = replace(local, momentum=replace(local.momentum, recompute=True))
+    configs = {
+        "end-to-end": whole,
+        "end-to-end, every unit checkpointed": replace(whole, recompute=True),
+        "DGL+MAN, 4 blocks": replace(local, cuts=planned_cuts(local)),
+        "DGL+MAN, 4 blocks, branches recomputed": replace(lean, cuts=planned_cuts(lean)),
+    }
+    runs = {label: trainer_step(config, options.data, folder / label) for label, config in configs.items()}
+    peaks = {label: measure_peak(step)[1] for label, (step, _) in runs.items() for _ in range(2)}  # the second counts
+    counted = {label: operations(step) for label, (step, _) in runs.items()}
+    seconds = take_turns({label: step for label, (step, _) in runs.items()}, options.rounds)
+    rows = [
+        {
+            "row": label,
+            "cuts": " ".join(config.cuts or ()),
+            "seconds_per_step": statistics.median(seconds[label]),
+            "ratio_to_end_to_end": ratio(seconds[label], seconds["end-to-end"]),
+            "ratio_of_operations": counted[label] / counted["end-to-end"],
+            "peak_mib": peaks[label] / 2**20,
+        }
+        for label, config in configs.items()
+    ]
+    return "ResNet-50, 128 px", rows, seconds
+
+
+def planned_cuts(config: TrainConfig) -> tuple[str, ...]:
+    """The cuts into four blocks with the smallest peak, in the precision that the trainer takes."""
+    model = build_model(config.model, 10)
+    example = torch.zeros(config.optim.batch_size, 3, config.data.image_size, config.data.image_size)
+    objective, momentum = build_factories(config, 10)
+    precision = resolve_precision(config)
+    assert objective is not None
+    rows = plan(model, example, objective=objective, momentum=momentum, num_blocks=[4], precision=precision)
+    return next(row.cuts for row in rows if row.num_blocks == 4 and not row.recompute)
+
+
+def operations(step: Step) -> int:
+    """Floating-point operations of one step, backward passes included."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
 
 
 def take_turns(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
