@@ -31,10 +31,45 @@ def plan_table(path: Path) -> str:
 
 
 def speed_table(path: Path) -> str:
-    """Seconds a step of `speed.json` and their ratio to the plain loop as a Markdown table."""
+    """Seconds a step of `speed.json`, and what they and its operations are to end-to-end's, as a Markdown table."""
     rows = json.loads(path.read_text())["rows"]
-    lines = ["| step | seconds | to the plain float32 NCHW loop |", "|---|--:|--:|"]
-    lines += [f"| {r['row']} | {r['seconds_per_step']:.2f} | {r['ratio_to_float32_nchw']:.2f} |" for r in rows]
+    ratios = ("ratio_to_float32_nchw", "ratio_to_same_precision_and_layout", "ratio_of_operations")
+    lines = [
+        "| step | seconds | to the float32 NCHW loop | to the bfloat16 loop | operations |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    lines += [
+        f"| {r['row']} | {r['seconds_per_step']:.2f} | {' | '.join(f'{r[name]:.2f}' for name in ratios)} |"
+        for r in rows
+    ]
+    return "\n".join(lines)
+
+
+def lean_table(path: Path) -> str:
+    """Time, operations and peak memory of `speed-resnet50.json` as a Markdown table."""
+    rows = json.loads(path.read_text())["rows"]
+    lines = ["| step | seconds | to end-to-end | operations | peak memory of a step |", "|---|--:|--:|--:|--:|"]
+    lines += [
+        f"| {r['row']} | {r['seconds_per_step']:.2f} | {r['ratio_to_end_to_end']:.2f} | "
+        f"{r['ratio_of_operations']:.2f} | {r['peak_mib']:.0f} MiB |"
+        for r in rows
+    ]
+    return "\n".join(lines)
+
+
+def block_table(path: Path) -> str:
+    """What a block adds to a step, by `scaling.json`, as a Markdown table."""
+    result = json.loads(path.read_text())
+    squares = {fit["row"]: fit["r_squared"] for fit in result["fits"]}
+    lines = [
+        "| each block more | milliseconds | GFLOP | milliseconds for these | R² of the line |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    lines += [
+        f"| {method} | {1000 * added['seconds']:.1f} | {added['gflop']:.2f} | "
+        f"{1000 * added['explained_seconds']:.1f} | {squares[f'{method}, blocks, seconds']:.3f} |"
+        for method, added in result["per_block"].items()
+    ]
     return "\n".join(lines)
 
 
@@ -63,6 +98,8 @@ TABLES = {
     "ranks": lambda: ranks_table(ROOT / "results" / "pipeline.json"),
     "plan": lambda: plan_table(ROOT / "results" / "plan-resnet101" / "plan.json"),
     "speed": lambda: speed_table(ROOT / "results" / "speed.json"),
+    "lean": lambda: lean_table(ROOT / "results" / "speed-resnet50.json"),
+    "block": lambda: block_table(ROOT / "results" / "scaling.json"),
 }
 
 

@@ -9,8 +9,8 @@ the rounds of a row's time over the reference's time in the same round.
 
 - resnet32, CIFAR-10: the papers' methods at MAN's K=16 cuts. Reference: a plain end-to-end loop of the same network in
   float32, NCHW, written out below.
-- resnet50, Imagenette at 128 px: DGL+MAN in four blocks at the cuts that `plan` gives for this batch, with the peak
-  memory of each row. Reference: end-to-end, as the trainer does it.
+- resnet50, Imagenette at 128 px: DGL and DGL+MAN at the cuts that `plan` gives for this batch, with the peak memory of
+  each row. Reference: end-to-end, as the trainer does it.
 """
 
 import argparse
@@ -47,6 +47,7 @@ ROWS = {
     "InfoPro, 15 blocks": "cifar10-resnet32-k16-infopro",
     "InfoPro+MAN, 15 blocks": "cifar10-resnet32-k16-infopro-man",
 }
+LEAN = ("e2e", "k4-dgl", "k4-dgl-man")
 Step = Callable[[], Any]
 Measured = tuple[str, list[dict[str, Any]], dict[str, list[float]]]
 
@@ -173,14 +174,15 @@ def resnet32(options: argparse.Namespace, folder: Path) -> Measured:
 
 def resnet50(options: argparse.Namespace, folder: Path) -> Measured:
     """ResNet-50 on Imagenette: end-to-end, checkpointed, and DGL+MAN at the planned cuts."""
-    local = of_recipe("imagenette-resnet50-k4-dgl-man", options.batch_size)
-    whole = of_recipe("imagenette-resnet50-e2e", options.batch_size)
-    lean = replace(local, momentum=replace(local.momentum, recompute=True))
+    whole, dgl, man = (of_recipe(f"imagenette-resnet50-{name}", options.batch_size) for name in LEAN)
+    lean = replace(man, momentum=replace(man.momentum, recompute=True))
     configs = {
         "end-to-end": whole,
         "end-to-end, every unit checkpointed": replace(whole, recompute=True),
-        "DGL+MAN, 4 blocks": replace(local, cuts=planned_cuts(local)),
-        "DGL+MAN, 4 blocks, branches recomputed": replace(lean, cuts=planned_cuts(lean)),
+        "DGL, 4 blocks": planned(dgl, 4),
+        "DGL, 8 blocks": planned(dgl, 8),
+        "DGL+MAN, 4 blocks": planned(man, 4),
+        "DGL+MAN, 4 blocks, branches recomputed": planned(lean, 4),
     }
     runs = {label: trainer_step(config, options.data, folder / label) for label, config in configs.items()}
     peaks = {label: measure_peak(step)[1] for label, (step, _) in runs.items() for _ in range(2)}  # the second counts
@@ -200,15 +202,15 @@ def resnet50(options: argparse.Namespace, folder: Path) -> Measured:
     return "ResNet-50, 128 px", rows, seconds
 
 
-def planned_cuts(config: TrainConfig) -> tuple[str, ...]:
-    """The cuts into four blocks with the smallest peak, in the precision that the trainer takes."""
+def planned(config: TrainConfig, num_blocks: int) -> TrainConfig:
+    """The config with the cuts that have the smallest peak, in the precision that the trainer takes."""
     model = build_model(config.model, 10)
     example = torch.zeros(config.optim.batch_size, 3, config.data.image_size, config.data.image_size)
     objective, momentum = build_factories(config, 10)
     precision = resolve_precision(config)
     assert objective is not None
-    rows = plan(model, example, objective=objective, momentum=momentum, num_blocks=[4], precision=precision)
-    return next(row.cuts for row in rows if row.num_blocks == 4 and not row.recompute)
+    rows = plan(model, example, objective=objective, momentum=momentum, num_blocks=[num_blocks], precision=precision)
+    return replace(config, cuts=next(row.cuts for row in rows if row.num_blocks == num_blocks and not row.recompute))
 
 
 def operations(step: Step) -> int:
