@@ -1,4 +1,4 @@
-"""Write the README's figures from the files in `results/`; a test fails where they disagree.
+"""Write the figures of the READMEs from the files in `results/`; a test fails where they disagree.
 
 python benchmarks/readme.py
 """
@@ -57,6 +57,16 @@ def lean_table(path: Path) -> str:
     return "\n".join(lines)
 
 
+def tried_table(path: Path) -> str:
+    """The two ways of each row of `tried.json` as a Markdown table."""
+    lines = ["| first or second | first, ms | second, ms | second to first | kept |", "|---|--:|--:|--:|---|"]
+    lines += [
+        f"| {r['row']} | {r['first_ms']:.1f} | {r['second_ms']:.1f} | {r['second_to_first']:.2f} | {r['kept']} |"
+        for r in json.loads(path.read_text())["rows"]
+    ]
+    return "\n".join(lines)
+
+
 def block_table(path: Path) -> str:
     """What a block adds to a step, by `scaling.json`, as a Markdown table."""
     result = json.loads(path.read_text())
@@ -93,18 +103,20 @@ def runs_table(folder: Path) -> str:
     return "\n".join(lines)
 
 
+DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 TABLES = {
     "runs": lambda: runs_table(ROOT / "results" / "cifar10-five-epochs"),
     "ranks": lambda: ranks_table(ROOT / "results" / "pipeline.json"),
     "plan": lambda: plan_table(ROOT / "results" / "plan-resnet101" / "plan.json"),
     "speed": lambda: speed_table(ROOT / "results" / "speed.json"),
     "lean": lambda: lean_table(ROOT / "results" / "speed-resnet50.json"),
+    "tried": lambda: tried_table(ROOT / "results" / "tried.json"),
     "block": lambda: block_table(ROOT / "results" / "scaling.json"),
 }
 
 
 def filled(text: str) -> str:
-    """The README with every table between its two marks written anew."""
+    """A document with every table between its two marks written anew."""
     for name, table in TABLES.items():
         marks = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
         text = re.sub(
@@ -114,5 +126,5 @@ def filled(text: str) -> str:
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(filled(readme.read_text()))
+    for document in DOCUMENTS:
+        document.write_text(filled(document.read_text()))

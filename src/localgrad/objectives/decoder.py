@@ -49,16 +49,19 @@ class DirectDecoder(nn.Module):
         if features.is_contiguous(memory_format=torch.channels_last):
             # so few channels are normalised several times faster map by map, on a processor
             if not (hidden.is_cuda or hidden.is_contiguous()):
-                hidden = _InLayout.apply(hidden, torch.contiguous_format)
-            hidden = _InLayout.apply(self.norm(hidden), torch.channels_last)
+                hidden = in_layout(hidden, torch.contiguous_format)
+            hidden = in_layout(self.norm(hidden), torch.channels_last)
         else:
             hidden = self.norm(hidden)
         return self.last(F.relu(hidden, inplace=True))
 
 
-class _InLayout(torch.autograd.Function):
-    """A tensor in a memory format, and its gradient in the format that it had."""
+def in_layout(maps: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """A copy of maps `(N, C, H, W)` in a memory format, whose gradient has the format that the maps had."""
+    return _InLayout.apply(maps, memory_format)  # pyright: ignore[reportReturnType]
 
+
+class _InLayout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, maps: Tensor, memory_format: torch.memory_format) -> Tensor:
         last = maps.is_contiguous(memory_format=torch.channels_last)
@@ -75,13 +78,21 @@ class UpsampledConv(nn.Conv2d):
 
     Both steps are linear, so they may trade places: one 1x1 convolution at the low resolution for all nine taps, then
     the interpolation of each, shifted, as two products with matrices of one row a pixel. That needs no upsampled copy
-    of the features, and where it takes a third of the multiplications or less it is how the convolution is computed.
+    of the features, and where it takes a third of the multiplications or less it is how the convolution is computed,
+    unless `convolve_first` says otherwise.
     """
 
     rows: Tensor
     columns: Tensor
 
-    def __init__(self, in_channels: int, out_channels: int, size: tuple[int, int], output: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        size: tuple[int, int],
+        output: tuple[int, int],
+        convolve_first: bool | None = None,
+    ) -> None:
         super().__init__(in_channels, out_channels, 3, padding=1)
         (low_height, low_width), (height, width) = size, output
         self.output = output
@@ -90,6 +101,8 @@ class UpsampledConv(nn.Conv2d):
         before = low_height * low_width * in_channels * out_channels * 9
         before += (low_height * 3 * low_width * 3 + height * 3 * low_height) * width * out_channels
         self.convolve_first = not self.unchanged and before * WORTHWHILE <= after
+        if convolve_first is not None:
+            self.convolve_first = convolve_first
         if self.convolve_first:
             self.register_buffer("rows", _shifted_interpolation(low_height, height), persistent=False)
             self.register_buffer("columns", _shifted_interpolation(low_width, width).T.clone(), persistent=False)
