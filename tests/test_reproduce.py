@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from localgrad import reproduce
 from localgrad.cli import main
 from localgrad.config import to_dict
 from localgrad.errors import LocalGradError
+from localgrad.recipes import recipe
 from localgrad.recipes.tables import TABLES, table
 from localgrad.reproduce import Cell, mean_std, plan_cells, run_cells, show_table
 from localgrad.runs import Result, write_json
@@ -190,7 +191,7 @@ def test_the_folder_is_held_until_the_last_process_has_ended(tmp_path: Path, mon
     _program(monkeypatch, tmp_path / "program", "exec sleep 60")
     cells = _cells(tmp_path / "table")
     with reproduce._locked(cells[0].output) as lock:
-        process = reproduce._start(cells[0], 1, lock)
+        process = reproduce._start(cells[0], {"OMP_NUM_THREADS": "1"}, lock)
     try:
         with pytest.raises(LocalGradError, match="are going on; wait for them, or give another --output"):
             run_cells(cells)
@@ -229,6 +230,20 @@ def test_a_run_that_ended_uncollected_is_not_run_again(tmp_path: Path, monkeypat
     assert cell.state == "started"
     assert run_cells([cell]) == {}
     assert json.loads(cell.result.read_text())["test_errors"] == [5.0]
+
+
+def test_runs_at_the_same_time_share_threads_and_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = recipe("digits-dgl").config
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert reproduce.share(config, 1, 3) == {"OMP_NUM_THREADS": "2"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [reproduce.share(config, place, 3)["CUDA_VISIBLE_DEVICES"] for place in range(3)] == ["0", "1", "0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert reproduce.share(config, 1, 2)["CUDA_VISIBLE_DEVICES"] == "5"
+    assert "CUDA_VISIBLE_DEVICES" not in reproduce.share(replace(config, devices=2), 0, 1)
 
 
 def test_a_process_that_cannot_start_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

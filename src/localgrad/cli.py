@@ -337,7 +337,7 @@ def reproduce(arguments: Sequence[str]) -> int:
         output: Path | None = None
         """Folder for results and runs; results/TABLE unless given."""
         jobs: int = 1
-        """Runs at the same time, between which the processor's threads are divided."""
+        """Runs at the same time; the processor's threads are divided between them, and GPUs given out in turn."""
         dry_run: bool = False
         """Print what would be run, and stop."""
         data: str | None = None

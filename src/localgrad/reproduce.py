@@ -154,7 +154,7 @@ def _load(path: Path) -> dict[str, Any]:
 def run_cells(cells: Sequence[Cell], *, jobs: int = 1) -> dict[str, str]:
     """Run what is not done yet, each in a process of its own, and collect the results.
 
-    On a CPU the threads that torch would use are divided between the processes.
+    The threads that torch would use are divided between the processes, and GPUs are given out in turn.
 
     Args:
         cells: from `plan_cells`.
@@ -175,11 +175,9 @@ def run_cells(cells: Sequence[Cell], *, jobs: int = 1) -> dict[str, str]:
     waiting = [cell for cell in cells if cell.state != "done"]
     if not waiting:
         return {}
-    import torch
-
-    threads = max(1, torch.get_num_threads() // jobs)
     failures: dict[str, str] = {}
     running: dict[str, tuple[Cell, subprocess.Popen[bytes]]] = {}
+    places: dict[str, int] = {}
     output, num_done = waiting[0].output, len(cells) - len(waiting)
     with _locked(output) as lock, noted_interrupts() as interrupted, TableDisplay(len(cells), num_done) as display:
         try:
@@ -187,7 +185,8 @@ def run_cells(cells: Sequence[Cell], *, jobs: int = 1) -> dict[str, str]:
                 while waiting and len(running) < jobs:
                     cell = waiting.pop(0)
                     display.started(cell.name, cell.config.optim.epochs, len(_test_errors(cell)))
-                    running[cell.name] = cell, _start(cell, threads, lock)
+                    places[cell.name] = min(set(range(jobs)) - {places[name] for name in running})
+                    running[cell.name] = cell, _start(cell, share(cell.config, places[cell.name], jobs), lock)
                 time.sleep(POLL_SECONDS)
                 for name, (cell, process) in list(running.items()):
                     if process.poll() is None:
@@ -207,7 +206,25 @@ def run_cells(cells: Sequence[Cell], *, jobs: int = 1) -> dict[str, str]:
     return failures
 
 
-def _start(cell: Cell, threads: int, lock: int) -> "subprocess.Popen[bytes]":
+def share(config: TrainConfig, place: int, jobs: int) -> dict[str, str]:
+    """Environment variables of one of the runs at the same time: its part of the threads, and its GPU.
+
+    Args:
+        config: a run that asks for several devices gets all GPUs.
+        place: of the run among those at the same time, from 0; GPUs are given out in turn.
+        jobs: how many run at the same time.
+    """
+    import torch
+
+    variables = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // jobs))}
+    if config.devices == 1 and torch.cuda.is_available():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+        gpus = visible.split(",")
+        variables["CUDA_VISIBLE_DEVICES"] = gpus[place % len(gpus)]
+    return variables
+
+
+def _start(cell: Cell, variables: dict[str, str], lock: int) -> "subprocess.Popen[bytes]":
     command = [sys.executable, "-m", "localgrad", *cell.command, "--run-dir", str(cell.run.path)]
     try:
         with cell.log.open("ab") as log:
@@ -216,7 +233,7 @@ def _start(cell: Cell, threads: int, lock: int) -> "subprocess.Popen[bytes]":
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+                env={**os.environ, **variables},
                 start_new_session=True,  # Ctrl-C comes to this process alone, which passes it on once
                 pass_fds=(lock,),
             )
