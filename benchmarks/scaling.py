@@ -3,10 +3,11 @@
     python benchmarks/scaling.py --data path/to/cifar10 -o results/scaling.json
 
 CIFAR ResNets through the trainer, DGL and DGL+MAN, cuts spread evenly over the units. Three sweeps: K at ResNet-32 and
-batch 128; depth at K = 4; batch at K = 8. Each is fitted by seconds = a + b x, and the operations of a step, counted
-(a multiply-add counts two), by a line of their own. In the sweep over K, `explained_seconds` is what the operations
-that a block adds would take at the rate of the network alone, a of the operations in a of the seconds; what b has more
-is what a block costs beside them. The rows of a sweep take turns, a step each, and a row's time is the median.
+batch 128; depth at K = 4 and batch 128; batch at ResNet-32 and K = 8. Each is fitted by seconds = a + b x, and the
+operations of a step, counted (a multiply-add counts two), by a line of their own. In the sweep over K,
+`explained_seconds` is what the operations that a block adds would take at the rate of the network alone, a of the
+operations in a of the seconds; what b has more is what a block costs beside them. The rows of a sweep take turns, a
+step each, and a row's time is the median.
 """
 
 import argparse
@@ -25,7 +26,12 @@ from localgrad.config import TrainConfig
 
 METHODS = {"DGL": "cifar10-resnet32-k16-dgl", "DGL+MAN": "cifar10-resnet32-k16-dgl-man"}
 SWEEPS: dict[str, list[int]] = {"blocks": [1, 2, 4, 8, 16], "depth": [20, 32, 44, 56], "batch": [32, 64, 128, 256]}
-FIXED = {"blocks": 4, "depth": 32, "batch": 128}
+FIXED = {
+    "blocks": {"depth": 32, "batch": 128},
+    "depth": {"blocks": 4, "batch": 128},
+    "batch": {"blocks": 8, "depth": 32},
+}
+"""What the other two are in each sweep."""
 
 
 def config_at(method: str, *, blocks: int, depth: int, batch: int) -> TrainConfig:
@@ -51,7 +57,7 @@ def line(x: list[int], y: list[float]) -> dict[str, float]:
 def sweep(name: str, method: str, options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The rows of one sweep, and the two lines through them."""
     values = SWEEPS[name]
-    points = {value: {**FIXED, **({"blocks": 8} if name == "batch" else {}), name: value} for value in values}
+    points = {value: {**FIXED[name], name: value} for value in values}
     with tempfile.TemporaryDirectory() as folder:
         steps: dict[str, Step] = {}
         for value, point in points.items():
@@ -94,7 +100,7 @@ def main() -> None:
     print_table("a step of a CIFAR ResNet", rows)
     print_table("y = a + b x", fits)
     print_table("what a block adds", [{"row": method, **values} for method, values in per_block.items()])
-    settings = {"rounds": options.rounds, "threads": options.threads, "fixed": FIXED}
+    settings = {"rounds": options.rounds, "threads": options.threads}
     write(options.output, {"settings": settings, "rows": rows, "fits": fits, "per_block": per_block, **environment()})
 
 

@@ -229,3 +229,117 @@ def test_of_equal_memory_the_smaller_auxiliary_networks_are_chosen() -> None:
     assert step_peak(model.to("meta"), example, cuts, objective, momentum) < 0.9 * step_peak(
         model.to("meta"), example, [], None, None
     )
+
+
+def sequence_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Conv1d(4, 16, 3, padding=1), nn.BatchNorm1d(16), nn.ReLU()),
+        *(nn.Conv1d(16, 16, 3, padding=1), nn.BatchNorm1d(16), nn.ReLU()),
+        *(nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(16, 5)),
+    )
+
+
+@pytest.mark.parametrize("objective", [localgrad.classifier(5), localgrad.dgl(5), localgrad.predsim(5)])
+def test_a_network_of_sequences_learns_in_every_block(objective) -> None:
+    momentum = localgrad.man(form="fused")
+    blocks = split(sequence_model(), torch.empty(2, 4, 12), cuts=["0", "3"], objective=objective, momentum=momentum)
+    assert blocks[0].momentum.bias.shape == (16, 1)
+    features = inputs = torch.randn(8, 4, 12)
+    targets = torch.arange(8) % 5
+    for block in blocks:
+        features, loss = block(features.detach(), targets, inputs)
+        loss.backward()
+        assert all(parameter.grad.abs().sum() > 0 for parameter in block.body.parameters() if parameter.ndim > 1)
+
+
+class PreActivation(nn.Module):
+    """A unit that changes its input in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu, self.conv = nn.ReLU(inplace=True), nn.Conv2d(6, 6, 3, padding=1)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.conv(self.relu(features))
+
+
+def pre_activation_model() -> nn.Module:
+    torch.manual_seed(0)
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5)
+    return nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), *(PreActivation() for _ in range(3)), *head)
+
+
+@pytest.mark.parametrize("balance", ["memory", "compute"])
+def test_units_that_write_their_input_have_a_cost(balance) -> None:
+    example = torch.empty(2, 3, 8, 8)
+    blocks = split(pre_activation_model(), example, num_blocks=3, balance=balance, objective=localgrad.dgl(5))
+    assert sum(len(block.names) for block in blocks) == 5
+    rows = localgrad.plan(pre_activation_model(), example, objective=localgrad.dgl(5), num_blocks=[1, 2])
+    assert {row.num_blocks for row in rows} == {1, 2}
+
+
+def test_units_that_write_their_input_are_recomputed_from_what_it_was() -> None:
+    states = []
+    for recompute in (False, True):
+        momentum = localgrad.man(recompute=recompute)
+        blocks = split(
+            pre_activation_model(),
+            torch.empty(2, 3, 8, 8),
+            cuts=["1"],
+            objective=localgrad.dgl(5),
+            momentum=momentum,
+            recompute=recompute,
+        )
+        optimizers = [torch.optim.SGD(block.trainable_parameters(), lr=0.1) for block in blocks]
+        torch.manual_seed(1)
+        for _ in range(3):
+            localgrad.local_step(blocks, optimizers, torch.randn(4, 3, 8, 8), torch.arange(4))
+        states.append([value for block in blocks for value in block.state_dict().values()])
+    assert all(map(torch.equal, *states))
+
+
+def test_frozen_norms_stay_frozen() -> None:
+    model = cifar_resnet(8)
+    model.bn1.eval()
+    blocks = split(model, EXAMPLE, cuts=["layer1"], objective=DGL)
+    assert not model.bn1.training
+    assert model.layer1[0].bn1.training
+    assert blocks[0].training
+    assert all(module.training for module in blocks[0].objective.modules())
+
+
+def test_a_block_without_weights_is_trained_by_its_head_alone() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.MaxPool2d(2), nn.Conv2d(6, 6, 3), nn.Flatten(), nn.Linear(6, 5))
+    names = ["0", "1", "2", "3", "4"]
+    blocks = split(model, torch.empty(2, 3, 8, 8), names=names, cuts=["0", "1", "2"], objective=localgrad.classifier(5))
+    optimizers = [torch.optim.SGD(block.trainable_parameters(), lr=0.1) for block in blocks]
+    losses = localgrad.local_step(blocks, optimizers, torch.randn(4, 3, 8, 8), torch.arange(4))
+    assert all(loss.isfinite() for loss in losses)
+
+
+def test_a_batch_of_one_is_enough_to_choose_cuts() -> None:
+    blocks = split(cifar_resnet(8), torch.empty(1, 3, 16, 16), num_blocks=2, objective=localgrad.dgl(10))
+    assert len(blocks) == 2
+    with pytest.raises(LocalGradError, match="a batch of one leaves one value a channel: give two samples or more"):
+        localgrad.plan(cifar_resnet(8), torch.empty(1, 3, 16, 16), objective=localgrad.dgl(10))
+
+
+class Measured(nn.Module):
+    """A forward pass that reads a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(6, 6, 3, padding=1)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.conv(features / features.abs().max().item())
+
+
+def test_a_model_that_needs_values_takes_cuts_by_name_or_count() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), Measured(), nn.Flatten(), nn.Linear(6 * 36, 5))
+    example = torch.ones(2, 3, 8, 8)
+    options = {"names": ["0", "1", "2", "3"], "num_blocks": 2, "objective": localgrad.classifier(5)}
+    with pytest.raises(LocalGradError, match=r'cannot be counted without data .*: give cuts=.* or balance="count"'):
+        split(model, example, **options)
+    assert len(split(model, example, balance="count", **options)) == 2

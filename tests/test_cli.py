@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import localgrad
 from localgrad import trainer
@@ -32,6 +33,11 @@ def _error(capsys: pytest.CaptureFixture[str]) -> str:
     assert said.err.startswith("localgrad: ")
     assert said.err.count("\n") == 1, said.err
     return said.err
+
+
+def _refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(list(arguments)) == 2
+    return _error(capsys)
 
 
 def _resolved(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
@@ -195,3 +201,58 @@ def test_it_runs_as_a_module() -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("localgrad: there is no command 'trian'")
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize("columns", [40, 60, 100])
+def test_the_tables_of_demo_and_plan_keep_their_figures_at_any_width(
+    columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from localgrad import demo
+
+    monkeypatch.setenv("COLUMNS", str(columns))
+    result = {
+        "num_blocks": 6,
+        "test_error": 1.67,
+        "peak_memory_bytes": 12_345_678,
+        "seconds_per_step": 0.125,
+        "parameters": {"backbone": 174_000, "auxiliary": 512_000},
+    }
+    demo.show([demo.Row("end-to-end", result, []), demo.Row("DGL+MAN", result, [])])
+    said = capsys.readouterr().out
+    assert "…" not in said
+    assert "1.67%" in said
+    assert "11.8 MiB" in said
+    assert ("686" in said or "174k + 512k" in said) == (columns > 72)
+    options = ["--depth", "8", "--batch-size", "2", "--num-blocks", "2", "--momentum", "none"]
+    assert main(["plan", "cifar_resnet", *options]) == 0
+    said = capsys.readouterr().out
+    assert "…" not in said
+    assert "MiB" in said
+    assert "0.00" not in said
+
+
+def test_a_batch_of_one_is_refused_in_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "batch_size at least 2" in _refused(capsys, "units", "cifar_resnet", "--depth", "8", "--batch-size", "1")
+    arguments = ("plan", "cifar_resnet", "--depth", "8", "--batch-size", "1", "--num-blocks", "2")
+    assert "give two samples or more" in _refused(capsys, *arguments)
+    assert "image_size is 1000000, it must be" in _refused(capsys, "plan", "cifar_resnet", "--image-size", "1000000")
+
+
+def test_a_test_split_without_one_of_the_classes_is_evaluated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The labels of a folder are those of both splits, so that d is not taken for c."""
+    for split, names in (("train", "abcd"), ("test", "abd")):
+        for name in names:
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for number in range(4):
+                color = (60 * "abcd".index(name), 40 * number, 90)
+                Image.new("RGB", (16, 16), color).save(folder / f"{number}.png")
+    flags = ["--data", str(tmp_path / "images"), "--data.image-size", "16", "--data.num-classes", "None"]
+    flags += ["--epochs", "1", "--batch-size", "8", "--accelerator", "cpu", "--run-dir", str(tmp_path / "run")]
+    assert main(["train", "digits-dgl", *flags]) == 0
+    trained = json.loads((tmp_path / "run" / "result.json").read_text())
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "run"), "--local-heads", "--accelerator", "cpu"]) == 0
+    assert f"{trained['test_error']:.2f}" in capsys.readouterr().out

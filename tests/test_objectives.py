@@ -533,9 +533,9 @@ def test_infopro_weights_count_blocks_of_a_split_model() -> None:
 
     def objective(where: Site) -> nn.Module:
         seen.append((where.index, where.num_blocks))
-        return infopro(3, MEAN, STD)(where)
+        return infopro(3, MEAN, STD, task=(0.5, 0.0))(where)
 
-    with pytest.raises(LocalGradError):  # both default weights reach 0 at the fourth of five blocks
+    with pytest.raises(LocalGradError):  # both weights reach 0 at the fourth of five blocks
         split(model, torch.empty(2, 3, 6, 6), num_blocks=5, balance="count", objective=objective)
     assert seen == [(index, 5) for index in range(4)]
 
@@ -699,6 +699,36 @@ def test_infopro_deep_decoder_gives_one_logit_a_pixel() -> None:
     assert module(features, torch.tensor([0, 1, 2, 0]), images).isfinite()
 
 
+def test_sequences_that_are_no_images_are_pooled_as_a_whole() -> None:
+    """Also where their length is that of a square and a few tokens more."""
+    for length in (16, 17, 20, 64):
+        module = classifier(3)(site((2, length, 6), (2, length, 4), channel_dim=2))
+        features = noise(4, length, 6)
+        changed = features.clone()
+        changed[:, -1] *= -1
+        assert not torch.equal(module.predict(features), module.predict(changed))
+        assert dgl(3)(site((2, length, 6), (2, length, 4), channel_dim=2)).predict(features).shape == (4, 3)
+
+
+def test_infopro_works_as_it_comes_and_refuses_what_is_no_sequence_of_numbers() -> None:
+    for index in range(3):
+        assert infopro(3, MEAN, STD)(site((2, 4, 4, 4), (2, 3, 8, 8), index, 4)).task == 0.5
+    assert infopro(3, torch.tensor(MEAN), np.array(STD))(site((2, 4, 4, 4), (2, 3, 8, 8))).mean.shape == (3, 1, 1)
+    with pytest.raises(LocalGradError, match="give a sequence of numbers, one a channel"):
+        infopro(3, 0.5, STD)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("channels", "size"),
+    [(512, (7, 7)), (512, (8, 8)), (2048, (7, 7)), (1024, (14, 14)), (16, (1, 500)), (16, (500, 1))],
+)
+def test_the_prediction_pool_keeps_its_limit(channels: int, size: tuple[int, int]) -> None:
+    limit = max(512, channels)
+    pool, left = prediction_pool(channels, size, limit)
+    assert channels * left[0] * left[1] <= limit
+    assert pool(noise(1, channels, *size)).shape == (1, channels, *left)
+
+
 def test_infopro_makes_no_part_that_has_no_weight() -> None:
     on, off = (1.0, 1.0), (0.0, 0.0)
     assert infopro_module(reconstruction=off, task=on).decoder is None
@@ -854,7 +884,7 @@ def test_cross_entropy_and_reconstruction_are_summed_in_float32_under_autocast()
 def on(
     features: Sequence[int], objective: Callable[[Site], nn.Module], inputs: Sequence[int] = (2, 3, 32, 32)
 ) -> nn.Module:
-    return objective(site(features, inputs))
+    return objective(site(features, inputs, channel_dim=2 if len(features) == 3 else 1))
 
 
 plain_infopro = functools.partial(infopro, 10, MEAN, STD)

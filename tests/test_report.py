@@ -310,6 +310,32 @@ def test_damaged_files_are_named_and_left_out(tmp_path: Path, capsys: pytest.Cap
     assert len(_read(tmp_path)[0].runs) == 1
 
 
+def test_a_run_too_short_for_its_seconds_is_shown_without_them(tmp_path: Path) -> None:
+    _run(tmp_path / "short" / "result.json", _config("digits-dgl"), 5.5, seconds_per_step=None)
+    found, warnings = _read(tmp_path)
+    assert warnings == []
+    assert "<td>-</td>" in page(found, tmp_path)
+
+
+@pytest.mark.parametrize(("field", "value"), [("device", None), ("local_errors", {"a": 1}), ("config.optim.lr", "a")])
+def test_a_field_that_cannot_be_drawn_costs_its_own_file_only(
+    field: str, value: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _run(tmp_path / "whole.json", _config("digits-dgl"), 5.5)
+    values = _run(tmp_path / "other.json", _config("digits-dgl-man"), 4.25)
+    *parents, last = field.split(".")
+    part = values
+    for parent in parents:
+        part = part[parent]
+    part[last] = value
+    (tmp_path / "other.json").write_text(json.dumps(values))
+    assert main(["report", str(tmp_path), "-o", str(tmp_path / "page.html")]) == 0
+    assert f"left out: {tmp_path / 'other.json'} is damaged" in capsys.readouterr().err
+    text = (tmp_path / "page.html").read_text()
+    assert "5.50" in text
+    assert "4.25" not in text
+
+
 def test_a_damaged_line_of_metrics_costs_that_line_only(tmp_path: Path) -> None:
     _run(tmp_path / "run" / "result.json", _config("digits-e2e"), 4.0)
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:

@@ -232,6 +232,33 @@ def test_a_run_that_ended_uncollected_is_not_run_again(tmp_path: Path, monkeypat
     assert json.loads(cell.result.read_text())["test_errors"] == [5.0]
 
 
+def test_results_without_what_was_added_later_are_results(tmp_path: Path) -> None:
+    cell = _cells(tmp_path)[0]
+    _store(cell, 5.0)
+    values = json.loads(cell.result.read_text())
+    del values["num_classes"], values["skipped"]
+    cell.result.write_text(json.dumps(values))
+    assert _cells(tmp_path)[0].state == "done"
+
+
+def test_damaged_files_of_started_runs_are_named(tmp_path: Path) -> None:
+    cell = _cells(tmp_path)[0]
+    cell.run.path.mkdir(parents=True)
+    write_json(cell.run.path / "config.json", to_dict(cell.config))
+    cell.run.metrics.write_text('{"epoch": 1, "te\n')
+    with pytest.raises(LocalGradError, match=r"metrics.jsonl is damaged .*: remove .* to run it anew"):
+        run_cells([cell])
+    write_json(cell.run.path / "config.json", {"a": 1})
+    with pytest.raises(LocalGradError, match=rf"{cell.run.path / 'config.json'}: this saved configuration"):
+        _cells(tmp_path)
+
+
+def test_sigterm_leaves_with_its_own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _program(monkeypatch, tmp_path / "program", f"kill -TERM {os.getpid()}; exec sleep 30")
+    command = ["reproduce", "digits", *FLAGS.split(), "--output", str(tmp_path / "table"), "--rows", "digits-dgl"]
+    assert main(command) == 143
+
+
 def test_runs_at_the_same_time_share_threads_and_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     config = recipe("digits-dgl").config
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)

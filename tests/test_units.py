@@ -344,3 +344,60 @@ def test_what_tracing_would_freeze_is_refused_and_nothing_is_changed(what) -> No
     with pytest.raises(LocalGradError, match=r"Stochastic, traced by torch.fx, does not compute.* in training"):
         units(model, torch.empty(4, 3, 16, 16))
     assert model.seen == 0
+
+
+class Unassigned(nn.Module):
+    """An activation that changes its input in place, and whose result is not assigned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.relu = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3), nn.ReLU(inplace=True)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        features = self.a(inputs)
+        self.relu(features)
+        features = self.b(features)
+        nn.functional.relu(features, inplace=True)
+        return features.mean((2, 3))
+
+
+def test_an_activation_in_place_counts_though_its_result_is_not_assigned() -> None:
+    model, inputs = Unassigned().eval(), torch.randn(2, 3, 8, 8)
+    found = units(model, inputs)
+    assert [unit.name for unit in found] == ["a", "b"]
+    assert torch.equal(composed(found, inputs), model(inputs))
+
+
+def sequence_model() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv1d(4, 6, 3, padding=1), nn.BatchNorm1d(6), nn.ReLU()),
+        *(nn.Conv1d(6, 16, 3, padding=1), nn.BatchNorm1d(16), nn.ReLU()),
+        *(nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(16, 5)),
+    )
+
+
+def test_the_channels_of_a_sequence_of_convolutions_come_first() -> None:
+    found = units(sequence_model(), torch.empty(2, 4, 16))
+    assert [(unit.name, tuple(unit.features), unit.channel_dim) for unit in found] == [
+        ("0", (2, 6, 16), 1),
+        ("3", (2, 16, 16), 1),  # as many positions as channels
+        ("8", (2, 5), 1),
+    ]
+
+
+def test_wrappers_are_in_the_mode_of_the_model() -> None:
+    model = Stochastic(lambda self, features: features + 0.1 * torch.randn_like(features))
+    for training in (True, False):
+        found = units(model.train(training), torch.empty(4, 3, 16, 16))
+        assert [unit.module.training for unit in found] == [training] * len(found)
+
+
+def test_named_units_need_no_data() -> None:
+    model = cifar_resnet(8).to("meta")
+    names = ["conv1", "bn1", "relu", "layer1", "layer2", "layer3", "avgpool"]
+    wanted = "do not give what CifarResNet gives"
+    with pytest.raises(LocalGradError, match=wanted):
+        units(model, torch.empty(2, 3, 16, 16, device="meta"), names=names)
+    chain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5)).to("meta")
+    found = units(chain, torch.empty(2, 3, 8, 8, device="meta"), names=["0", "1", "2", "3"])
+    assert [tuple(unit.features) for unit in found] == [(2, 4, 6, 6), (2, 4, 6, 6), (2, 144), (2, 5)]

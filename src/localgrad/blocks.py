@@ -13,7 +13,7 @@ from localgrad.errors import LocalGradError
 from localgrad.momentum import Momentum
 from localgrad.partition import cut_by_cost, cut_evenly
 from localgrad.recompute import recomputed
-from localgrad.units import Unit, find_unit, units
+from localgrad.units import Unit, find_unit, match_mode, units
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
@@ -70,7 +70,7 @@ class Block(nn.Module):
         self.criterion = criterion
         self.recompute = recompute
         self.names = tuple(unit.name for unit in found)
-        self._writes_input = found[0].writes_input
+        self._writes_input = tuple(unit.writes_input for unit in found)
         self._layers = [module for module in self.body.modules() if module._parameters]
 
     def forward(self, features: Tensor, targets: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,10 +85,10 @@ class Block(nn.Module):
             The body's output, still attached to the block's graph, and a scalar loss. The last block's output is the
             model's.
         """
-        if self._writes_input and features.data_ptr() == inputs.data_ptr():
+        if self._writes_input[0] and features.data_ptr() == inputs.data_ptr():
             features = features.clone()  # objectives of later blocks read the inputs too
-        for unit in self.body:
-            features = recomputed(unit, features, unit) if self.recompute else unit(features)
+        for unit, writes_input in zip(self.body, self._writes_input, strict=True):
+            features = recomputed(unit, features, unit, writes_input) if self.recompute else unit(features)
         if self.objective is None:
             return features, self.criterion(features, targets)
         version = features._version
@@ -109,7 +109,7 @@ class Block(nn.Module):
 
     def check_training(self) -> None:
         """Refuse to train a body in evaluation mode, as `model.eval()` leaves it."""
-        if not any(module.training for module in self._layers):
+        if self._layers and not any(module.training for module in self._layers):
             raise LocalGradError(
                 f"block {self.names[0]}..{self.names[-1]} is in evaluation mode (after model.eval()?), so its norms "
                 "and dropout would not train: call block.train() for every block before the next step"
@@ -234,8 +234,7 @@ def split(
         auxiliary = build_auxiliary(run[-1], following, example, index, len(runs), objective, momentum)
         blocks.append(Block(run, *auxiliary, criterion, recompute))
     blocks.append(Block(runs[-1], None, None, criterion, recompute))
-    for block in blocks:
-        block.train(model.training)
+    match_mode(blocks, model)
     return blocks
 
 
@@ -270,7 +269,13 @@ def choose_cuts(
         raise LocalGradError(f"balance is {balance!r}: it is 'memory', 'compute' or 'count'")
     from localgrad.memory import unit_costs
 
-    costs = unit_costs(found, example, objective, momentum, num_blocks)
+    try:
+        costs = unit_costs(found, example, objective, momentum, num_blocks)
+    except RuntimeError as error:
+        raise LocalGradError(
+            f"what the units cost cannot be counted without data ({str(error).strip().splitlines()[0]}): "
+            'give cuts=[...], or balance="count"'
+        ) from error
     weights = [cost.end_parameters for cost in costs]
     if balance == "memory":
         return cut_by_cost([c.activations for c in costs], num_blocks, [c.end_activations for c in costs], weights)

@@ -570,7 +570,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt as interruption:
         print(f"localgrad: {str(interruption) or 'interrupted'}", file=sys.stderr)
-        return 130
+        return getattr(interruption, "exit_code", 130)
     except BrokenPipeError:  # the reader of the output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

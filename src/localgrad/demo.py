@@ -72,13 +72,16 @@ def show(rows: Sequence[Row]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    console = Console()
     table = Table(title="scikit-learn's digits, the same ResNet-14 three times", title_justify="left")
-    for heading in ("training", "blocks", "test error", "peak memory", "s/step", "parameters"):
-        table.add_column(heading, justify="left" if heading == "training" else "right")
+    headings = ["training", "blocks", "test error", "peak memory", "s/step", "parameters"]
+    shown = [0, 2, 3] if console.width < 72 else range(len(headings))  # figures whole, at any width
+    for column in shown:
+        table.add_column(headings[column], justify="right" if column else "left", overflow="fold")
     for row in rows:
         result = row.result
         auxiliary = result["parameters"]["auxiliary"]
-        table.add_row(
+        cells = (
             row.label,
             str(result["num_blocks"]),
             f"{result['test_error']:.2f}%",
@@ -86,7 +89,7 @@ def show(rows: Sequence[Row]) -> None:
             "-" if result["seconds_per_step"] is None else f"{result['seconds_per_step']:.3f}",
             f"{result['parameters']['backbone'] / 1e3:.0f}k" + (f" + {auxiliary / 1e3:.0f}k" if auxiliary else ""),
         )
-    console = Console()
+        table.add_row(*(cells[column] for column in shown))
     console.print(table)
     console.print(
         "Peak memory: tensors that one step makes, activations for the most part. Parameters: of the network, + of "

@@ -159,13 +159,13 @@ def trade_off(table: Table, device: str) -> Figure:
     figure = new_figure(3.2)
     axes = figure.subplots()
     rows = table.on(device)
-    seconds = {position: row.mean("seconds_per_step") for position, row in rows.items()}
+    seconds = {position: row.seconds_per_step or 0.0 for position, row in rows.items()}
     points = {p: (row.mean("peak_memory_bytes") / 2**20, row.mean("test_error")) for p, row in rows.items()}
     best = sorted(point for point in points.values() if not any(_beats(other, point) for other in points.values()))
     axes.plot(*zip(*best, strict=True), color="#808080", linewidth=1, linestyle=":", zorder=1)
     for position, row in rows.items():
-        label = f"{run_label(row.config, row.num_blocks)}, {seconds[position]:.3g} s"
-        size = 30 + 130 * seconds[position] / max(seconds.values())
+        label = run_label(row.config, row.num_blocks) + (f", {seconds[position]:.3g} s" if seconds[position] else "")
+        size = 30 + 130 * seconds[position] / (max(seconds.values()) or 1)
         axes.scatter(*points[position], s=size, alpha=0.85, linewidth=0, label=label, **look_of(position))
         deviation = row.deviation("test_error")
         if deviation is not None:

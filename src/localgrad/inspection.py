@@ -24,10 +24,10 @@ def inspect_model(name: str, *, depth: int, image_size: int, batch_size: int) ->
     Raises:
         LocalGradError: there is no such model, a size is not positive, or the model cannot be traced.
     """
-    if not (1 <= image_size <= MAX_IMAGE_SIZE and 1 <= batch_size < 2**20):
+    if not (1 <= image_size <= MAX_IMAGE_SIZE and 2 <= batch_size < 2**20):
         raise LocalGradError(
-            f"image_size is {image_size} and batch_size {batch_size}: both must be at least 1, image_size at most "
-            f"{MAX_IMAGE_SIZE} and batch_size less than 2**20"
+            f"image_size is {image_size} and batch_size {batch_size}: image_size is from 1 to {MAX_IMAGE_SIZE}, "
+            "batch_size at least 2 (a batch norm cannot normalise one image) and less than 2**20"
         )
     model = build_model(ModelConfig(name=name, depth=depth), num_classes=1000)
     found = units(model, torch.empty(2, 3, image_size, image_size))

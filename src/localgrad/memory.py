@@ -124,14 +124,15 @@ def unit_costs(
 
     Args:
         found: the units, from `localgrad.units`.
-        example: a batch; the costs are those of its shape and dtype.
+        example: a batch; the costs are those of its shape and dtype, and of two samples at least.
         objective: what would end a block; nothing if None.
         momentum: likewise.
         num_blocks: K, as the objective is told.
     """
-    features = torch.empty_like(example, device="meta")
+    samples = max(2, len(example))  # batch norm needs more than one value
+    features = example.new_empty((samples, *example.shape[1:]), device="meta")
     inputs = features
-    targets = torch.zeros(len(example), dtype=torch.long, device="meta")
+    targets = torch.zeros(samples, dtype=torch.long, device="meta")
     on_meta = [replace(unit, module=to_meta(unit.module)) for unit in found]
     costs = []
     for position, unit in enumerate(on_meta):
@@ -187,7 +188,9 @@ def _forward_cost(module: nn.Module, features: Tensor, *rest: Tensor) -> tuple[T
         FlopCounterMode(display=False) as counter,
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
-        result = module(features, *rest)
+        entry = features.clone()  # a unit may start in place, which a leaf cannot
+        known.append(entry)
+        result = module(entry, *rest)
     keep(result)
     for tensor in known:
         kept.pop(tensor.untyped_storage(), None)

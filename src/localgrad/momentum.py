@@ -61,10 +61,10 @@ class MomentumAuxiliary(nn.Module):
     def _branch(self, branch: nn.Module, features: Tensor) -> Tensor:
         """One branch alone, so that a recomputed one is gone before the other is computed again."""
 
-        def run(features: Tensor) -> Tensor:  # a unit that starts in place must not spoil the features of the others
-            return branch(features.clone() if self._source_writes_input else features)
-
-        return recomputed(run, features, branch) if self.recompute else run(features)
+        if self.recompute:
+            return recomputed(branch, features, branch, self._source_writes_input)
+        # a unit that starts in place must not spoil the features of the others
+        return branch(features.clone() if self._source_writes_input else features)
 
     def followed(self) -> list[nn.Parameter]:
         """The next block's parameters that the EMA reads; none without an EMA."""

@@ -270,7 +270,8 @@ def profile(
         if key not in known:
             module = copy.deepcopy(unit.module)  # the next block's first unit is copied from `meta`
             with simulation.running(), _explained(f"the unit {unit.name!r}"):
-                known[key] = _profile_unit(simulation.place(module), features, recompute, shared, simulation)
+                placed = simulation.place(module)
+                known[key] = _profile_unit(placed, features, recompute, shared, unit.writes_input, simulation)
         profiled, shape, dtype = known[key]
         with simulation.running():
             features = torch.empty(shape, dtype=dtype, device=simulation.device)
@@ -295,7 +296,13 @@ def _explained(what: str) -> Iterator[None]:
     """Say which part it is that needs values to run."""
     try:
         yield
-    except (RuntimeError, NotImplementedError) as error:
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        if isinstance(error, LocalGradError):
+            raise
+        if "more than 1 value per channel" in str(error):
+            raise LocalGradError(
+                f"{what} has a batch norm, which a batch of one leaves one value a channel: give two samples or more"
+            ) from error
         raise LocalGradError(
             f"{what} cannot be profiled without data ({str(error).strip().splitlines()[0]}): what a forward pass keeps "
             "must follow from shapes alone; measure a real step with localgrad.memory.step_peak instead"
@@ -347,12 +354,12 @@ class _After(torch.autograd.Function):
 
 
 def _profile_unit(
-    module: nn.Module, features: Tensor, recompute: bool, shared: bool, simulation: Simulation
+    module: nn.Module, features: Tensor, recompute: bool, shared: bool, writes_input: bool, simulation: Simulation
 ) -> tuple[UnitProfile, torch.Size, torch.dtype]:
     """The profile, and the shape and dtype of the output."""
     with torch.no_grad(), simulation.forward_pass():
-        result = module(features)
-    run = partial(_run_unit, module, features, recompute, simulation)
+        result = module(features.clone())
+    run = partial(_run_unit, module, features, recompute, writes_input, simulation)
     profiled, first = run(), run(first=True)
     middle = run(shared=True).backward if shared else profiled.backward
     if profiled.keeps_output:
@@ -369,6 +376,7 @@ def _run_unit(
     module: nn.Module,
     features: Tensor,
     recompute: bool,
+    writes_input: bool,
     simulation: Simulation,
     *,
     first: bool = False,
@@ -387,7 +395,7 @@ def _run_unit(
         size = counter.current
         counter.peak = size
         with simulation.forward_pass():
-            result = recomputed(module, entry, module) if recompute else module(entry)
+            result = recomputed(module, entry, module, writes_input) if recompute else module(entry)
             forward = counter.peak - size
             casts = counter.current
         casts -= counter.current

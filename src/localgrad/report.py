@@ -1,6 +1,7 @@
 """Result files as one static page: tables beside the papers' values, and pictures. No network, no script."""
 
 from collections.abc import Callable
+from dataclasses import fields
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -26,13 +27,37 @@ def write_report(folder: Path, output: Path, warn: Callable[[str], None]) -> Non
     Raises:
         LocalGradError: there is nothing to show, or the page cannot be written.
     """
-    text = page(read_results(folder, warn), folder)
+    found = read_results(folder, warn)
+    try:
+        text = page(found, folder)
+    except Exception:  # a field that nothing has checked; whose it is shows when each is drawn alone
+        text = page(_drawable(found, folder, warn), folder)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LocalGradError(f"{output.parent} cannot be made: {error.strerror or error}") from error
     with atomic_write(output) as file:
         file.write(text.encode())
+
+
+def _drawable(found: Results, folder: Path, warn: Callable[[str], None]) -> Results:
+    """The results of which a page can be made, one by one; the others are named.
+
+    Raises:
+        LocalGradError: none is left.
+    """
+    kept = Results()
+    for kind in fields(Results):
+        for each in getattr(found, kind.name):
+            try:
+                page(Results(**{kind.name: [each]}), folder)
+            except Exception as error:
+                warn(f"left out: {each.path} is damaged: {type(error).__name__}: {error}")
+            else:
+                getattr(kept, kind.name).append(each)
+    if not len(kept):
+        raise LocalGradError(f"{folder} has no result that can be shown; see the warnings")
+    return kept
 
 
 def page(found: Results, folder: Path) -> str:

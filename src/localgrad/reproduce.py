@@ -22,7 +22,7 @@ from typing import Any
 from localgrad.build import with_defaults
 from localgrad.config import TrainConfig, closest, differences, from_dict, to_dict, validate
 from localgrad.errors import LocalGradError
-from localgrad.interrupts import noted_interrupts
+from localgrad.interrupts import InterruptedRun, noted_interrupts
 from localgrad.progress import TableDisplay
 from localgrad.recipes import recipe
 from localgrad.recipes.tables import table
@@ -121,7 +121,10 @@ def _check_settings(name: str, changes: dict[str, Any], output: Path) -> None:
         saved = {path: _load(path)["config"] for path in _results(output, row)}
         saved |= {path: read_json(path) for path in sorted(output.glob(f"runs/{row}-seed*/config.json"))}
         for path, values in saved.items():
-            before = from_dict(values)
+            try:
+                before = from_dict(values)
+            except LocalGradError as error:
+                raise LocalGradError(f"{path}: {error}") from None
             changed = differences(before, _cell(row, before.seed, changes, output).config)
             if changed:
                 raise LocalGradError(
@@ -142,7 +145,7 @@ def _load(path: Path) -> dict[str, Any]:
         LocalGradError: the file is damaged, or something else.
     """
     values = read_json(path)
-    needed = {field.name for field in dataclasses.fields(Result)}
+    needed = {field.name for field in dataclasses.fields(Result) if field.default is dataclasses.MISSING}
     if not isinstance(values, dict) or not needed <= values.keys():
         raise LocalGradError(f"{path} is no result of a run: move it away, or give another --output")
     return values
@@ -202,7 +205,7 @@ def run_cells(cells: Sequence[Cell], *, jobs: int = 1) -> dict[str, str]:
         finally:
             _stop([process for _, process in running.values()])
         if interrupted.is_set():
-            raise KeyboardInterrupt("interrupted; the same command goes on from there")
+            raise InterruptedRun("interrupted; the same command goes on from there", interrupted.number)
     return failures
 
 
@@ -297,7 +300,10 @@ def _test_errors(cell: Cell) -> list[float | None]:
     """Test error in percent after each epoch so far; None where it was not evaluated."""
     path = cell.run.metrics
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line)["test_error"] for line in lines if line.endswith("\n")]  # the last may be being written
+    try:
+        return [json.loads(line)["test_error"] for line in lines if line.endswith("\n")]  # the last may be in writing
+    except (ValueError, TypeError, KeyError) as error:
+        raise LocalGradError(f"{path} is damaged ({error}): remove {cell.run.path} to run it anew") from error
 
 
 # Show

@@ -63,8 +63,8 @@ def read_results(folder: Path, warn: Callable[[str], None]) -> Results:
     found = Results()
     unknown = []
     for path in sorted(folder.rglob("*.json")):
-        if path.name == "config.json":
-            continue  # of a run, whose result has it too
+        if path.name == "config.json" or (path.name == "table.json" and (path.parent / "curves.png").exists()):
+            continue  # of a run or of the demo, whose results have it too
         try:
             if not _sort_in(found, path, read_json(path, finite=True), warn):
                 unknown.append(str(path.relative_to(folder)))
@@ -121,8 +121,10 @@ def _result(values: dict[str, Any]) -> Result:
     result = Result(
         **{each.name: values[each.name] for each in fields(Result) if each.name in values or each.default is MISSING}
     )
-    for name in ("test_error", "best_test_error", "best_epoch", "num_blocks", "peak_memory_bytes", "seconds_per_step"):
+    for name in ("test_error", "best_test_error", "best_epoch", "num_blocks", "peak_memory_bytes"):
         number(getattr(result, name), name)
+    if result.seconds_per_step is not None:  # of a run of two steps or fewer
+        number(result.seconds_per_step, "seconds_per_step")
     number(result.wall_seconds, "wall_seconds")
     for name in ("backbone", "auxiliary"):
         number(result.parameters[name], f"parameters.{name}")

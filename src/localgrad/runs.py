@@ -50,7 +50,7 @@ class Result:
     peak_memory_bytes: int
     """Most bytes of tensors that one training step held beyond what was there before it."""
     seconds_per_step: float | None
-    """Median seconds from one optimizer step of the last epoch to the next; None for a run of one step."""
+    """Median seconds from one optimizer step of the last epoch to the next; None for a run of one or two."""
     wall_seconds: float
     """Seconds of training and evaluation, over all sittings."""
     device: str

@@ -127,7 +127,7 @@ def costs(grouped: Sequence[Table], pictures: Pictures) -> Iterator[str]:
                 [
                     escape(run_label(row.config, row.num_blocks)),
                     f"{row.mean('peak_memory_bytes') / 2**20:,.1f}",
-                    f"{row.mean('seconds_per_step'):.3g}",
+                    "-" if row.seconds_per_step is None else f"{row.seconds_per_step:.3g}",
                     f"{row.mean('wall_seconds') / 3600:.2f}",
                     _parameters(row),
                 ]

@@ -11,6 +11,7 @@ import torch
 from localgrad.blocks import Objective
 from localgrad.build import MOMENTA, OBJECTIVES, build_model
 from localgrad.config import ModelConfig, closest
+from localgrad.data import MAX_IMAGE_SIZE
 from localgrad.devices import provenance
 from localgrad.errors import LocalGradError
 from localgrad.objectives.dgl import dgl
@@ -62,12 +63,17 @@ def plan_model(
         LocalGradError: an argument is out of range, a name is unknown, or nothing fits the budget.
     """
     sizes = {"batch_size": batch_size, "image_size": image_size, "num_classes": num_classes}
-    wrong = [f"{key} is {value}" for key, value in sizes.items() if not 1 + (key == "num_classes") <= value < 2**20]
+    limits = {"batch_size": (1, 2**20 - 1), "image_size": (1, MAX_IMAGE_SIZE), "num_classes": (2, 2**20 - 1)}
+    wrong = [
+        f"{key} is {value}, it must be from {limits[key][0]} to {limits[key][1]}"
+        for key, value in sizes.items()
+        if not limits[key][0] <= value <= limits[key][1]
+    ]
     for kind, given, known in (("objective", objective, OBJECTIVES), ("momentum", momentum, {"none": 0, **MOMENTA})):
         if given not in known:
             wrong.append(f"{kind} is {given!r}{closest(given, list(known))}; it is one of {', '.join(known)}")
     if wrong:
-        raise LocalGradError("; ".join(wrong) + ": sizes must be at least 1 and less than 2**20, classes at least 2")
+        raise LocalGradError("; ".join(wrong))
     model = build_model(ModelConfig(name=name, depth=depth), num_classes)
     example = torch.empty(batch_size, 3, image_size, image_size, device="meta")
     factory = _objective(objective, num_classes, large=image_size > 96)
@@ -107,28 +113,29 @@ def _objective(name: str, num_classes: int, *, large: bool) -> Objective:
 
 
 def show_sheets(title: str, sheets: Sequence[Sheet], budget: int | None) -> None:
-    """Print GiB by number of blocks, kept and checkpointed, and the cuts of the rows to choose from."""
+    """Print peaks by number of blocks, kept and checkpointed, and the cuts of the rows to choose from."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{title}: peak GiB of a step, activations kept | units checkpointed", title_justify="left")
-    table.add_column("blocks", justify="right")
+    size, unit = (2**30, "GiB") if max(row.peak for sheet in sheets for row in sheet.rows) >= 2**30 else (2**20, "MiB")
+    table = Table(title=f"{title}: peak {unit} of a step, activations kept | units checkpointed", title_justify="left")
+    table.add_column("blocks", justify="right", overflow="fold")
     for sheet in sheets:
-        table.add_column(sheet.label, justify="right")
+        table.add_column(sheet.label, justify="right", overflow="fold")
     counts = sorted({row.num_blocks for sheet in sheets for row in sheet.rows})
     for count in counts:
         cells = []
         for number, sheet in enumerate(sheets):
             rows = [row for row in sheet.rows if row.num_blocks == count and (count > 1 or number == 0)]
-            cells.append(" | ".join(f"{row.peak / 2**30:.2f}{'*' if budget and row.fits else ''}" for row in rows))
+            cells.append(" | ".join(f"{row.peak / size:.2f}{'*' if budget and row.fits else ''}" for row in rows))
         table.add_row("end-to-end" if count == 1 else str(count), *cells)
     console = Console()
     console.print(table)
     if budget:
-        console.print(f"* fits {budget / 2**30:.2f} GiB")
+        console.print(f"* fits {budget / size:.2f} {unit}")
     for heading, row in _choices(sheets, budget).items():
         how = f"{row.num_blocks} blocks{', units checkpointed' if row.recompute else ''}"
-        console.print(f"{heading}: {how}, {row.peak / 2**30:.2f} GiB")
+        console.print(f"{heading}: {how}, {row.peak / size:.2f} {unit}")
         console.print(f"  cuts {' '.join(row.cuts)}", soft_wrap=True)
 
 

@@ -90,6 +90,12 @@ class Row:
         """Mean over the runs of a field of their results."""
         return statistics.fmean(getattr(run.result, name) for run in self.runs)
 
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Mean over the runs; None where one was too short to tell."""
+        seconds = [run.result.seconds_per_step for run in self.runs]
+        return None if None in seconds else statistics.fmean(each for each in seconds if each is not None)
+
     def deviation(self, name: str) -> float | None:
         """Standard deviation over the runs (n - 1); None for a single one."""
         return statistics.stdev(getattr(run.result, name) for run in self.runs) if len(self.runs) > 1 else None

@@ -4,6 +4,7 @@ import inspect
 import operator
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, cast
 
@@ -94,10 +95,15 @@ def _defaults(model: nn.Module) -> dict[str, Any]:
     return {a.name: a.default for a in arguments if a.default is not inspect.Parameter.empty}
 
 
-def _has_effect(node: fx.Node) -> bool:
+def _has_effect(node: fx.Node, model: nn.Module) -> bool:
     """Whether a call counts even if its result is not used: it writes in place."""
     if node.op in ("placeholder", "output") or node.target is operator.setitem:
         return True
+    in_place = node.kwargs.get("inplace") is True
+    if node.op == "call_module":
+        in_place = getattr(model.get_submodule(cast(str, node.target)), "inplace", False) is True
+    if in_place:  # what it changes may still be read
+        return any(user > node for source in node.all_input_nodes for user in source.users)
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return node.op in ("call_method", "call_function") and name.endswith("_") and not name.endswith("__")
 
@@ -120,7 +126,7 @@ def _single_output(graph: fx.Graph, model: nn.Module) -> fx.Graph:
             f"{type(model).__name__} returns {type(value).__name__}: it must return one tensor, or a tuple that "
             "starts with it; wrap the model so that it does"
         )
-    graph.eliminate_dead_code(_has_effect)
+    graph.eliminate_dead_code(partial(_has_effect, model=model))
     if len([node for node in graph.nodes if node.op == "placeholder" and node.users]) != 1:
         raise LocalGradError(
             f"{type(model).__name__}.forward uses more than one argument: it must take one tensor; wrap the model"
@@ -159,6 +165,11 @@ def traced(model: nn.Module, example: Tensor) -> list[tuple[str, nn.Module]]:
         shapes.run(example)
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
+        if example.is_meta:
+            raise LocalGradError(
+                f"{type(model).__name__} does not run without data ({reason}), so its memory cannot be planned: "
+                "measure a step with localgrad.memory.step_peak, or give a real example"
+            ) from error
         raise LocalGradError(
             f"{type(model).__name__} does not run on the example of shape {tuple(example.shape)} ({reason}); "
             "give an example of the size, dtype and device that the model takes"
@@ -306,7 +317,7 @@ def _first_reduction(sizes: list[torch.Size | None], previous: int, following: i
         size = sizes[position]
         if size is None or before is None:
             continue
-        collapsed = len(size) == 4 and len(before) == 4 and size[2:].numel() == 1 < before[2:].numel()
+        collapsed = len(size) == len(before) and len(size) in (3, 4) and size[2:].numel() == 1 < before[2:].numel()
         if len(size) < len(before) and len(before) == 4 and len(size) == 2:
             return position
         if collapsed or (len(before) == 3 and len(size) == 2):

@@ -70,7 +70,8 @@ def load_trained(
     folder = RunFolder(Path(run_dir))
     config = folder.config()
     images = _chosen(config.data, data, test_split, train_limit, test_limit)
-    images = images if training_images else _test_only(images)
+    if not training_images:
+        images = _own_classes(images) if data is None and images.on_disk else _test_only(images)
     config = replace(config, accelerator=accelerator, devices=1, parallel="data", replicas=1, data=images)
     fabric = make_fabric(config)
     train, test = load_images(config.data)
@@ -114,6 +115,11 @@ def _chosen(
         train_limit=train_limit or config.train_limit,
         test_limit=test_limit or config.test_limit,
     )
+
+
+def _own_classes(config: DataConfig) -> DataConfig:
+    """The config with one training image: a folder's classes are those of both splits, in that order."""
+    return replace(config, train_limit=1)
 
 
 def _test_only(config: DataConfig) -> DataConfig:

@@ -1,6 +1,6 @@
 """Units: the smallest pieces that a model can be cut into, in the order of its forward pass."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,7 +19,8 @@ class Unit:
         name: dotted name of the submodule that the unit consists of or, where it consists of several,
             of the first one with a weight.
         module: takes the features before the unit to the features after it. Its parameters are the model's own.
-        features: shape of the output for the example batch, `(N, C, H, W)`, `(N, H, W, C)`, `(N, L, D)` or `(N, D)`.
+        features: shape of the output for the example batch, `(N, C, H, W)`, `(N, H, W, C)`, `(N, C, L)`, `(N, L, D)`
+            or `(N, D)`.
         channel_dim: the dimension of `features` that holds channels, 1 or the last.
         writes_input: whether the unit changes its input in place (it starts with an in-place activation, say).
     """
@@ -59,7 +60,17 @@ def units(model: nn.Module, example: Tensor, names: Sequence[str] | None = None)
         if not example.is_meta:
             inputs = torch.randn(example.shape, generator=torch.Generator().manual_seed(0)).to(example)
         pieces = traced(model, inputs) if names is None else _named(model, inputs, names)
-        return _measured(pieces, inputs)
+        found = _measured(pieces, inputs)
+    match_mode((unit.module for unit in found), model)
+    return found
+
+
+def match_mode(wrappers: Iterable[nn.Module], model: nn.Module) -> None:
+    """Put what is not the model's own in its mode; its own modules may be frozen one by one, and stay as they are."""
+    own = set(model.modules())
+    for module in (part for wrapper in wrappers for part in wrapper.modules()):
+        if module not in own:
+            module.training = model.training
 
 
 def _measured(pieces: Sequence[tuple[str, nn.Module]], features: Tensor) -> list[Unit]:
@@ -69,7 +80,8 @@ def _measured(pieces: Sequence[tuple[str, nn.Module]], features: Tensor) -> list
         following = pieces[position + 1][1] if position + 1 < len(pieces) else None
         writes_input = _writes_input(module, features)
         features = module.eval()(features)
-        found.append(Unit(name, module, features.shape, _channel_dim(features.shape, following), writes_input))
+        channel_dim = _channel_dim(features.shape, module, following)
+        found.append(Unit(name, module, features.shape, channel_dim, writes_input))
     return found
 
 
@@ -147,7 +159,8 @@ def _named(model: nn.Module, inputs: Tensor, names: Sequence[str]) -> list[tuple
             f"the submodules {', '.join(names)} do not run one after another on an example of shape "
             f"{tuple(inputs.shape)} ({str(error).strip().splitlines()[0]}); each must take the output of the one before"
         ) from error
-    if not isinstance(features, Tensor) or not isinstance(expected, Tensor) or not torch.equal(features, expected):
+    tensors = isinstance(features, Tensor) and isinstance(expected, Tensor)
+    if not tensors or not (features.shape == expected.shape if inputs.is_meta else torch.equal(features, expected)):
         raise LocalGradError(
             f"the submodules {', '.join(names)}, applied in order, do not give what {type(model).__name__} gives: name "
             "every submodule of its forward pass, and move what the forward pass does between them into a submodule"
@@ -155,19 +168,22 @@ def _named(model: nn.Module, inputs: Tensor, names: Sequence[str]) -> list[tuple
     return [(name, modules[name]) for name in names]
 
 
-def _channel_dim(features: torch.Size, following: nn.Module | None) -> int:
+def _channel_dim(features: torch.Size, module: nn.Module, following: nn.Module | None) -> int:
     """The dimension that holds channels: told by the first layer of the next unit that fixes their number."""
     last = len(features) - 1
-    if len(features) != 4:
+    if len(features) not in (3, 4):
         return last
+    conv, norm = (nn.Conv1d, nn.BatchNorm1d) if len(features) == 3 else (nn.Conv2d, nn.BatchNorm2d)
+    if len(features) == 3 and not any(isinstance(layer, conv) for layer in module.modules()):
+        return last  # tokens, where no convolution tells otherwise
     guess = None
     for layer in following.modules() if following else ():
-        if isinstance(layer, nn.Conv2d):
+        if isinstance(layer, conv):
             channels, here = layer.in_channels, 1
-        elif isinstance(layer, nn.BatchNorm2d):
+        elif isinstance(layer, norm):
             channels, here = layer.num_features, 1
         elif isinstance(layer, nn.Linear):
-            channels, here = layer.in_features, last
+            channels, here = layer.in_features, 1 if len(features) == 3 else last  # of a sequence that is pooled
         elif isinstance(layer, nn.LayerNorm):
             channels, here = layer.normalized_shape[-1], 1 if type(layer).__name__.endswith("2d") else last
         else:

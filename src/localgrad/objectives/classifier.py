@@ -17,7 +17,7 @@ class Classifier(nn.Module):
     def __init__(self, site: Site, num_classes: int) -> None:
         super().__init__()
         channels = site.features[site.channel_dim]
-        if len(site.features) == 3:
+        if len(site.features) == 3 and site.channel_dim != 1:
             first_token = _has_class_token(site)
             self.classifier = nn.Sequential(
                 nn.LayerNorm(channels), TokenPool(first_token), nn.Linear(channels, num_classes)

@@ -17,8 +17,9 @@ MAX_PREFIX_TOKENS = 8
 class AsMap(nn.Module):
     """View features as a map `(N, C, H, W)`, whatever layout the site has.
 
-    Maps with channels last are permuted; tokens `(N, L, D)` are laid on the grid of the image's patches, and class or
-    register tokens before them are left out; a vector `(N, D)` is a map of 1x1.
+    Maps with channels last are permuted; a sequence `(N, C, L)` is a map of L x 1; tokens `(N, L, D)` are laid on the
+    grid of the image's patches, and class or register tokens before them are left out, or L x 1 where the input is no
+    image; a vector `(N, D)` is a map of 1x1.
 
     Attributes:
         channels: C.
@@ -33,6 +34,8 @@ class AsMap(nn.Module):
         self.channels = shape[site.channel_dim]
         if len(shape) == 4:
             height, width = (shape[2], shape[3]) if site.channel_dim == 1 else (shape[1], shape[2])
+        elif len(shape) == 3 and site.channel_dim == 1:
+            height, width = shape[2], 1
         elif len(shape) == 3:
             height, width = token_grid(shape[1], site, objective)
             self.prefix_tokens = shape[1] - height * width
@@ -41,7 +44,7 @@ class AsMap(nn.Module):
         else:
             raise LocalGradError(
                 f"{objective} cannot sit on features {tuple(shape)} (block {site.index}): it takes (N, C, H, W), "
-                "(N, H, W, C), (N, L, D) or (N, D); cut elsewhere"
+                "(N, H, W, C), (N, C, L), (N, L, D) or (N, D); cut elsewhere"
             )
         self.size = (height, width)
 
@@ -49,6 +52,8 @@ class AsMap(nn.Module):
         """Features of the site to `(N, C, H, W)`."""
         if self.ndim == 4:
             return features if self.channel_dim == 1 else features.movedim(-1, 1)
+        if self.ndim == 3 and self.channel_dim == 1:
+            return features[..., None]
         if self.ndim == 3:
             return features[:, self.prefix_tokens :].transpose(1, 2).unflatten(2, self.size)
         return features[:, :, None, None]
@@ -66,8 +71,13 @@ class MeanOverSpace(nn.Module):
 
 
 def token_grid(tokens: int, site: Site, objective: str) -> tuple[int, int]:
-    """Height and width of the grid of patches, in the image's proportions, behind at most 8 other tokens."""
-    height, width = (*site.inputs[2:], 1, 1)[:2]
+    """Height and width of the grid of patches, in the image's proportions, behind at most 8 other tokens.
+
+    Tokens of an input that is no image `(N, C, H, W)` are a grid of one column.
+    """
+    if len(site.inputs) != 4:
+        return tokens, 1
+    height, width = site.inputs[2:]
     for prefix in range(min(MAX_PREFIX_TOKENS, tokens - 1) + 1):
         rows = math.isqrt((tokens - prefix) * height // width)
         if rows and (tokens - prefix) % rows == 0 and rows * width == (tokens - prefix) // rows * height:

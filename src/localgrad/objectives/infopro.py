@@ -167,7 +167,7 @@ def infopro(
     mean: Sequence[float],
     std: Sequence[float],
     reconstruction: tuple[float, float] = (5.0, 0.0),
-    task: tuple[float, float] = (0.5, 0.0),
+    task: tuple[float, float] = (0.5, 0.5),
     loss: TaskLoss = "cross_entropy",
     head: TaskHead = "1c2f",
     feature_dim: int = 128,
@@ -204,6 +204,10 @@ def infopro(
     check_num_classes(num_classes)
     check_choice("loss", loss, ("cross_entropy", "contrast"))
     check_choice("head", head, HEADS)
+    try:
+        mean, std = tuple(map(float, mean)), tuple(map(float, std))
+    except (TypeError, ValueError):
+        raise LocalGradError(f"mean is {mean!r} and std {std!r}: give a sequence of numbers, one a channel") from None
     if len(mean) != len(std) or not mean or not all(0 < s < math.inf for s in std) or not all(map(math.isfinite, mean)):
         raise LocalGradError(
             f"mean is {mean} and std {std}: give one of each a channel, std above 0, in units of [0, 1]"

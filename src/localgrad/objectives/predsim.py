@@ -69,9 +69,10 @@ def prediction_pool(channels: int, size: tuple[int, int], limit: int) -> tuple[n
         The layer, and the height and width that it leaves.
     """
     kernel, pooled, axis = [1, 1], [*size], 0
-    while channels * pooled[0] * pooled[1] > limit and kernel[0] < size[0]:
-        kernel[axis] *= 2
-        pooled[axis] = math.ceil(size[axis] / kernel[axis])
+    while channels * pooled[0] * pooled[1] > limit and pooled != [1, 1]:
+        if pooled[axis] > 1:
+            kernel[axis] *= 2
+            pooled[axis] = math.ceil(size[axis] / kernel[axis])
         axis = 1 - axis
     if kernel == [1, 1]:
         return nn.Identity(), (size[0], size[1])
