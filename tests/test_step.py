@@ -257,3 +257,13 @@ def test_every_block_gets_the_batch_and_the_features_without_a_copy() -> None:
     assert all(given[1] is targets and given[2] is inputs for given in seen)
     given = [inputs, *(features for features, _, _ in seen)]
     assert [a.data_ptr() for a in received] == [a.data_ptr() for a in given]
+
+
+def test_batches_that_do_not_fit_an_objective_are_explained() -> None:
+    blocks = split(
+        cifar_resnet(8), torch.empty(2, 3, 32, 32), cuts=["layer1"], objective=localgrad.predsim(10, max_features=64)
+    )
+    with pytest.raises(LocalGradError, match=r"\(4, 3, 48, 48\) do not fit block 0 .* that the model was split for"):
+        local_step(blocks, optimizers_of(blocks), torch.randn(4, 3, 48, 48), torch.arange(4))
+    with pytest.raises(LocalGradError, match="give one class a sample"):
+        local_step(blocks, optimizers_of(blocks), torch.randn(4, 3, 32, 32), torch.rand(4, 10))

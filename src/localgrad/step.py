@@ -11,6 +11,9 @@ from torch.optim import Optimizer
 from localgrad.blocks import Block
 from localgrad.errors import LocalGradError
 
+MISFITS = ("shapes cannot be multiplied", "must match the size of tensor")
+"""What PyTorch says of a layer that gets features of another shape."""
+
 
 class OutOfMemoryError(LocalGradError, torch.OutOfMemoryError):
     """A block that does not fit into the device's memory; torch's error too, for what makes batches smaller on that."""
@@ -179,7 +182,7 @@ def _explained(
         return LocalGradError(
             f"inputs are {inputs.dtype} and the weights of block {index} {weight.dtype}: give inputs.to({weight.dtype})"
         )
-    if "target" in text and not isinstance(error, IndexError):
+    if ("target" in text or "one_hot" in text) and not isinstance(error, IndexError):
         return LocalGradError(
             f"targets are {targets.dtype} of shape {tuple(targets.shape)} ({text}): give one class a sample, "
             "(N,) of torch.int64, as targets.long()"
@@ -198,6 +201,11 @@ def _explained(
         return LocalGradError(
             f"inputs of shape {tuple(inputs.shape)} do not fit the first block ({block.names[0]} to "
             f"{block.names[-1]}): {text}; give batches of the shape that the model was split for"
+        )
+    if any(words in text for words in MISFITS):
+        return LocalGradError(
+            f"features of inputs of shape {tuple(inputs.shape)} do not fit block {index} ({block.names[0]} to "
+            f"{block.names[-1]}) or its objective: {text}; give batches of the shape that the model was split for"
         )
     return None
 
