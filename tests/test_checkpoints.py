@@ -56,7 +56,7 @@ class _KilledError(BaseException):
 def test_the_last_ones_are_kept_the_newest_first(folder: RunFolder) -> None:
     assert [path.name for path in versions(folder.checkpoint).values()] == ["checkpoint.pt", "checkpoint.pt.1"]
     assert [torch.load(path)["step"] for path in versions(folder.checkpoint).values()] == [3, 2]
-    assert folder.load_checkpoint()["step"] == 3
+    assert folder.newest_checkpoint()[1]["step"] == 3
 
 
 def test_a_single_one_leaves_nothing_beside_it(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_a_kill_at_any_moment_of_saving_loses_no_checkpoint(
         copy.start(CONFIG, lines=0)
         assert len(versions(copy.checkpoint)) == 2
         copy.save_checkpoint({"step": 5}, keep=2)
-        assert copy.load_checkpoint()["step"] == 5
+        assert copy.newest_checkpoint()[1]["step"] == 5
         assert list(versions(copy.checkpoint)) == [0, 1], "a gap is closed"
         assert not list(copy.path.glob(".*"))
         if not killed:
@@ -116,7 +116,7 @@ def test_any_damaged_byte_is_noticed_or_harmless(folder: RunFolder, caplog: pyte
         broken[position] ^= 1 << position % 8
         folder.checkpoint.write_bytes(broken)
         caplog.clear()
-        found = folder.load_checkpoint()
+        found = folder.newest_checkpoint()[1]
         noticed += bool(caplog.records)
         assert found["step"] == (2 if caplog.records else 3)
         assert torch.equal(found["weights"], torch.full((20,), float(found["step"])))
@@ -142,7 +142,7 @@ def test_a_damaged_one_is_passed_over_with_a_warning(
     whole = folder.checkpoint.read_bytes()
     assert damage(whole) != whole
     folder.checkpoint.write_bytes(damage(whole))
-    assert folder.load_checkpoint()["step"] == 2
+    assert folder.newest_checkpoint()[1]["step"] == 2
     (record,) = caplog.records
     said = record.getMessage()
     assert "checkpoint.pt is " in said
@@ -155,7 +155,7 @@ def test_none_whole_is_an_error_that_names_all(folder: RunFolder) -> None:
     for path in versions(folder.checkpoint).values():
         path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(LocalGradError, match=r"checkpoint\.pt is .*checkpoint\.pt\.1 is .*no whole one is left"):
-        folder.load_checkpoint()
+        folder.newest_checkpoint()[1]
 
 
 def test_a_damaged_one_is_set_aside_and_does_not_push_out_a_whole_one(folder: RunFolder) -> None:
@@ -385,4 +385,4 @@ def test_the_config_says_how_many_are_kept(tmp_path: Path) -> None:
         fit(dataclasses.replace(CONFIG, keep_checkpoints=keep), run_dir, quiet=True)
         steps = [torch.load(path)["state"]["step"] for path in versions(run_dir / "checkpoint.pt").values()]
         assert steps == [8, 6, 4][:keep]
-    assert trainer.RunFolder(tmp_path / "1").load_checkpoint()["state"]["step"] == 8
+    assert trainer.RunFolder(tmp_path / "1").newest_checkpoint()[1]["state"]["step"] == 8

@@ -53,7 +53,7 @@ def test_a_full_disk_is_an_error_and_loses_nothing(folder: RunFolder, monkeypatc
         folder.save_checkpoint({"step": 2})
     with pytest.raises(LocalGradError, match=r"metrics\.jsonl could not be written"):
         folder.append_metrics({"epoch": 1})
-    assert folder.load_checkpoint() == {"step": 1}
+    assert folder.newest_checkpoint()[1] == {"step": 1}
     assert not any(name.endswith(".tmp") for name in _files(folder))
 
 
@@ -139,14 +139,14 @@ def test_numbers_that_json_does_not_have_are_not_written(folder: RunFolder) -> N
 
 def test_checkpoints_come_back(folder: RunFolder) -> None:
     folder.save_checkpoint({"weights": torch.arange(3), "state": {"epoch": 2, "error": None}})
-    state = folder.load_checkpoint()
+    state = folder.newest_checkpoint()[1]
     assert torch.equal(state["weights"], torch.arange(3))
     assert state["state"] == {"epoch": 2, "error": None}
 
 
 def test_no_checkpoint(folder: RunFolder) -> None:
     with pytest.raises(LocalGradError, match=r"has no checkpoint\.pt"):
-        folder.load_checkpoint()
+        folder.newest_checkpoint()[1]
 
 
 @pytest.mark.parametrize("keep", [0, 1, 100, -1])
@@ -154,7 +154,7 @@ def test_a_truncated_checkpoint(folder: RunFolder, keep: int) -> None:
     folder.save_checkpoint({"weights": torch.zeros(100)})
     folder.checkpoint.write_bytes(folder.checkpoint.read_bytes()[:keep])
     with pytest.raises(LocalGradError, match=r"checkpoint\.pt is cut short or damaged"):
-        folder.load_checkpoint()
+        folder.newest_checkpoint()[1]
 
 
 class _Attack:
@@ -178,7 +178,7 @@ def test_a_malicious_checkpoint_runs_nothing(folder: RunFolder, by_torch: bool, 
     with folder.checkpoint.open("wb") as file:
         torch.save({"state": _Attack(victim)}, file) if by_torch else pickle.dump({"state": _Attack(victim)}, file)
     with pytest.raises(LocalGradError, match=message) as raised:
-        folder.load_checkpoint()
+        folder.newest_checkpoint()[1]
     assert "weights_only" not in str(raised.value), "torch's own message says how to run the code"
     assert not victim.exists()
 
@@ -186,7 +186,7 @@ def test_a_malicious_checkpoint_runs_nothing(folder: RunFolder, by_torch: bool, 
 def test_a_checkpoint_that_is_something_else(folder: RunFolder) -> None:
     torch.save([1, 2], folder.checkpoint)
     with pytest.raises(LocalGradError, match="is not a localgrad file: it holds a list"):
-        folder.load_checkpoint()
+        folder.newest_checkpoint()[1]
 
 
 def test_models_come_back_under_their_own_names(folder: RunFolder) -> None:

@@ -7,7 +7,7 @@ from localgrad.config import TrainConfig
 from localgrad.errors import LocalGradError
 from localgrad.memory import step_peak
 from localgrad.objectives.dgl import dgl
-from localgrad.planning import plan
+from localgrad.planning import plan, readable
 from localgrad.units import units
 
 
@@ -41,12 +41,8 @@ def memory_advice(config: TrainConfig, num_classes: int, cuts: list[str], capaci
     rows = [row for row in rows if not row.recompute]
     least = min(rows, key=lambda row: row.peak)
     best = next((row for row in rows if capacity is not None and row.peak <= capacity), least)
-    said = f"`localgrad plan` predicts {_size(now)} for a step of {len(cuts) + 1} block(s) and {images} images"
+    said = f"`localgrad plan` predicts {readable(now)} for a step of {len(cuts) + 1} block(s) and {images} images"
     if best.peak >= now or best.cuts == tuple(cuts):
         return f"{said}, and no other cuts take less; {smaller}"
     loss = "" if objective else "--objective.name dgl "
-    return f"{said}, {_size(best.peak)} with {best.num_blocks} blocks: {loss}--cuts {' '.join(best.cuts)}; {smaller}"
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+    return f"{said}, {readable(best.peak)} with {best.num_blocks} blocks: {loss}--cuts {' '.join(best.cuts)}; {smaller}"

@@ -70,7 +70,8 @@ class Block(nn.Module):
         self.criterion = criterion
         self.recompute = recompute
         self.names = tuple(unit.name for unit in found)
-        self._writes_input = tuple(unit.writes_input for unit in found)
+        # a tuple is not registered a second time
+        self._in_place = tuple(unit.module for unit in found if unit.writes_input)
         self._layers = [module for module in self.body.modules() if module._parameters]
 
     def forward(self, features: Tensor, targets: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,10 +86,10 @@ class Block(nn.Module):
             The body's output, still attached to the block's graph, and a scalar loss. The last block's output is the
             model's.
         """
-        if self._writes_input[0] and features.data_ptr() == inputs.data_ptr():
+        if self.body[0] in self._in_place and features.data_ptr() == inputs.data_ptr():
             features = features.clone()  # objectives of later blocks read the inputs too
-        for unit, writes_input in zip(self.body, self._writes_input, strict=True):
-            features = recomputed(unit, features, unit, writes_input) if self.recompute else unit(features)
+        for unit in self.body:
+            features = recomputed(unit, features, unit, unit in self._in_place) if self.recompute else unit(features)
         if self.objective is None:
             return features, self.criterion(features, targets)
         version = features._version

@@ -182,14 +182,14 @@ def _refusal(
     weights = sum(unit.lasting + unit.gradients for unit in profiled.units)
     worst = max(range(len(found)), key=lambda position: profiled.units[position].backward_alone)
     return (
-        f"budget is {_readable(budget)}, and {batch} samples a step take at least {_readable(least.peak)} "
-        f"({least.num_blocks} blocks{', recomputed' if least.recompute else ''}): {_readable(weights)} are "
+        f"budget is {readable(budget)}, and {batch} samples a step take at least {readable(least.peak)} "
+        f"({least.num_blocks} blocks{', recomputed' if least.recompute else ''}): {readable(weights)} are "
         f"weights, gradients and optimizer state, and the unit {found[worst].name!r} alone needs "
-        f"{_readable(profiled.units[worst].backward_alone)}; give {_readable(least.peak)} or a smaller batch"
+        f"{readable(profiled.units[worst].backward_alone)}; give {readable(least.peak)} or a smaller batch"
     )
 
 
-def _readable(count: float) -> str:
+def readable(count: float) -> str:
     """In the largest unit that fits, rounded up: what is given back as a budget is enough."""
     size, unit = (2**30, "GiB") if count >= 2**30 else (2**20, "MiB")
     return f"{math.ceil(100 * count / size) / 100:.2f} {unit}"

@@ -220,10 +220,6 @@ class RunFolder:
         with atomic_write(self.checkpoint, keep) as file:
             file.write(buffer.getbuffer())
 
-    def load_checkpoint(self) -> dict[str, Any]:
-        """The content of the newest whole checkpoint; see `newest_checkpoint`."""
-        return self.newest_checkpoint()[1]
-
     def newest_checkpoint(self) -> tuple[Path, dict[str, Any]]:
         """Reads the newest checkpoint that is whole, with a warning where that is not the last one written.
 
