@@ -91,21 +91,22 @@ def ranks_table(path: Path) -> str:
     return "\n".join(lines)
 
 
-def runs_table(folder: Path) -> str:
-    """Error, memory and time of the runs in a folder as a Markdown table."""
-    lines = ["| run | blocks | test error | peak memory of a step | seconds a step |", "|---|--:|--:|--:|--:|"]
-    for path in sorted(folder.glob("*.json"), key=lambda path: json.loads(path.read_text())["test_error"]):
-        run = json.loads(path.read_text())
-        lines.append(
-            f"| `{run['config']['name']}` | {run['num_blocks']} | {run['test_error']:.2f} % | "
-            f"{run['peak_memory_bytes'] / 2**20:.0f} MiB | {run['seconds_per_step']:.2f} |"
-        )
+def runs_table(folders: list[Path]) -> str:
+    """Test errors of one seed at several budgets, a column each, and memory, as a Markdown table."""
+    found = [[json.loads(path.read_text()) for path in folder.glob("*-seed0.json")] for folder in folders]
+    budgets = [{run["config"]["name"]: run for run in runs} for runs in found]
+    heads = [f"error after {runs[0]['config']['optim']['epochs']} epochs" for runs in found]
+    lines = [f"| run | blocks | {' | '.join(heads)} | peak memory of a step |", f"|---|{'--:|' * (len(heads) + 2)}"]
+    for name, run in sorted(budgets[-1].items(), key=lambda item: item[1]["test_error"]):
+        errors = [f"{runs[name]['test_error']:.2f} %" if name in runs else "" for runs in budgets]
+        memory = f"{run['peak_memory_bytes'] / 2**20:.0f} MiB"
+        lines.append(f"| `{name}` | {run['num_blocks']} | {' | '.join(errors)} | {memory} |")
     return "\n".join(lines)
 
 
 DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 TABLES = {
-    "runs": lambda: runs_table(ROOT / "results" / "cifar10-five-epochs"),
+    "runs": lambda: runs_table([ROOT / "results" / f"cifar10-{epochs}-epochs" for epochs in ("five", "ten")]),
     "ranks": lambda: ranks_table(ROOT / "results" / "pipeline.json"),
     "plan": lambda: plan_table(ROOT / "results" / "plan-resnet101" / "plan.json"),
     "speed": lambda: speed_table(ROOT / "results" / "speed.json"),

@@ -1,6 +1,6 @@
 """What was tried for a faster step on a processor: each pair of ways to compute the same, forward and backward.
 
-    python benchmarks/tried.py -o results/tried.json
+    python benchmarks/tried.py --data path/to/cifar10 -o results/tried.json
 
 Bfloat16 autocast, channels last, batch 128, the shapes of ResNet-32 on CIFAR-10. The two ways take turns; a row has the
 median of each and the median of their ratio. `kept` says which of the two localgrad computes; a way that is faster by
@@ -9,27 +9,29 @@ little, or in some shapes only, is not worth its code.
 
 import argparse
 import statistics
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from report import environment, print_table, write
-from speed import ratio, take_turns
+from speed import of_recipe, ratio, take_turns, trainer_step
 from torch import Tensor, nn
 
 import localgrad
+from localgrad import trainer
 from localgrad.devices import keep_freed_memory
 from localgrad.models import BasicBlock, cifar_resnet
 from localgrad.objectives.decoder import UpsampledConv, in_layout
 from localgrad.objectives.features import MeanOverSpace
 from localgrad.objectives.infopro import binary_cross_entropy
-from localgrad.recipes import recipe
 
 BATCH = 128
-WHOLE = "cifar10-resnet32-k16-infopro-man"
+WHOLE = "cifar10-resnet32-e2e"
 SHAPES = ((16, 32), (32, 16), (64, 8))
 Way = Callable[[Tensor], Tensor]
 
@@ -162,21 +164,13 @@ def compiled() -> Pair:
     )
 
 
-def heap(rounds: int) -> dict[str, list[float]]:
-    """Seconds of a step with the C library's defaults, then with freed memory kept, which cannot be undone."""
-    half = (0.5, 0.5, 0.5)
-    blocks = blocks_of(localgrad.infopro(10, half, half, task=(0.5, 0.5)), list(recipe(WHOLE).config.cuts or ()))
-    optimizers = [torch.optim.SGD(block.trainable_parameters(), 0.01, fused=True) for block in blocks]
-    inputs = torch.randn(BATCH, 3, 32, 32).to(memory_format=torch.channels_last)
-    targets = torch.arange(BATCH) % 10
-
-    def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16):
-            localgrad.local_step(blocks, optimizers, inputs, targets)
-
-    given_back = take_turns({"first": step}, rounds)
-    keep_freed_memory()
-    return given_back | take_turns({"second": step}, rounds)
+def heap(data: str, rounds: int) -> dict[str, list[float]]:
+    """Seconds of the trainer's step with the C library's defaults, then with freed memory kept, which stays so."""
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(trainer, "keep_freed_memory"):
+        step, _ = trainer_step(of_recipe(WHOLE, BATCH), data, Path(folder) / "run")
+        given_back = take_turns({"first": step}, rounds)
+        keep_freed_memory()
+        return given_back | take_turns({"second": step}, rounds)
 
 
 def row(name: str, seconds: dict[str, list[float]], kept: str) -> dict[str, Any]:
@@ -192,13 +186,14 @@ def row(name: str, seconds: dict[str, list[float]], kept: str) -> dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="uoft-cs/cifar10", help="CIFAR-10, a hub name or a folder")
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("-o", "--output", type=Path, default=Path("results/tried.json"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    name = "InfoPro+MAN, 15 blocks: freed memory given back, or kept (one after the other)"
-    rows = [row(name, heap(options.rounds), "second")]
+    name = "ResNet-32 end-to-end in the trainer: freed memory given back, or kept (one after the other)"
+    rows = [row(name, heap(options.data, options.rounds), "second")]
     rows += [row(pair.name, pair.seconds(options.rounds), pair.kept) for pair in pairs()]
     print_table(f"two ways, batch {BATCH}, {options.threads} thread(s)", rows)
     settings = {"rounds": options.rounds, "threads": options.threads}

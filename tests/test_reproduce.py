@@ -241,6 +241,19 @@ def test_results_without_what_was_added_later_are_results(tmp_path: Path) -> Non
     assert _cells(tmp_path)[0].state == "done"
 
 
+def test_finished_runs_may_have_found_their_images_elsewhere(tmp_path: Path) -> None:
+    cell = _cells(tmp_path)[0]
+    _store(cell, 5.0)
+    values = json.loads(cell.result.read_text())
+    values["config"]["data"]["source"] = "another/place"
+    cell.result.write_text(json.dumps(values))
+    assert _cells(tmp_path)[0].state == "done"
+    values["config"]["data"]["padding"] = 3
+    cell.result.write_text(json.dumps(values))
+    with pytest.raises(LocalGradError, match="holds runs of other settings .* data.padding: 3 -> 1"):
+        _cells(tmp_path)
+
+
 def test_damaged_files_of_started_runs_are_named(tmp_path: Path) -> None:
     cell = _cells(tmp_path)[0]
     cell.run.path.mkdir(parents=True)

@@ -116,16 +116,23 @@ def _cell(row: str, seed: int, changes: dict[str, Any], output: Path) -> Cell:
 
 
 def _check_settings(name: str, changes: dict[str, Any], output: Path) -> None:
-    """Refuses a folder with runs of the table, of any seed, that were made with other settings."""
+    """Refuses a folder with runs of the table, of any seed, that were made with other settings.
+
+    Finished runs may have found the same images in another place, on another machine.
+    """
     for row in table(name).rows:
-        saved = {path: _load(path)["config"] for path in _results(output, row)}
-        saved |= {path: read_json(path) for path in sorted(output.glob(f"runs/{row}-seed*/config.json"))}
+        finished = {path: _load(path)["config"] for path in _results(output, row)}
+        started = {path: read_json(path) for path in sorted(output.glob(f"runs/{row}-seed*/config.json"))}
+        saved = finished | started
         for path, values in saved.items():
             try:
                 before = from_dict(values)
             except LocalGradError as error:
                 raise LocalGradError(f"{path}: {error}") from None
-            changed = differences(before, _cell(row, before.seed, changes, output).config)
+            now = _cell(row, before.seed, changes, output).config
+            if path in finished:
+                before = dataclasses.replace(before, data=dataclasses.replace(before.data, source=now.data.source))
+            changed = differences(before, now)
             if changed:
                 raise LocalGradError(
                     f"{output} holds runs of other settings ({path.relative_to(output)}, saved -> asked for: "
