@@ -250,7 +250,7 @@ def test_finished_runs_may_have_found_their_images_elsewhere(tmp_path: Path) -> 
     assert _cells(tmp_path)[0].state == "done"
     values["config"]["data"]["padding"] = 3
     cell.result.write_text(json.dumps(values))
-    with pytest.raises(LocalGradError, match="holds runs of other settings .* data.padding: 3 -> 1"):
+    with pytest.raises(LocalGradError, match=r"holds runs of other settings .* data.padding: 3 -> 1"):
         _cells(tmp_path)
 
 
