@@ -104,9 +104,23 @@ def runs_table(folders: list[Path]) -> str:
     return "\n".join(lines)
 
 
+def features_table(folder: Path) -> str:
+    """Linear probes after some units, and CKA with the end-to-end network, of the analyses in a folder."""
+    units = ("layer1.0", "layer1.4", "layer2.4", "layer3.4")
+    lines = [f"| training | {' | '.join(units)} | CKA |", f"|---|{'--:|' * (len(units) + 1)}"]
+    for name, label in (("e2e", "end-to-end"), ("k16-dgl", "DGL"), ("k16-dgl-man", "DGL+MAN")):
+        probe = json.loads((folder / name / "probe.json").read_text())
+        found = dict(zip(probe["units"], probe["accuracies"], strict=True))
+        alike = [json.loads(path.read_text())["mean_diagonal"] for path in (folder / name).glob("cka-*.json")]
+        cells = [f"{found[unit]:.1f} %" for unit in units] + [f"{value:.2f}" for value in alike or [1.0]]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 TABLES = {
     "runs": lambda: runs_table([ROOT / "results" / f"cifar10-{epochs}-epochs" for epochs in ("five", "ten")]),
+    "features": lambda: features_table(ROOT / "results" / "cifar10-ten-epochs" / "analysis"),
     "ranks": lambda: ranks_table(ROOT / "results" / "pipeline.json"),
     "plan": lambda: plan_table(ROOT / "results" / "plan-resnet101" / "plan.json"),
     "speed": lambda: speed_table(ROOT / "results" / "speed.json"),
