@@ -106,7 +106,7 @@ API: dict[str, tuple[Callable[[], Any], str]] = {
     "half a class": (lambda: dgl(10.5), r"num_classes is 10.5"),  # type: ignore[arg-type]
     "similarity above all": (lambda: predsim(10, beta=2.0), r"beta is 2.0: it is the weight .* from 0 to 1"),
     "similarity as text": (lambda: predsim(10, beta="x"), r"beta is 'x'"),  # type: ignore[arg-type]
-    "a deviation of zero": (lambda: _info(std=(0, 1, 1)), r"std \(0, 1, 1\): give one of each a channel"),
+    "a deviation of zero": (lambda: _info(std=(0, 1, 1)), r"std \(0.0, 1.0, 1.0\): give one of each a channel"),
     "one weight": (lambda: _info(task=1.0), r"task is 1.0: give its weight at the first and the last block"),
     "a weight that is nan": (lambda: _info(reconstruction=(float("nan"), 1)), r"reconstruction is \(nan, 1\)"),
     "decay as text": (lambda: man("x"), r"decay is 'x': it is from 0"),  # type: ignore[arg-type]
@@ -189,9 +189,12 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "no checkpoint kept": (["train", "digits-dgl", "--keep-checkpoints", "0"], "keep_checkpoints is 0, it must be 1"),
     "a run folder that is none": (["evaluate", "empty"], "empty is no run folder"),
     "a file to evaluate": (["evaluate", "file"], "file"),
-    "units of an image of 0": (["units", "cifar_resnet", "--image-size", "0"], "both must be at least 1"),
-    "units of a huge image": (["units", "cifar_resnet", "--image-size", "99999999"], "image_size at most 4096"),
-    "a plan of a huge image": (["plan", "cifar_resnet", "--image-size", "99999999999"], "less than 2**20"),
+    "units of an image of 0": (
+        ["units", "cifar_resnet", "--image-size", "0"],
+        "image_size is 0 and batch_size 128: image_size is from 1 to 4096",
+    ),
+    "units of a huge image": (["units", "cifar_resnet", "--image-size", "99999999"], "image_size is from 1 to 4096"),
+    "a plan of a huge image": (["plan", "cifar_resnet", "--image-size", "99999999999"], "it must be from 1 to 4096"),
     "a budget beyond numbers": (["plan", "cifar_resnet", "--budget", "9" * 400 + "GiB"], "give a size with its unit"),
     "a budget of nothing": (["plan", "cifar_resnet", "--budget", "0GiB"], "give a size with its unit"),
     "a demo of no epoch": (["demo", "--epochs", "0"], "epochs is 0: it must be at least 1"),
