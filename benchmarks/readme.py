@@ -112,7 +112,7 @@ def features_table(folder: Path) -> str:
         probe = json.loads((folder / name / "probe.json").read_text())
         found = dict(zip(probe["units"], probe["accuracies"], strict=True))
         alike = [json.loads(path.read_text())["mean_diagonal"] for path in (folder / name).glob("cka-*.json")]
-        cells = [f"{found[unit]:.1f} %" for unit in units] + [f"{value:.2f}" for value in alike or [1.0]]
+        cells = [*(f"{found[unit]:.1f} %" for unit in units), *([f"{value:.2f}" for value in alike] or [""])]
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

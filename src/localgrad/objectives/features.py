@@ -63,7 +63,7 @@ class MeanOverSpace(nn.Module):
     """Maps `(N, C, H, W)` to `(N, C)`.
 
     The gradient has the layout of the maps. That of PyTorch's adaptive pooling to 1x1 never has channels last, which
-    makes the layers before it several times slower.
+    makes a ReLU before it more than twice as slow.
     """
 
     def forward(self, maps: Tensor) -> Tensor:

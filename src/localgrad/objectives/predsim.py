@@ -53,7 +53,7 @@ def similarity_matrix(features: Tensor) -> Tensor:
     with full_precision(features):
         features = features if features.dtype == torch.float64 else features.float()
         if features.ndim == 4 and features.shape[1] > 3 and features.shape[2] > 1:
-            maps = features.flatten(2)  # PyTorch's own std takes several times as long on a processor
+            maps = features.flatten(2)  # PyTorch's own std is slower on a processor
             centred = maps - maps.mean(2, keepdim=True)
             features = torch.linalg.vector_norm(centred, dim=2) / math.sqrt(maps.shape[2] - 1)
         rows = features.flatten(1)
