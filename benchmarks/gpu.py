@@ -4,8 +4,10 @@
     python benchmarks/gpu.py --parts train --recipes cifar10-resnet32-k16-dgl-man --data path/to/cifar10 -o results/gpu
 
 - memory: the allocator's peak of a step beside the planner's prediction, in float32 and under bf16 autocast.
-- speed: seconds a step, bf16, channels last, of the same rows.
-- train: whole recipes; a run that the time does not allow is saved and continued by the next call.
+- speed: seconds a step, bf16, channels last, of the same rows, and of those that nothing is recomputed in as a CUDA
+  graph too.
+- train: whole recipes, as CUDA graphs with `--cuda-graph`; a run that the time does not allow is saved and continued
+  by the next call.
 
 Rows go to `gpu.json` in the output folder as they are done, and a row that is there is not measured again. With
 `--device cpu --tiny` every line runs on small networks.
@@ -30,6 +32,7 @@ from report import environment, print_table, write
 import localgrad
 from localgrad.build import build_model
 from localgrad.config import ModelConfig
+from localgrad.graphs import WARM_UPS, GraphedStep
 from localgrad.memory import step_peak
 from localgrad.profiles import profile
 from localgrad.recipes import recipe
@@ -127,9 +130,14 @@ class Job:
     """One network trained by one method on one device."""
 
     network: Network
-    method: Method
+    name: str
     device: torch.device
     precision: Precision
+
+    @property
+    def method(self) -> Method:
+        """How it is trained."""
+        return METHODS[self.name]
 
     def model(self) -> torch.nn.Module:
         torch.manual_seed(0)
@@ -184,8 +192,13 @@ class Job:
             "error_percent": 100 * (predicted / measured - 1),
         }
 
-    def seconds_per_step(self, rounds: int) -> dict[str, Any]:
-        """Median over the rounds, after three that are not counted."""
+    @property
+    def recomputes(self) -> bool:
+        """Whether anything is, which a CUDA graph cannot."""
+        return self.method.recompute or "recomputed" in self.name
+
+    def seconds_per_step(self, rounds: int, *, graphed: bool = False) -> dict[str, Any]:
+        """Median over the rounds, after those that warm up or are recorded."""
         cuts, _ = self.plan()
         model, inputs = self.model(), torch.randn_like(self.example())
         targets = torch.arange(len(inputs), device=self.device) % self.network.classes
@@ -204,13 +217,19 @@ class Job:
             torch.optim.SGD(block.trainable_parameters(), lr=0.01, momentum=0.9, nesterov=True, fused=True)
             for block in blocks
         ]
+
+        def step(inputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return (torch.stack(localgrad.local_step(blocks, optimizers, inputs, targets)),)
+
+        run = GraphedStep(step) if graphed else step
         seconds = []
-        for _ in range(rounds + 3):
+        for _ in range(rounds + WARM_UPS + 1):
             begin = time.perf_counter()
-            localgrad.local_step(blocks, optimizers, inputs, targets)
+            run(inputs, targets)
             _wait(self.device)
             seconds.append(time.perf_counter() - begin)
-        return {"blocks": len(blocks), "seconds_per_step": statistics.median(seconds[3:]), "rounds": rounds}
+        median = statistics.median(seconds[WARM_UPS + 1 :])
+        return {"blocks": len(blocks), "seconds_per_step": median, "rounds": rounds}
 
 
 def _wait(device: torch.device) -> None:
@@ -222,7 +241,7 @@ def jobs(options: argparse.Namespace, precision: Precision) -> Iterator[tuple[st
     """Every network by every method, under the names of their rows."""
     for network in TINY if options.tiny else NETWORKS:
         for name in TINY_METHODS if options.tiny else METHODS:
-            job = Job(network, METHODS[name], torch.device(options.device), precision)
+            job = Job(network, name, torch.device(options.device), precision)
             yield f"{network.label}, {name}, {precision}", job
 
 
@@ -238,7 +257,9 @@ def train(name: str, results: Results, options: argparse.Namespace) -> dict[str,
     epochs = options.epochs or config.optim.epochs
     warmup = min(config.optim.warmup_epochs, epochs - 1)
     config = replace(config, optim=replace(config.optim, epochs=epochs, warmup_epochs=warmup))
-    config = replace(config, accelerator=options.device, evaluate_every=max(1, epochs // 40))
+    config = replace(
+        config, accelerator=options.device, evaluate_every=max(1, epochs // 40), cuda_graph=options.cuda_graph
+    )
     folder = RunFolder((options.runs or options.output / "runs") / name)
     timer = threading.Timer(results.seconds_left, partial(os.kill, os.getpid(), signal.SIGINT))
     timer.start()
@@ -270,6 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, help="passes over the images; the recipes' own unless given")
     parser.add_argument("--minutes", type=float, default=9.0, help="when to stop")
     parser.add_argument("--rounds", type=int, default=20, help="steps that are timed")
+    parser.add_argument("--cuda-graph", action="store_true", help="train by replaying the step as a CUDA graph")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small networks and batches, to see that it runs")
     parser.add_argument("--runs", type=Path, help="folder of the trainings; `runs` in the output folder unless given")
@@ -289,6 +311,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.backends.cudnn.benchmark = True
         for key, job in jobs(options, "bf16-mixed"):
             results.add("speed", key, partial(job.seconds_per_step, options.rounds))
+            if job.device.type == "cuda" and not job.recomputes:
+                results.add("speed", f"{key}, CUDA graph", partial(job.seconds_per_step, options.rounds, graphed=True))
     if "train" in parts:
         for name in options.recipes or (("digits-dgl-man",) if options.tiny else RECIPES):
             results.add("train", name, partial(train, name, results, options))

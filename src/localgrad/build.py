@@ -131,21 +131,21 @@ def _make(chosen: Any, choices: dict[str, Callable[..., Any]], data: dict[str, A
 
 
 def build_optimizers(
-    config: OptimConfig, blocks: Sequence[Block], *, fused: bool = True
+    config: OptimConfig, blocks: Sequence[Block], *, fused: bool = True, capturable: bool = False
 ) -> list[torch.optim.Optimizer]:
-    """One optimizer a block, over the parameters that get gradients; `fused` in one kernel, which shards have not."""
-    return [_optimizer(config, block.trainable_parameters(), fused) for block in blocks]
+    """One optimizer a block, over the parameters that get gradients.
 
-
-def _optimizer(config: OptimConfig, parameters: list[nn.Parameter], fused: bool) -> torch.optim.Optimizer:
+    Args:
+        config: which optimizer.
+        blocks: what `split` gave.
+        fused: in one kernel, which shards have not.
+        capturable: for CUDA graphs.
+    """
+    parameters = [block.trainable_parameters() for block in blocks]
     if config.name == "adamw":
-        betas = (config.momentum, 0.999)
-        return torch.optim.AdamW(parameters, config.lr, betas, weight_decay=config.weight_decay, fused=fused)
-    return torch.optim.SGD(
-        parameters,
-        lr=config.lr,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-        weight_decay=config.weight_decay,
-        fused=fused,
-    )
+        options: dict[str, Any] = {"betas": (config.momentum, 0.999), "capturable": capturable}
+        kind: Any = torch.optim.AdamW
+    else:  # SGD is capturable as it is
+        options = {"momentum": config.momentum, "nesterov": config.nesterov}
+        kind = torch.optim.SGD
+    return [kind(own, lr=config.lr, weight_decay=config.weight_decay, fused=fused, **options) for own in parameters]

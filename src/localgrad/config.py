@@ -147,6 +147,8 @@ class TrainConfig:
     """Normalise by the statistics of the whole batch where its images are shared between devices."""
     step_each_block: bool = False
     """Step each block right after its own backward pass, so that gradients of one block live at a time."""
+    cuda_graph: bool = False
+    """Replay the step as a CUDA graph, for networks whose kernels end faster than a host starts them."""
     seed: int = 0
     """Decides initial weights, order of the images and augmentation."""
     evaluate_every: int = 1
@@ -215,6 +217,13 @@ def _number_problems(config: TrainConfig) -> list[str]:
         )
     if config.step_each_block and (config.parallel == "blocks" or config.on_nonfinite == "skip"):
         problems.append("step_each_block goes neither with --parallel blocks nor with --on-nonfinite skip")
+    if config.cuda_graph and (config.devices > 1 or config.accelerator not in ("auto", "cuda")):
+        problems.append(
+            f"cuda_graph is on with accelerator {config.accelerator} and devices {config.devices}: it takes one CUDA "
+            "device"
+        )
+    if config.cuda_graph and (config.recompute or config.momentum.recompute):
+        problems.append("cuda_graph goes not with recompute, whose random state a graph cannot keep")
     return [*problems, *_device_problems(config)]
 
 

@@ -4,7 +4,7 @@ import statistics
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,10 @@ from localgrad.pipeline import Stage
 from localgrad.runs import Board, RunFolder, load_state
 from localgrad.schedule import learning_rate
 from localgrad.shards import shard_optimizer_state, sharded_as, whole
+
+if TYPE_CHECKING:
+    from localgrad.graphs import GraphedStep
+    from localgrad.nonfinite import Guard
 
 
 @dataclass
@@ -66,6 +70,12 @@ class Run:
     optimizers: list[torch.optim.Optimizer]
     """One for each of them."""
     state: State
+    guard: "Guard | None" = None
+    """What keeps a step that is not finite from changing anything, where the device decides that and not the host."""
+    graphed: "GraphedStep | None" = None
+    """The step as CUDA graphs, where that is asked for."""
+    rate: Tensor | None = None
+    """The learning rate on the device, where graphs read it there."""
     begin: float = field(default_factory=time.perf_counter)
     """When the run would have begun, had it been done in one sitting."""
     seconds: list[float] = field(default_factory=list)

@@ -26,9 +26,10 @@ from localgrad.devices import (
 )
 from localgrad.errors import LocalGradError
 from localgrad.evaluation import error_rates
+from localgrad.graphs import GraphedStep
 from localgrad.interrupts import InterruptedRun, Interrupts, noted_interrupts
 from localgrad.memory import measure_peak
-from localgrad.nonfinite import all_finite, gradient_norms, kept_buffers, stop_or_skip
+from localgrad.nonfinite import all_finite, gradient_norms, kept_tensors, make_guard, stop_or_skip
 from localgrad.pipeline import Stage, block_seconds, place
 from localgrad.progress import Display
 from localgrad.runs import Result, RunFolder
@@ -89,6 +90,10 @@ def set_up(config: TrainConfig, folder: RunFolder, resume: bool) -> Run:
     if fabric.is_global_zero:
         folder.check(config, resume)
     fabric.launch()
+    if config.cuda_graph and fabric.device.type != "cuda":
+        raise LocalGradError(
+            f"cuda_graph is on and the device is {fabric.device.type}: it takes a CUDA device; leave --cuda-graph out"
+        )
     if fabric.device.type == "cuda":
         torch.backends.cudnn.benchmark = True
     elif fabric.device.type == "cpu":
@@ -111,7 +116,7 @@ def set_up(config: TrainConfig, folder: RunFolder, resume: bool) -> Run:
         blocks=blocks,
         stage=None,
         wrapped=list(blocks),
-        optimizers=build_optimizers(config.optim, blocks),
+        optimizers=build_optimizers(config.optim, blocks, capturable=config.cuda_graph),
         state=State(sums=[0.0] * (len(blocks) + 1)),
     )
     _check_parts(run)
@@ -119,6 +124,9 @@ def set_up(config: TrainConfig, folder: RunFolder, resume: bool) -> Run:
         spread(run)
     if resume and folder.has_checkpoint:
         load(run)
+    run.guard = make_guard(run)
+    if config.cuda_graph:
+        replay_steps(run)
     if fabric.is_global_zero:
         folder.start(config, run.state.lines)
         run.board = folder.open_board(run.state.epoch) if config.tensorboard else None
@@ -156,6 +164,13 @@ def spread(run: Run) -> None:
         synchronise(block, run.stage.replica_group)
     run.wrapped = run.stage.wrapped
     run.optimizers = [run.optimizers[index] for index in run.own]
+
+
+def replay_steps(run: Run) -> None:
+    """Has a guarded run's steps replayed as graphs, which read the learning rate on the device."""
+    run.rate = torch.zeros((), device=run.fabric.device)
+    step: Any = partial(_work, run, context=lambda index: run.fabric.autocast())  # which a guarded run always finishes
+    run.graphed = GraphedStep(step)
 
 
 def _check_parts(run: Run) -> None:
@@ -200,8 +215,10 @@ def _memory_errors(run: Run) -> Iterator[None]:
 def train_epoch(run: Run, display: Display, interrupted: Interrupts) -> None:
     """Trains the batches of the epoch that are not done yet, saving in between where that is asked for."""
     state, fabric, every = run.state, run.fabric, run.config.checkpoint_every
+    if run.rate is not None:
+        run.rate.fill_(run.learning_rate)
     for optimizer in run.optimizers:
-        optimizer.param_groups[0]["lr"] = run.learning_rate
+        optimizer.param_groups[0]["lr"] = run.learning_rate if run.rate is None else run.rate
     sums = torch.tensor(state.sums, dtype=torch.float32 if fabric.device.type == "mps" else torch.float64)
     sums = sums.to(fabric.device)
     run.seconds.clear()
@@ -211,7 +228,8 @@ def train_epoch(run: Run, display: Display, interrupted: Interrupts) -> None:
         measured = state.step < 2
         losses = _measured_step(run, *batch) if measured else train_step(run, *batch)
         if losses is not None:
-            sums += torch.cat([losses, losses.new_ones(1)]) * len(batch[0])
+            told = torch.cat([losses, losses.new_ones(1)]) * len(batch[0])
+            sums += told if run.guard is None else run.guard.only_if_open(told)
         state.batch, state.step = state.batch + 1, state.step + 1
         if display.is_due():
             _show(run, display, sums)
@@ -223,12 +241,19 @@ def train_epoch(run: Run, display: Display, interrupted: Interrupts) -> None:
         else:
             stop = fabric.strategy.reduce_boolean_decision(interrupted.is_set(), all=False)
         if stop or (every and state.step % every == 0):
+            _settle(run)
             state.sums = fabric.all_reduce(sums).tolist()
             save(run)
         if stop:
             said = f"interrupted in epoch {state.epoch} after step {state.step}; everything is saved"
             raise InterruptedRun(said, interrupted.number)
+    _settle(run)
     state.sums = fabric.all_reduce(sums).tolist()
+
+
+def _settle(run: Run) -> None:
+    if run.guard is not None:
+        run.guard.settle(run)
 
 
 def _show(run: Run, display: Display, sums: Tensor) -> None:
@@ -266,16 +291,43 @@ def train_step(run: Run, inputs: Tensor, targets: Tensor, features: Tensor | Non
 
     Returns:
         The mean loss of each block over the batch, before the step (num_blocks,), 0 for those of other processes; None
-        where the batch was skipped, for all blocks, because a loss or gradient was not finite.
+        where the host has skipped the batch, for all blocks, because a loss or gradient was not finite.
 
     Raises:
         LocalGradError: a loss or gradient is not finite and the batch may not be skipped; no optimizer has stepped.
+            Where a guard looks instead of the host, it says so after the next step, which changes nothing either.
     """
-    optim, stage = run.config.optim, run.stage
+    if run.graphed is not None:
+        torch.manual_seed(_step_seed(run, 0))
+        own, norms = run.graphed(inputs, targets)
+    else:
+        done = _work(run, inputs, targets, features)
+        if done is None:
+            return None
+        own, norms = done
+    if run.guard is not None:
+        run.guard.note(run, own, norms)
+    if run.stage is None:
+        return own
+    losses = own.new_zeros(len(run.blocks))
+    losses[run.own.start : run.own.stop] = own * run.stage.num_stages  # the mean over all processes is that of own
+    return losses
+
+
+def _work(
+    run: Run,
+    inputs: Tensor,
+    targets: Tensor,
+    features: Tensor | None = None,
+    context: Callable[[int], contextlib.AbstractContextManager[Any]] | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    """What a step does on the device: losses and gradient norms of this process's blocks; None if it was skipped."""
+    optim, stage, guard = run.config.optim, run.stage, run.guard
     parts = list(zip(inputs.chunk(optim.accumulate), targets.chunk(optim.accumulate), strict=True))
-    own, buffers = inputs.new_zeros(len(run.own)), kept_buffers(run)
+    own, kept = inputs.new_zeros(len(run.own)), kept_tensors(run)
     done = run.state.batch * optim.batch_size
     whole = min(optim.batch_size, len(run.train) - done)  # in all shares; one may have an image more
+    block_norms: list[Tensor] = []
     for number, (part, part_targets) in enumerate(parts, start=1):
         share = len(part) / len(inputs)
         with contextlib.ExitStack() as no_sync:
@@ -288,33 +340,38 @@ def train_step(run: Run, inputs: Tensor, targets: Tensor, features: Tensor | Non
                 part_targets,
                 features=features,
                 scale=len(part) * run.replicas / whole,
-                context=_forward_context(run, number),
+                context=context or _seeded(run, number),
                 on_output=stage.send if stage else None,
-                after_block=partial(_update_block, run) if run.config.step_each_block else None,
+                after_block=partial(_update_block, run, block_norms) if run.config.step_each_block else None,
             )
         own += share * torch.stack(part_losses)
     if run.config.step_each_block:
-        return own
+        return own, torch.cat(block_norms)
     norms = gradient_norms(run.own_blocks, own)
-    if not all_finite(run, own, norms):
-        return stop_or_skip(run, own, norms, buffers)
-    run.state.skipped_in_a_row = 0
+    if guard is not None:
+        guard.look(run, own, norms)
+    elif all_finite(run, own, norms):
+        run.state.skipped_in_a_row = 0
+    else:
+        stop_or_skip(run, own, norms, kept)
+        return None
     _clip(run, run.own_blocks, norms)
-    if stage is None:
-        apply_updates(run.blocks, run.optimizers)
-        return own
-    stage.take_weights()
-    apply_updates(stage.blocks, run.optimizers)
-    losses = own.new_zeros(len(run.blocks))
-    losses[run.own.start : run.own.stop] = own * stage.num_stages  # so that the mean over all processes is that of own
-    return losses
+    if stage is not None:
+        stage.take_weights()
+    apply_updates(run.own_blocks, run.optimizers)
+    if guard is not None:
+        guard.put_back(run, kept)
+    return own, norms
 
 
-def _update_block(run: Run, index: int, loss: Tensor) -> None:
+def _update_block(run: Run, block_norms: list[Tensor], index: int, loss: Tensor) -> None:
     """Check, clip and step one block alone."""
     block, losses = run.blocks[index], loss[None]
     norms = gradient_norms([block], losses)
-    if not all_finite(run, losses, norms):
+    block_norms.append(norms)
+    if run.guard is not None:
+        run.guard.look(run, losses, norms)
+    elif not all_finite(run, losses, norms):
         stop_or_skip(run, losses, norms, [], first=index)
     _clip(run, [block], norms)
     apply_updates([block], [run.optimizers[index]])
@@ -326,9 +383,8 @@ def _clip(run: Run, blocks: Sequence[Block], norms: Tensor) -> None:
             nn.utils.clip_grads_with_norm_(block.trainable_parameters(), run.config.optim.clip_norm, norm)
 
 
-def _forward_context(run: Run, part: int) -> Callable[[int], contextlib.AbstractContextManager[None]]:
-    key = np.random.SeedSequence([run.config.seed, run.state.step, run.replica, part])
-    seed = int(key.generate_state(1)[0])
+def _seeded(run: Run, part: int) -> Callable[[int], contextlib.AbstractContextManager[None]]:
+    seed = _step_seed(run, part)
 
     @contextlib.contextmanager
     def forward(index: int) -> Iterator[None]:
@@ -337,6 +393,11 @@ def _forward_context(run: Run, part: int) -> Callable[[int], contextlib.Abstract
             yield
 
     return forward
+
+
+def _step_seed(run: Run, part: int) -> int:
+    key = np.random.SeedSequence([run.config.seed, run.state.step, run.replica, part])
+    return int(key.generate_state(1)[0])
 
 
 def _measured_step(run: Run, *batch: Tensor) -> Tensor | None:
