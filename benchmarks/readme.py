@@ -124,6 +124,7 @@ TABLES = {
     "ranks": lambda: ranks_table(ROOT / "results" / "pipeline.json"),
     "plan": lambda: plan_table(ROOT / "results" / "plan-resnet101" / "plan.json"),
     "speed": lambda: speed_table(ROOT / "results" / "speed.json"),
+    "loop": lambda: speed_table(ROOT / "results" / "speed-loop.json"),
     "lean": lambda: lean_table(ROOT / "results" / "speed-resnet50.json"),
     "tried": lambda: tried_table(ROOT / "results" / "tried.json"),
     "block": lambda: block_table(ROOT / "results" / "scaling.json"),

@@ -4,6 +4,7 @@ The rows take turns, a step each, so that whatever else the machine does hits al
 the rounds of a row's time over the reference's time in the same round.
 
     python benchmarks/speed.py --data path/to/cifar10 --rounds 15 -o results/speed.json
+    python benchmarks/speed.py --data path/to/cifar10 --rows localgrad --rounds 40 -o results/speed-loop.json
     python benchmarks/speed.py --network resnet50 --data path/to/imagenette --batch-size 32 \\
         -o results/speed-resnet50.json
 
@@ -44,6 +45,7 @@ ROWS = {
     "end-to-end, localgrad": "cifar10-resnet32-e2e",
     "DGL, 15 blocks": "cifar10-resnet32-k16-dgl",
     "DGL+MAN, 15 blocks": "cifar10-resnet32-k16-dgl-man",
+    "DGL+MAN, 15 blocks, EMA branch alone": "cifar10-resnet32-k16-dgl-man-ema-only",
     "InfoPro, 15 blocks": "cifar10-resnet32-k16-infopro",
     "InfoPro+MAN, 15 blocks": "cifar10-resnet32-k16-infopro-man",
 }
@@ -125,6 +127,7 @@ def main() -> None:
     parser.add_argument("--data", default="uoft-cs/cifar10", help="the network's images, a hub name or a folder")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rows", nargs="+", help="only the rows of resnet32 whose names have one of these in them")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("-o", "--output", type=Path, default=Path("results/speed.json"))
     options = parser.parse_args()
@@ -156,9 +159,15 @@ def resnet32(options: argparse.Namespace, folder: Path) -> Measured:
         steps[label] = plain_step(batches, dtype=dtype, channels_last=channels_last)
     batches = forever(run, options.batch_size, channels_last=True)
     steps["end-to-end, every unit checkpointed"] = checkpointed_step(batches)
+    reference, same = list(loops)
+    wanted = options.rows or [""]
+    steps = {
+        label: step
+        for label, step in steps.items()
+        if label in (reference, same) or any(part in label for part in wanted)
+    }
     counted = {label: operations(step) for label, step in steps.items()}
     seconds = take_turns(steps, options.rounds)
-    reference, same = list(loops)
     rows = [
         {
             "row": label,
@@ -175,7 +184,10 @@ def resnet32(options: argparse.Namespace, folder: Path) -> Measured:
 def resnet50(options: argparse.Namespace, folder: Path) -> Measured:
     """ResNet-50 on Imagenette: end-to-end, checkpointed, and DGL+MAN at the planned cuts."""
     whole, dgl, man = (of_recipe(f"imagenette-resnet50-{name}", options.batch_size) for name in LEAN)
-    lean = replace(man, momentum=replace(man.momentum, recompute=True))
+    lean, single, fused = (
+        replace(man, momentum=replace(man.momentum, **option))
+        for option in ({"recompute": True}, {"bias": False}, {"form": "fused"})
+    )
     configs = {
         "end-to-end": whole,
         "end-to-end, every unit checkpointed": replace(whole, recompute=True),
@@ -183,6 +195,8 @@ def resnet50(options: argparse.Namespace, folder: Path) -> Measured:
         "DGL, 8 blocks": planned(dgl, 8),
         "DGL+MAN, 4 blocks": planned(man, 4),
         "DGL+MAN, 4 blocks, branches recomputed": planned(lean, 4),
+        "DGL+MAN, 4 blocks, EMA branch alone": planned(single, 4),
+        "DGL+MAN, 4 blocks, one branch for both": planned(fused, 4),
     }
     runs = {label: trainer_step(config, options.data, folder / label) for label, config in configs.items()}
     peaks = {label: measure_peak(step)[1] for label, (step, _) in runs.items() for _ in range(2)}  # the second counts
