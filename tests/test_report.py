@@ -349,8 +349,12 @@ def test_a_damaged_line_of_metrics_costs_that_line_only(tmp_path: Path) -> None:
 def test_a_copy_of_a_run_is_counted_once(tmp_path: Path) -> None:
     _run(tmp_path / "run" / "result.json", _config("digits-e2e"), 4.0)
     shutil.copy(tmp_path / "run" / "result.json", tmp_path / "copy.json")
+    moved = json.loads((tmp_path / "copy.json").read_text())
+    moved["config"]["data"]["source"] = "where/the/images/lie/elsewhere"
+    (tmp_path / "moved.json").write_text(json.dumps(moved))
+    (tmp_path / "other.json").write_text(json.dumps(moved | {"test_error": 5.0}))
     found, warnings = _read(tmp_path)
-    assert [run.path.name for run in found.runs] == ["copy.json"]
+    assert [run.path.name for run in found.runs] == ["copy.json", "other.json"]
     assert warnings == []
 
 

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ def _sort_in(found: Results, path: Path, values: Any, warn: Callable[[str], None
     try:
         if "config" in values and "test_error" in values:
             run = FinishedRun(path, _result(values), _metrics(path, values, warn))
-            if all(run.result != other.result for other in found.runs):  # a run folder's result may lie outside too
+            if not any(_same_run(run.result, other.result) for other in found.runs):
                 found.runs.append(run)
         elif "analysis" in values:
             kinds = {"probe": found.probes, "cka": found.alignments, "pictures": found.pictures}
@@ -103,6 +103,13 @@ def _sort_in(found: Results, path: Path, values: Any, warn: Callable[[str], None
     except (TypeError, ValueError, AttributeError, IndexError) as error:
         raise LocalGradError(f"{path} is damaged: {error}") from None
     return True
+
+
+def _same_run(one: Result, other: Result) -> bool:
+    """Whether two files are of one run: the run folder's, and a table's, where its images may have another path."""
+    sources = [result.config["data"]["source"] for result in (one, other)]
+    moved = replace(other, config={**other.config, "data": {**other.config["data"], "source": sources[0]}})
+    return one == moved
 
 
 def _has_rows(values: dict[str, Any], *names: str) -> bool:
