@@ -199,6 +199,16 @@ def test_digits_split_and_pixels() -> None:
     assert isinstance(again, Images) and torch.equal(again.images, train.images)
 
 
+def test_digits_by_their_splits() -> None:
+    train, test = load(data.digits())
+    same, other = load(replace(data.digits(), test_split="train"))
+    assert torch.equal(same.labels, train.labels)
+    assert torch.equal(other.labels, train.labels)
+    assert len(test) == 360
+    with pytest.raises(LocalGradError, match="test_split='validation': the digits have the splits train and test"):
+        load(replace(data.digits(), test_split="validation"))
+
+
 def test_digits_statistics() -> None:
     config = data.digits()
     train, _ = load(config)

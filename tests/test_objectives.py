@@ -948,3 +948,9 @@ def test_arguments_that_cannot_be_used_are_named(name: str) -> None:
 def test_tokens_without_a_grid_can_still_be_classified() -> None:
     module = classifier(10)(site((2, 30, 7), (2, 3, 7, 11), channel_dim=2))
     assert module(noise(2, 30, 7), torch.tensor([0, 9]), image(2, 3, 7, 11)).isfinite()
+
+
+@pytest.mark.parametrize("factory", [classifier, dgl, predsim, functools.partial(infopro, mean=MEAN, std=STD)])
+def test_a_number_of_classes_may_be_numpys(factory: Callable[..., Any]) -> None:
+    head = factory(np.int64(3))(site((2, 8, 8, 8)))
+    assert head(noise(2, 8, 8, 8), torch.tensor([0, 2]), image(2, 3, 32, 32)).isfinite()

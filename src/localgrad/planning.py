@@ -13,7 +13,7 @@ from localgrad.blocks import Objective
 from localgrad.errors import LocalGradError
 from localgrad.momentum import Momentum
 from localgrad.partition import check_num_blocks
-from localgrad.profiles import INFINITE, Profile, profile
+from localgrad.profiles import Profile, profile
 from localgrad.simulation import Precision, check_precision
 from localgrad.units import Unit, check_example, check_model, units
 
@@ -167,10 +167,11 @@ def _check_counts(counts: Sequence[int], found: Sequence[Unit], profiled: Profil
         check_num_blocks(count, len(found))
         if count > profiled.most_blocks:
             ends = profiled.ends[1][:-1]
-            refused = [unit.name for unit, end in zip(found, ends, strict=False) if end.lasting == INFINITE]
+            refused = {unit.name: end.refused for unit, end in zip(found, ends, strict=False) if end.refused}
             raise LocalGradError(
                 f"num_blocks is {count}: momentum and objective cannot sit after {', '.join(refused)}, which leaves "
-                f"1 to {profiled.most_blocks} blocks; ask for fewer, or for another objective"
+                f"1 to {profiled.most_blocks} blocks; ask for fewer, or for another objective "
+                f"({'; '.join(dict.fromkeys(refused.values()))})"
             )
 
 

@@ -65,15 +65,14 @@ class EndProfile:
         gradients: of their parameters.
         forward: the most that is alive during their forward pass beyond the features.
         backward: the most that is alive during their backward pass beyond the features.
+        refused: why they cannot sit, where they cannot.
     """
 
     lasting: float
     gradients: int
     forward: int
     backward: int
-
-
-NO_END = EndProfile(INFINITE, 0, 0, 0)
+    refused: str = ""
 
 
 @dataclass(frozen=True)
@@ -279,8 +278,8 @@ def profile(
         following = on_meta[position + 1 : -1] or on_meta[position + 1 :]
         for role in range(3):
             modules = _auxiliary(unit, following, example, role, objective, momentum) if following else []
-            if modules is None:
-                ends[role].append(NO_END)
+            if isinstance(modules, str):
+                ends[role].append(EndProfile(INFINITE, 0, 0, 0, refused=modules))
                 continue
             key = ("end", *setting, shape, dtype, *map(_signature, modules))
             if key not in known:
@@ -437,14 +436,14 @@ def _auxiliary(
     role: int,
     objective: Objective | None,
     momentum: Momentum | None,
-) -> list[nn.Module] | None:
-    """Momentum and objective of the first, a middle or the last local block, if it can end after this unit."""
+) -> list[nn.Module] | str:
+    """Momentum and objective of the first, a middle or the last local block; why not, if it cannot end here."""
     if objective is None:
-        return None
+        return "there is no objective"
     try:
         branches, head = build_auxiliary(unit, following, example, role, 4, objective, momentum)
-    except LocalGradError:
-        return None
+    except LocalGradError as error:
+        return str(error)
     return [head] if branches is None else [branches, head]
 
 

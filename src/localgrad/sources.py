@@ -96,8 +96,11 @@ def _load_digits(config: DataConfig) -> tuple[Images, Images]:
         chosen = part[balanced(targets[part], getattr(config, limit_name), limit_name)]
         return Images(targets[chosen], config, num_classes, images[chosen].contiguous())
 
-    train, test = (torch.from_numpy(part) for part in parts)
-    return build(train, "train_limit"), build(test, "test_limit")
+    splits = dict(zip(("train", "test"), map(torch.from_numpy, parts), strict=True))
+    for name in ("train_split", "test_split"):
+        if getattr(config, name) not in splits:
+            raise LocalGradError(f"{name}={getattr(config, name)!r}: the digits have the splits train and test")
+    return build(splits[config.train_split], "train_limit"), build(splits[config.test_split], "test_limit")
 
 
 def _load_rows(config: DataConfig) -> tuple[datasets.Dataset, datasets.Dataset]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
@@ -96,7 +97,7 @@ def full_precision(tensor: Tensor) -> AbstractContextManager[object]:
 
 def check_num_classes(num_classes: int) -> None:
     """Refuse a number of classes that no head can have."""
-    if not isinstance(num_classes, int) or num_classes < 2:
+    if not isinstance(num_classes, Integral) or num_classes < 2:  # NumPy's integers too
         raise LocalGradError(
             f"num_classes is {num_classes!r}: a local head tells a whole number of classes apart, 2 or more; "
             "a factory is called first, as objective=localgrad.dgl(num_classes=10)"
