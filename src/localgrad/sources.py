@@ -96,7 +96,7 @@ def _load_digits(config: DataConfig) -> tuple[Images, Images]:
         chosen = part[balanced(targets[part], getattr(config, limit_name), limit_name)]
         return Images(targets[chosen], config, num_classes, images[chosen].contiguous())
 
-    splits = dict(zip(("train", "test"), map(torch.from_numpy, parts), strict=True))
+    splits: dict[str, Tensor] = dict(zip(("train", "test"), map(torch.from_numpy, parts), strict=True))
     for name in ("train_split", "test_split"):
         if getattr(config, name) not in splits:
             raise LocalGradError(f"{name}={getattr(config, name)!r}: the digits have the splits train and test")
