@@ -3,6 +3,8 @@
 A processor has no such device, so the guard is put in the host's place here: the fused optimizers read it there too.
 """
 
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -13,8 +15,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import MOMENTA, NUM_CLASSES, OBJECTIVES, batch
+from processes import run_ranks
 from test_nonfinite import _equal, _everything, _spoil_batches, _spoil_gradient
-from test_trainer import LOCAL, _metrics, _set_up, assert_same_run
+from test_trainer import LOCAL, _metrics, _set_up, assert_same_run, weights
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -177,6 +180,42 @@ def test_each_block_at_once_stops_at_the_block_that_is_not_finite(tmp_path: Path
         guard.settle(run)
     same = [all(map(torch.equal, b.trainable_parameters(), w)) for b, w in zip(run.blocks, before, strict=True)]
     assert same == [False, True, True]
+
+
+TWO = replace(LOCAL, devices=2)
+
+
+def _fit_guarded(config: TrainConfig, run_dir: Path, interrupt_at: int, resume: bool, bad_at: int) -> int:
+    """Train on a rank that has a guard; with a step to interrupt at on the first rank, or a bad one on the second."""
+    trainer.make_guard = Guard
+    original = trainer.train_step
+
+    def step(run: state.Run, inputs: Tensor, targets: Tensor) -> Tensor | None:
+        first, number = run.fabric.is_global_zero, run.state.step + 1
+        if number == interrupt_at and first:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(run, inputs * float("inf") if number == bad_at and not first else inputs, targets)
+
+    trainer.train_step = step
+    return trainer.fit(config, run_dir, quiet=True, resume=resume).skipped
+
+
+def _fit_plainly(config: TrainConfig, run_dir: Path) -> None:
+    trainer.fit(config, run_dir, quiet=True)
+
+
+def test_processes_stop_together_without_waiting_for_each_other_s_answer(tmp_path: Path) -> None:
+    run_ranks(_fit_plainly, 2, TWO, tmp_path / "host")
+    with pytest.raises(KeyboardInterrupt, match="after step 3; everything is saved"):
+        run_ranks(_fit_guarded, 2, TWO, tmp_path / "guard", 2, False, 0)
+    run_ranks(_fit_guarded, 2, TWO, tmp_path / "guard", 0, True, 0)
+    assert_same_run(tmp_path / "host", tmp_path / "guard")
+
+
+def test_a_batch_that_is_bad_on_one_process_is_skipped_by_all(tmp_path: Path) -> None:
+    config = replace(TWO, on_nonfinite="skip")
+    assert run_ranks(_fit_guarded, 2, config, tmp_path, 0, False, 3) == [1, 1]
+    assert all(value.isfinite().all() for value in weights(tmp_path).values())
 
 
 class _NoHost(TorchDispatchMode):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from localgrad.blocks import Block
@@ -95,15 +96,31 @@ def _count_or_stop(run: Run, losses: Tensor, norms: Tensor, place: Place) -> Non
     state.skipped, state.skipped_in_a_row = state.skipped + 1, state.skipped_in_a_row + 1
 
 
+class Arriving:
+    """A number of the device on its way to the host, which waits for no work that is given to the device later."""
+
+    def __init__(self, value: Tensor) -> None:
+        on_cuda = value.device.type == "cuda"
+        self._value = torch.empty((), pin_memory=on_cuda).copy_(value, non_blocking=True)
+        self._event = torch.cuda.Event() if on_cuda else None
+        if self._event is not None:
+            self._event.record()
+
+    def read(self) -> float:
+        """The number, once it is there."""
+        if self._event is not None:
+            self._event.synchronize()
+        return float(self._value)
+
+
 @dataclass(frozen=True)
 class Verdict:
-    """What the device decided of a step, on its way to the host."""
+    """What the device decided of a step."""
 
     place: Place
     losses: Tensor
     norms: Tensor
-    bad: Tensor
-    arrived: torch.cuda.Event | None
+    bad: Arriving
 
 
 class Guard:
@@ -124,6 +141,7 @@ class Guard:
         self._in_a_row = torch.full((), float(run.state.skipped_in_a_row), device=device)
         self._max_skips = config.max_skips if config.on_nonfinite == "skip" else 0
         self._verdicts = deque[Verdict]()
+        self._asked: Arriving | None = None
         for optimizer in run.optimizers:
             optimizer.found_inf = self.closed  # pyright: ignore[reportAttributeAccessIssue]
             _with_momentum(optimizer)
@@ -133,7 +151,7 @@ class Guard:
         """Decides whether the gradients that these losses and norms are of may be used."""
         bad = 1 - torch.cat([losses, norms]).isfinite().all().float()
         if run.stage is None and run.fabric.world_size > 1:
-            bad = run.fabric.all_reduce(bad, reduce_op="max")
+            dist.all_reduce(bad, dist.ReduceOp.MAX)  # Fabric's would have the host wait at a barrier
         self._in_a_row.add_(1).mul_(bad)
         self._stopped.logical_or_(self._in_a_row > self._max_skips)
         self.closed.copy_(torch.maximum(bad, self._stopped))
@@ -156,12 +174,14 @@ class Guard:
             LocalGradError: as `stop_or_skip`, of an earlier step.
         """
         self.settle(run)
-        on_cuda = self.closed.device.type == "cuda"
-        bad = torch.empty((), pin_memory=on_cuda).copy_(self.closed, non_blocking=True)
-        arrived = torch.cuda.Event() if on_cuda else None
-        if arrived is not None:
-            arrived.record()
-        self._verdicts.append(Verdict(Place.of(run, run.own.start), losses, norms, bad, arrived))
+        self._verdicts.append(Verdict(Place.of(run, run.own.start), losses, norms, Arriving(self.closed)))
+
+    def any_asked(self, asks: bool) -> bool:
+        """Whether a process had asked for something by its step before; all of them get the same answer."""
+        flag = torch.full_like(self.closed, float(asks))
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        before, self._asked = self._asked, Arriving(flag)
+        return before is not None and before.read() > 0
 
     def settle(self, run: Run) -> None:
         """Acts on all verdicts that are on their way; waits for the last.
@@ -171,9 +191,7 @@ class Guard:
         """
         while self._verdicts:
             verdict = self._verdicts.popleft()
-            if verdict.arrived is not None:
-                verdict.arrived.synchronize()
-            if verdict.bad:
+            if verdict.bad.read():
                 _count_or_stop(run, verdict.losses, verdict.norms, verdict.place)
             else:
                 run.state.skipped_in_a_row = 0

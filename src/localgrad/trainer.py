@@ -238,6 +238,8 @@ def train_epoch(run: Run, display: Display, interrupted: Interrupts) -> None:
         begin = now
         if run.stage:  # asking all ranks would make each wait for the last
             stop = run.stage.is_last_batch
+        elif run.guard is not None and fabric.world_size > 1:
+            stop = run.guard.any_asked(interrupted.is_set())
         else:
             stop = fabric.strategy.reduce_boolean_decision(interrupted.is_set(), all=False)
         if stop or (every and state.step % every == 0):
