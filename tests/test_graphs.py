@@ -20,7 +20,7 @@ from localgrad.cli import main
 from localgrad.config import TrainConfig, validate
 from localgrad.errors import LocalGradError
 from localgrad.graphs import GraphedStep
-from localgrad.nonfinite import Guard
+from localgrad.guard import Guard
 from localgrad.progress import Display
 from localgrad.trainer import fit
 

@@ -25,8 +25,8 @@ from torch.utils._pytree import tree_leaves
 from localgrad import nonfinite, split, state, trainer
 from localgrad.config import TrainConfig
 from localgrad.errors import LocalGradError
+from localgrad.guard import Guard
 from localgrad.models import cifar_resnet
-from localgrad.nonfinite import Guard
 from localgrad.step import apply_updates, local_gradients
 from localgrad.trainer import fit
 

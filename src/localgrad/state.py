@@ -21,7 +21,7 @@ from localgrad.shards import shard_optimizer_state, sharded_as, whole
 
 if TYPE_CHECKING:
     from localgrad.graphs import GraphedStep
-    from localgrad.nonfinite import Guard
+    from localgrad.guard import Guard
 
 
 @dataclass

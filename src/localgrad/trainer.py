@@ -27,9 +27,10 @@ from localgrad.devices import (
 from localgrad.errors import LocalGradError
 from localgrad.evaluation import error_rates
 from localgrad.graphs import GraphedStep
+from localgrad.guard import make_guard
 from localgrad.interrupts import InterruptedRun, Interrupts, noted_interrupts
 from localgrad.memory import measure_peak
-from localgrad.nonfinite import all_finite, gradient_norms, kept_tensors, make_guard, stop_or_skip
+from localgrad.nonfinite import all_finite, gradient_norms, kept_tensors, stop_or_skip
 from localgrad.pipeline import Stage, block_seconds, place
 from localgrad.progress import Display
 from localgrad.runs import Result, RunFolder
