@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -172,6 +173,8 @@ def replay_steps(run: Run) -> None:
     run.rate = torch.zeros((), device=run.fabric.device)
     step: Any = partial(_work, run, context=lambda index: run.fabric.autocast())  # which a guarded run always finishes
     run.graphed = GraphedStep(step)
+    # said of AdamW, whose steps before the recording are not replayed
+    warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")
 
 
 def _check_parts(run: Run) -> None:
