@@ -5,7 +5,9 @@ python benchmarks/readme.py
 
 import json
 import re
+import statistics
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 
@@ -92,16 +94,33 @@ def ranks_table(path: Path) -> str:
 
 
 def runs_table(folders: list[Path]) -> str:
-    """Test errors of one seed at several budgets, a column each, and memory, as a Markdown table."""
-    found = [[json.loads(path.read_text()) for path in folder.glob("*-seed0.json")] for folder in folders]
-    budgets = [{run["config"]["name"]: run for run in runs} for runs in found]
-    heads = [f"error after {runs[0]['config']['optim']['epochs']} epochs" for runs in found]
+    """Test errors at several budgets, a column each, as mean and deviation over seeds, and memory: a Markdown table."""
+    budgets: list[dict[str, list[dict[str, Any]]]] = []
+    for folder in folders:
+        runs: dict[str, list[dict[str, Any]]] = {}
+        for path in sorted(folder.glob("*-seed*.json")):
+            run = json.loads(path.read_text())
+            runs.setdefault(run["config"]["name"], []).append(run)
+        budgets.append(runs)
+    epochs = [next(iter(runs.values()))[0]["config"]["optim"]["epochs"] for runs in budgets]
+    heads = [f"error after {number} epochs" for number in epochs]
     lines = [f"| run | blocks | {' | '.join(heads)} | peak memory of a step |", f"|---|{'--:|' * (len(heads) + 2)}"]
-    for name, run in sorted(budgets[-1].items(), key=lambda item: item[1]["test_error"]):
-        errors = [f"{runs[name]['test_error']:.2f} %" if name in runs else "" for runs in budgets]
-        memory = f"{run['peak_memory_bytes'] / 2**20:.0f} MiB"
-        lines.append(f"| `{name}` | {run['num_blocks']} | {' | '.join(errors)} | {memory} |")
+    for name, seeds in sorted(budgets[-1].items(), key=lambda item: _mean_error(item[1])):
+        errors = [_errors(runs.get(name, [])) for runs in budgets]
+        memory = f"{seeds[0]['peak_memory_bytes'] / 2**20:.0f} MiB"
+        lines.append(f"| `{name}` | {seeds[0]['num_blocks']} | {' | '.join(errors)} | {memory} |")
     return "\n".join(lines)
+
+
+def _mean_error(seeds: list[dict[str, Any]]) -> float:
+    return statistics.mean(run["test_error"] for run in seeds)
+
+
+def _errors(seeds: list[dict[str, Any]]) -> str:
+    if len(seeds) < 2:
+        return f"{_mean_error(seeds):.2f} %" if seeds else ""
+    spread = statistics.stdev(run["test_error"] for run in seeds)
+    return f"{_mean_error(seeds):.2f} ± {spread:.2f} % (n = {len(seeds)})"
 
 
 def features_table(folder: Path) -> str:
