@@ -1,5 +1,6 @@
 """Block-parallel training gives what one process gives, bit for bit."""
 
+import json
 import os
 import signal
 import subprocess
@@ -20,6 +21,7 @@ import localgrad
 from localgrad import state, trainer
 from localgrad.blocks import Block
 from localgrad.config import TrainConfig
+from localgrad.evaluation import evaluate
 from localgrad.models import cifar_resnet
 from localgrad.pipeline import Stage
 from localgrad.step import local_step
@@ -169,6 +171,16 @@ def test_shards_of_the_weights_train_like_whole_ones(tmp_path: Path) -> None:
         run_ranks(_fit, 2, config, tmp_path / "sharded", 3, False)
     run_ranks(_fit, 2, config, tmp_path / "sharded", 0, True)
     torch.testing.assert_close(weights(tmp_path / "sharded"), weights(tmp_path / "whole"), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shared", [{}, {"parallel": "shards"}, {"parallel": "blocks", "devices": 4, "replicas": 2}])
+def test_the_network_that_is_tested_is_the_one_that_is_saved(shared: dict[str, Any], tmp_path: Path) -> None:
+    """Each process has seen images of its own, and so has running statistics of its own."""
+    config = replace(LOCAL, data=replace(LOCAL.data, test_limit=360), local_heads=True, **{"devices": 2, **shared})
+    errors = run_ranks(_fit, config.devices, config, tmp_path, 0, False)
+    again = evaluate(tmp_path, local_heads=True)
+    assert errors == [again.test_error] * config.devices
+    assert json.loads((tmp_path / "result.json").read_text())["local_errors"] == again.local_errors
 
 
 # A rank that dies

@@ -420,6 +420,8 @@ def finish_epoch(run: Run, display: Display) -> None:
     if evaluated:
         if run.stage:
             run.stage.gather()
+        if run.replicas > 1:
+            _share_buffers(run)
         with put_together(run.blocks):
             state.test_error, state.local_errors = error_rates(run.fabric, config, run.model, run.blocks, run.test)
         if state.best_epoch == 0 or state.test_error < state.best_test_error:
@@ -446,6 +448,14 @@ def finish_epoch(run: Run, display: Display) -> None:
         display.epoch(run.epoch_of_epochs, line)
     state.epoch, state.batch, state.lines = state.epoch + 1, 0, state.lines + 1
     state.sums = [0.0] * len(state.sums)
+
+
+@torch.no_grad()
+def _share_buffers(run: Run) -> None:
+    """Gives every process the first one's running statistics: each has those of its own images, and these are saved."""
+    buffers = {id(buffer): buffer for module in (run.model, *run.blocks) for buffer in module.buffers()}
+    for buffer in buffers.values():
+        torch.distributed.broadcast(buffer, 0)
 
 
 # What a run says of itself
