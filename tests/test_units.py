@@ -134,6 +134,15 @@ def test_the_channel_dim_of_maps(make, size: int, dims: set[int]) -> None:
     assert {unit.channel_dim for unit in found if len(unit.features) == 4} == dims
 
 
+def test_a_map_as_wide_as_its_channels_has_them_first_before_a_linear_layer() -> None:
+    layers = nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU()
+    for size, pool in ((8, 1), (16, 2)):
+        model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(pool), nn.Flatten(), nn.Linear(8 * pool**2, 5))
+        found = units(model, torch.empty(2, 3, size, size))
+        assert [(unit.name, unit.channel_dim) for unit in found] == [("0", 1), ("2", 1), ("6", 1)]
+    assert {unit.channel_dim for unit in units(cifar_resnet(8), torch.empty(1, 3, 256, 256))} == {1}
+
+
 def test_a_unit_that_writes_into_its_input_is_marked() -> None:
     block = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(4, 4, 1))
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(*[_Leaf(block)]), nn.Flatten(), nn.Linear(64, 3))

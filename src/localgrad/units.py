@@ -182,8 +182,8 @@ def _channel_dim(features: torch.Size, module: nn.Module, following: nn.Module |
             channels, here = layer.in_channels, 1
         elif isinstance(layer, norm):
             channels, here = layer.num_features, 1
-        elif isinstance(layer, nn.Linear):
-            channels, here = layer.in_features, 1 if len(features) == 3 else last  # of a sequence that is pooled
+        elif isinstance(layer, nn.Linear):  # of a sequence that is pooled, or of a map that may be
+            channels, here = layer.in_features, 1 if len(features) == 3 or _convolves(module) else last
         elif isinstance(layer, nn.LayerNorm):
             channels, here = layer.normalized_shape[-1], 1 if type(layer).__name__.endswith("2d") else last
         else:
@@ -193,6 +193,10 @@ def _channel_dim(features: torch.Size, module: nn.Module, following: nn.Module |
             return here if here in dims else dims[0]
         guess = guess or here
     return 1 if guess is None or following is None or _flattens(features, following) else guess
+
+
+def _convolves(module: nn.Module) -> bool:
+    return any(isinstance(layer, nn.Conv2d | nn.BatchNorm2d) for layer in module.modules())
 
 
 def _flattens(features: torch.Size, following: nn.Module) -> bool:
