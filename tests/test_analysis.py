@@ -132,7 +132,10 @@ def test_cka_says_what_it_cannot_do() -> None:
         cka(some, some, [torch.randn(3, 4)])
     with pytest.raises(LocalGradError, match="there is no batch"):
         cka(some, some, [])
-    assert cka(some, [_unit(torch.ones_like, 4)], [torch.randn(6, 4)]).isnan().all()
+    for value, n in ((1.0, 6), (0.1, 100), (0.1, 256)):  # whose mean is rounded
+        constant = [_unit(lambda x, value=value: torch.full_like(x, value), 4)]
+        assert cka(some, constant, [torch.randn(n, 4)]).isnan().all()
+        assert cka(constant, constant, [torch.randn(n, 4)]).isnan().all()
 
 
 def test_the_gram_matrix_is_centred_off_its_diagonal() -> None:
@@ -344,7 +347,7 @@ def _analyse(*arguments: object) -> None:
 
 
 def test_analyse_does_everything_by_itself(run: Path, other: Path, tmp_path: Path, capsys: Any) -> None:
-    _analyse(run, other, "--epochs", 1, "--batch-size", 20, "--output", tmp_path / "out")
+    _analyse(run, other, "--epochs", 1, "--batch-size", 30, "--output", tmp_path / "out")
     names = ["probe.json", "probe.png", "cka-end-to-end.json", "cka-end-to-end.png", "pictures.json"]
     names += ["pictures-maps.png", "pictures-features.png"]
     assert capsys.readouterr().out.splitlines() == [f"wrote {tmp_path / 'out' / name}" for name in names]
@@ -358,6 +361,8 @@ def test_analyse_does_everything_by_itself(run: Path, other: Path, tmp_path: Pat
     assert probed["blocks"] == drawn["blocks"] == [1, 1, 2, 3, 3]
     assert probed["settings"]["train_images"] == 60
     assert all(0 <= accuracy <= 100 and accuracy * 40 % 100 == 0 for accuracy in probed["accuracies"])
+    used = [values["data"]["test_images"] for values in (probed, compared, drawn)]
+    assert used == [40, 30, 40], "CKA takes whole batches"
     assert [each["name"] for each in compared["runs"]] == ["local", "end-to-end"]
     assert [each["num_blocks"] for each in compared["runs"]] == [3, 1]
     diagonal = [compared["alignment"][index][index] for index in range(5)]

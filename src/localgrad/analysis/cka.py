@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from localgrad.analysis.features import frozen, unit_features
+from localgrad.analysis.features import ROUNDING, frozen, unit_features
 from localgrad.errors import LocalGradError
 from localgrad.units import Unit
 
@@ -82,9 +82,12 @@ def u_centred_gram(features: Tensor) -> Tensor:
         features: `(n, D)`.
 
     Returns:
-        `(n, n)` float64 on the CPU.
+        `(n, n)` float64 on the CPU; 0 where the features are constant.
     """
-    centred = features.float() - features.float().mean(0)  # changes nothing but the rounding, which it keeps small
+    features = features.float()
+    centred = features - features.mean(0)  # changes nothing but the rounding, which it keeps small
+    if centred.square().sum() <= ROUNDING * features.square().sum():
+        return torch.zeros(len(features), len(features), dtype=torch.float64)
     gram = (centred @ centred.T).cpu().double()
     gram.fill_diagonal_(0)
     n = len(gram)

@@ -10,6 +10,9 @@ from torch import Tensor
 from localgrad.images import ImageSet
 from localgrad.units import Unit
 
+ROUNDING = 1e-12
+"""Share of a float32 feature's mean square below which its variance is nothing but rounding."""
+
 
 @contextmanager
 def frozen(found: Sequence[Unit]) -> Iterator[None]:

@@ -7,13 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from localgrad.analysis.features import device_of, frozen, pooled, unit_features
+from localgrad.analysis.features import ROUNDING, device_of, frozen, pooled, unit_features
 from localgrad.errors import LocalGradError
 from localgrad.images import ImageSet
 from localgrad.units import Unit
-
-ROUNDING = 1e-12
-"""Share of a channel's mean square below which its variance is nothing but rounding."""
 
 
 @dataclass(frozen=True)

@@ -131,9 +131,11 @@ def study_cka(first: Trained, second: Trained, *, batch_size: int) -> dict[str, 
     if full < MIN_IMAGES:
         raise LocalGradError(f"CKA on batches of {full} image(s): it needs at least {MIN_IMAGES} in each")
     alignment = cka(ours, theirs, (inputs for inputs, _ in batches if len(inputs) == full))
+    about = _about([first, second], [ours, theirs])
+    about["data"]["test_images"] -= len(first.test) % full  # in the batch that is left out
     return {
         "analysis": "cka",
-        **_about([first, second], [ours, theirs]),
+        **about,
         "settings": {"batch_size": batch_size},
         "units": [unit.name for unit in ours],
         "other_units": [unit.name for unit in theirs],
