@@ -162,7 +162,7 @@ def test_a_run_that_is_no_row_of_the_paper_gets_none_of_its_figures(text: str) -
 
 def test_the_budget_is_said_beside_the_papers(text: str) -> None:
     text = unescape(text)
-    assert "10 epochs, all training images, batch size 1,024, learning rate 0.8, warm-up epochs 10." in text
+    assert "10 epochs, all training images, batch size 1,024, learning rate 0.8, warm-up epochs 10, 32-true." in text
     assert f"On {DEVICE}." in text
     assert "Paper: after 400 epochs, these runs after 10." in text
 
@@ -176,6 +176,15 @@ def test_runs_of_another_budget_stand_in_another_table(folder: Path) -> None:
         ("CIFAR-10, ResNet-32", 10, 4),
         ("Digits, ResNet-14", 8, 1),
     ]
+
+
+def test_precisions_do_not_mix(folder: Path) -> None:
+    """What `auto` is depends on the device, so one config may have been trained in two."""
+    runs = [run for run in _read(folder)[0].runs if run.path.parent.name.startswith("cifar10")]
+    halved = replace(runs[0], result=replace(runs[0].result, precision="bf16-mixed"))
+    found = tables([halved, *runs[1:]])
+    assert [table.budget.rpartition(", ")[2] for table in found] == ["32-true", "bf16-mixed"]
+    assert [[len(row.runs) for row in table.rows] for table in found] == [[2], [1]]
 
 
 def test_rows_come_in_the_order_of_the_papers(folder: Path) -> None:

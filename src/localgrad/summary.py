@@ -63,6 +63,10 @@ class Row:
     def num_blocks(self) -> int:
         return self.runs[0].result.num_blocks
 
+    @property
+    def precision(self) -> str:
+        return self.runs[0].result.precision
+
     @cached_property
     def recipe(self) -> Recipe | None:
         make = RECIPES.get(self.config["name"])
@@ -103,7 +107,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of one network on one set of images, trained at one budget on one kind of device."""
+    """Rows of one network on one set of images, trained at one budget in one precision."""
 
     rows: tuple[Row, ...]
 
@@ -117,7 +121,7 @@ class Table:
 
     @property
     def budget(self) -> str:
-        """Epochs, images, batch size and rate in words."""
+        """Epochs, images, batch size, rate and precision in words."""
         optim, images = self.config["optim"], self.config["data"].get("train_limit")
         parts = [
             f"{optim['epochs']} epoch{'s' * (optim['epochs'] > 1)}",
@@ -127,7 +131,7 @@ class Table:
         for name, words in (("lr", "learning rate"), ("warmup_epochs", "warm-up epochs")):
             value = optim.get(name)
             parts += [] if value is None else [f"{words} {value:g}"]
-        return ", ".join(parts)
+        return ", ".join([*parts, self.rows[0].precision])
 
     @property
     def devices(self) -> list[str]:
@@ -150,12 +154,14 @@ def tables(runs: Sequence[FinishedRun]) -> list[Table]:
     rows: dict[str, list[FinishedRun]] = {}
     for run in runs:
         own = {name: value for name, value in flat(run.result.config).items() if name not in BY_THE_WAY}
+        own["precision"] = run.result.precision  # auto is another one on another device
         rows.setdefault(json.dumps(own, sort_keys=True, default=str), []).append(run)
     grouped: dict[tuple[Any, ...], list[Row]] = {}
     for same in rows.values():
         row = Row(tuple(sorted(same, key=lambda run: run.result.config["seed"])))
         values = flat(row.config)
-        key = (dataset_label(row.config), network_label(row.config), *(values.get(name) for name in BUDGET))
+        key: tuple[Any, ...] = (dataset_label(row.config), network_label(row.config), row.precision)
+        key += tuple(values.get(name) for name in BUDGET)
         grouped.setdefault(key, []).append(row)
     found = [
         Table(tuple(sorted(group, key=lambda row: (*place(row.config, row.num_blocks), row.name))))
