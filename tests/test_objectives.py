@@ -526,6 +526,12 @@ def test_infopro_weights_go_linearly_from_the_first_local_block_to_the_last(
     check(module(features, targets, images), expected)
 
 
+def test_infopro_weights_of_each_block() -> None:
+    for index, (reconstruction, task) in enumerate([(5.0, 0.0), (4.0, 0.25), (0.0, 1.0)]):
+        module = infopro_module(index, 4, reconstruction=(5.0, 4.0, 0.0), task=[0.0, 0.25, 1.0])
+        assert (module.reconstruction, module.task) == (reconstruction, task)
+
+
 def test_infopro_weights_count_blocks_of_a_split_model() -> None:
     model = nn.Sequential(*(nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU()) for _ in range(4)))
     model.append(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3)))
@@ -900,7 +906,11 @@ ERRORS: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "no mean": (lambda: infopro(10, (), ()), ["mean", "()"]),
     "std of 0": (lambda: infopro(10, (0.5, 0.5), (0.2, 0.0)), ["std", "0.0"]),
     "std that is no number": (lambda: infopro(10, (0.5, 0.5), (0.2, math.nan)), ["std", "nan"]),
-    "three weights": (lambda: plain_infopro(reconstruction=(1.0, 2.0, 3.0)), ["reconstruction", "3.0"]),
+    "no weights": (lambda: plain_infopro(reconstruction=()), ["reconstruction", "()"]),
+    "weights of other blocks": (
+        lambda: plain_infopro(task=(1.0, 2.0, 3.0))(site((2, 4, 8, 8), num_blocks=5)),
+        ["task has 3 weights", "4 local blocks"],
+    ),
     "negative reconstruction": (lambda: plain_infopro(reconstruction=(1.0, -2.0)), ["reconstruction", "-2.0"]),
     "negative task": (lambda: plain_infopro(task=(-0.5, 1.0)), ["task", "-0.5"]),
     "weight that is no number": (lambda: plain_infopro(task=(0.5, math.nan)), ["task", "nan"]),

@@ -91,7 +91,7 @@ def test_cut_names_of_resnet110_with_32_blocks() -> None:
 
 def test_the_papers_errors_are_on_their_rows_only() -> None:
     published = {name: row.paper_error for name, row in _rows().items() if row.paper_error is not None}
-    assert len(published) == 29
+    assert len(published) == 31
     assert published["cifar10-resnet32-k16-dgl-man"] == 9.11
     assert published["cifar10-resnet32-k8-infopro"] == 11.51
     assert published["cifar10-resnet110-e2e"] == 5.42
@@ -128,6 +128,27 @@ def test_settings_of_the_datasets(dataset: str, lr: float, batch_size: int) -> N
 def test_weights_of_infopro(name: str, reconstruction: tuple[float, float], task: tuple[float, float]) -> None:
     objective = recipe(name).config.objective
     assert (objective.reconstruction, objective.task) == (reconstruction, task)
+
+
+@pytest.mark.parametrize(
+    ("name", "stages"),
+    [
+        ("cifar10-resnet32-k16-infopro", [(4, 13 / 14), (5, 12 / 14), (5, 11 / 14)]),
+        ("cifar10-resnet110-k55-infopro", [(17, 52 / 53), (18, 51 / 53), (18, 50 / 53)]),
+    ],
+)
+def test_weights_of_infopro_as_released_with_man_follow_the_stage(name: str, stages: list[tuple[int, float]]) -> None:
+    shares = [share for number, share in stages for _ in range(number)]
+    for momentum in ("", "-man"):
+        row, published = recipe(f"{name}{momentum}-released"), recipe(f"{name}{momentum}")
+        objective = row.config.objective
+        assert objective.reconstruction == pytest.approx([5 * share for share in shares])
+        assert objective.task == pytest.approx([0.5 * share for share in shares])
+        assert (objective.head, objective.loss, row.config.momentum) == (
+            *("2c2f", "cross_entropy"),
+            published.config.momentum,
+        )
+        assert row.config.cuts == published.config.cuts
 
 
 @pytest.mark.parametrize("method", ["classifier", "predsim", "dgl", "infopro"])

@@ -45,10 +45,10 @@ class ObjectiveConfig:
     """Weight of the similarity loss; the class loss gets 1 - beta."""
     max_features: int | None = None
     """Most features the pooled class head may see."""
-    reconstruction: tuple[float, float] | None = None
-    """Weight of the reconstruction at the first and at the last local block, interpolated between them."""
-    task: tuple[float, float] | None = None
-    """Weight of the task loss at the first and at the last local block, interpolated between them."""
+    reconstruction: tuple[float, ...] | None = None
+    """Weight of the reconstruction at the first and at the last local block, interpolated between, or at each."""
+    task: tuple[float, ...] | None = None
+    """Weight of the task loss at the first and at the last local block, interpolated between, or at each."""
     loss: str | None = None
     """Form of the task loss: `cross_entropy` or `contrast`."""
     feature_dim: int | None = None
@@ -102,7 +102,8 @@ class OptimConfig:
     clip_norm: float | None = None
     """Largest gradient norm of a block, each block clipped alone; None for no clipping."""
     accumulate: int = 1
-    """Equal parts a batch is cut into, one after the other, to save memory; BatchNorm sees the parts."""
+    """Equal parts a batch is cut into, one after the other, to save memory; BatchNorm, and losses that compare samples
+    (`predsim`, and `infopro` with `contrast`), see the parts."""
     label_smoothing: float = 0.0
     """Label smoothing of the last block's cross-entropy; the local losses have none, as in the papers."""
 
@@ -140,7 +141,8 @@ class TrainConfig:
     devices: int = 1
     """Number of devices, with a process each."""
     parallel: Parallel = "data"
-    """What several devices share: a batch's images (`data`), the blocks (`blocks`), images and weights (`shards`)."""
+    """What several devices share: a batch's images (`data`), the blocks (`blocks`), images and weights (`shards`).
+    Losses that compare samples (`predsim`, and `infopro` with `contrast`) see a device's images."""
     replicas: int = 1
     """Copies of the network with `--parallel blocks`; each is spread over devices / replicas of them."""
     sync_batchnorm: bool = False

@@ -23,9 +23,9 @@ class DataConfig:
     subset: str | None = None
     """Name of the hub configuration; not used for a local folder that declares no configurations."""
     train_split: str = "train"
-    """Split to train on; slices such as "train[:5000]" are allowed. Not used by "digits"."""
+    """Split to train on; slices such as "train[:5000]" are allowed, but not of "digits"."""
     test_split: str = "test"
-    """Split to test on. Not used by "digits"."""
+    """Split to test on, likewise."""
     image_column: str | None = None
     """Column with the images; None takes the only one of type Image."""
     label_column: str | None = None

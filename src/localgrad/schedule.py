@@ -11,8 +11,9 @@ def learning_rate(epoch: int, *, epochs: int, peak: float, warmup_epochs: int = 
 
     and base(e) after the W warm-up epochs. Three things the formula has, as printed: the warm-up is ten epochs however
     long the run is (a run of fewer epochs never leaves it unless it asks for a shorter one), the rate is constant
-    within an epoch, and the rate of the last epoch is exactly 0, so that epoch only refreshes BatchNorm's averages.
-    A peak below 0.01 starts at the peak instead of above it.
+    within an epoch, and the rate of the last epoch is exactly 0 (where it comes after the warm-up and `first_epoch` is
+    1), so that epoch only refreshes the averages of BatchNorm and of the EMA branches. A peak below 0.01 starts at the
+    peak instead of above it.
 
     Args:
         epoch: epoch, counted from 1.

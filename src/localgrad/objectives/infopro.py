@@ -166,8 +166,8 @@ def infopro(
     num_classes: int,
     mean: Sequence[float],
     std: Sequence[float],
-    reconstruction: tuple[float, float] = (5.0, 0.0),
-    task: tuple[float, float] = (0.5, 0.5),
+    reconstruction: Sequence[float] = (5.0, 0.0),
+    task: Sequence[float] = (0.5, 0.5),
     loss: TaskLoss = "cross_entropy",
     head: TaskHead = "1c2f",
     feature_dim: int = 128,
@@ -176,15 +176,16 @@ def infopro(
 
     R is the binary cross-entropy between the image in [0, 1] and its reconstruction by a small decoder, computed with
     logits. T is cross-entropy, or the supervised contrastive loss (`supervised_contrast`) of `feature_dim` outputs.
-    The weights go linearly from the first local block to the last: `lambda_j = first (1 - r) + last r` with
-    `r = j / (K - 2)`, and r = 0 for K = 2. Tokens are laid on the grid of patches.
+    Two weights go linearly from the first local block to the last: `lambda_j = first (1 - r) + last r` with
+    `r = j / (K - 2)`, and r = 0 for K = 2. K - 1 weights are those of the local blocks in order. Tokens are laid on
+    the grid of patches.
 
     Args:
         num_classes: at least 2.
         mean: mean of each channel by which the inputs were normalised, in units of [0, 1].
         std: standard deviation of each channel, likewise.
-        reconstruction: weight of R at the first and at the last local block, not negative.
-        task: weight of T at the first and at the last local block, not negative.
+        reconstruction: weight of R at the first and at the last local block, or at each; not negative.
+        task: weight of T, likewise.
         loss: `"cross_entropy"` or `"contrast"`.
         head: `"0c1f"`, `"0c2f"`, `"1c1f"`, `"1c2f"`, `"1c3f"`, `"2c2f"`: 3x3 convolutions and linear layers, or
             `"imagenet"`, four convolutions up to 2048 channels.
@@ -195,8 +196,9 @@ def infopro(
         their weight is 0.
 
     Raises:
-        LocalGradError: an argument is out of range, the weights leave a block without a loss (found when built),
-            or the objective sits on a vector, or on inputs that are no images of `len(mean)` channels.
+        LocalGradError: an argument is out of range, the weights are of another number of blocks or leave a block
+            without a loss (found when built), or the objective sits on a vector, or on inputs that are no images of
+            `len(mean)` channels.
 
     Source: Wang et al. 2021, Revisiting Locally Supervised Learning (arXiv 2101.10832), equation 8, and released code,
     `networks/auxiliary_nets.py`. The released MAN code takes r from the index of the stage instead of the block.
@@ -212,22 +214,35 @@ def infopro(
         raise LocalGradError(
             f"mean is {mean} and std {std}: give one of each a channel, std above 0, in units of [0, 1]"
         )
-    for name, pair in (("reconstruction", reconstruction), ("task", task)):
-        if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(0 <= weight < math.inf for weight in pair):
+    for name, given in (("reconstruction", reconstruction), ("task", task)):
+        if not isinstance(given, tuple | list) or not given or not all(0 <= weight < math.inf for weight in given):
             raise LocalGradError(
-                f"{name} is {pair}: give its weight at the first and the last block, (5.0, 0.0), not negative"
+                f"{name} is {given}: give its weight at the first and the last local block, (5.0, 0.0), or at each, "
+                "not negative"
             )
     if feature_dim < 1:
         raise LocalGradError(f"feature_dim is {feature_dim}: it must be at least 1; try 128")
 
     def build(site: Site) -> nn.Module:
-        ratio = site.index / (site.num_blocks - 2) if site.num_blocks > 2 else 0.0
-        weights = tuple(first * (1 - ratio) + last * ratio for first, last in (reconstruction, task))
+        weights = _weight("reconstruction", reconstruction, site), _weight("task", task, site)
         if not any(weights):
             raise LocalGradError(
                 f"reconstruction {reconstruction}, task {task} give block {site.index} of {site.num_blocks} no loss: "
                 "give one of them a last weight above 0, such as task=(0.5, 0.5)"
             )
-        return InfoPro(site, num_classes, mean, std, (weights[0], weights[1]), loss, head, feature_dim)
+        return InfoPro(site, num_classes, mean, std, weights, loss, head, feature_dim)
 
     return build
+
+
+def _weight(name: str, given: Sequence[float], site: Site) -> float:
+    num_local = site.num_blocks - 1
+    if len(given) == num_local:
+        return given[site.index]
+    if len(given) != 2:
+        raise LocalGradError(
+            f"{name} has {len(given)} weights and there are {num_local} local blocks: give one for each, or two, for "
+            "the first and the last"
+        )
+    ratio = site.index / (num_local - 1) if num_local > 1 else 0.0
+    return given[0] * (1 - ratio) + given[1] * ratio

@@ -86,8 +86,8 @@ def predsim(num_classes: int, beta: float = 0.99, max_features: int = 512) -> Ca
     """PredSim: `L = (1 - beta) CE(W pool(h), y) + beta MSE(S(conv(h)), S(onehot(y)))`.
 
     S is the matrix of cosine similarities between the samples of the batch (`similarity_matrix`), the mean of the
-    squared error goes over all its entries. `conv` is 3x3 from C to C channels without bias. Tokens are laid on the
-    grid of patches; a vector `(N, D)` takes a linear layer instead of `conv`.
+    squared error goes over all its entries: a batch in two parts has another loss. `conv` is 3x3 from C to C channels
+    without bias. Tokens are laid on the grid of patches; a vector `(N, D)` takes a linear layer instead of `conv`.
 
     Args:
         num_classes: at least 2.

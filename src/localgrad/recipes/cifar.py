@@ -12,11 +12,14 @@ Every row is network x partition x local loss x momentum network. What the rows 
   the MAN++ code has wide ones (`--objective.head wide`).
 * InfoPro has the cross-entropy task loss with the 1c2f head; its weights are those of InfoPro's published commands
   (and AugLocal's for ResNet-110 on CIFAR-10), interpolated over the block index. Where nothing is published for a K,
-  the next smaller K's weights are taken.
+  the next smaller K's weights are taken; where nothing is published for ResNet-32 (SVHN, STL-10), ResNet-110's.
+* The MAN paper's InfoPro+MAN was trained with other settings, as far as its code tells: `-released` rows have those
+  (CIFAR-10, K=16 and 55, the two that have a published command): the 2c2f head, and weights that fall from 5 and 0.5 by
+  the stage of the next unit where InfoPro counts blocks, `1 - stage / (K - 2)`, so they hardly fall.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from localgrad import data
@@ -105,6 +108,10 @@ def cifar_recipes() -> dict[str, Callable[[], Recipe]]:
                         rows[f"{dataset}-resnet{depth}-{row}"] = partial(
                             _local, dataset, depth, k, stem, method, momentum
                         )
+    for depth, k in ((32, 16), (110, 55)):
+        for momentum in ("none", "man"):
+            row = f"{_row_name(k, False, 'infopro', momentum)}-released"
+            rows[f"cifar10-resnet{depth}-{row}"] = partial(_released_infopro, depth, k, momentum)
     return rows
 
 
@@ -126,6 +133,21 @@ def _local(dataset: str, depth: int, k: int, stem: bool, method: str, momentum: 
         momentum=MomentumConfig(name=momentum, decay=None if momentum == "none" else 0.995),
         label=f"K={k}",
     )
+
+
+def _released_infopro(depth: int, k: int, momentum: str) -> Recipe:
+    made = _local("cifar10", depth, k, False, "infopro", momentum)
+    cuts, last = PARTITIONS[depth, k], str((depth - 2) // 6 - 1)
+    stages = [int(cut[len("layer")]) + (cut.partition(".")[2] == last) for cut in cuts]  # of the units after the cuts
+    fall = [1 - stage / (k - 2) for stage in stages]
+    objective = replace(
+        made.config.objective,
+        reconstruction=tuple(5 * share for share in fall),
+        task=tuple(0.5 * share for share in fall),
+        head="2c2f",
+    )
+    config = replace(made.config, name=f"{made.config.name}-released", objective=objective)
+    return replace(made, config=config, paper_error=made.paper_error if momentum == "man" else None)
 
 
 def _objective(dataset: str, k: int, method: str) -> ObjectiveConfig:
