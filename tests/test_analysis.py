@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from localgrad import data
 from localgrad.analysis import probe as probing
+from localgrad.analysis import study
 from localgrad.analysis.cka import cka, mean_diagonal, u_centred_gram
 from localgrad.analysis.features import plain_batches, pooled, unit_features
 from localgrad.analysis.pictures import activation_maps, project
 from localgrad.analysis.probe import Probes, probe
-from localgrad.analysis.study import analyse_run
+from localgrad.analysis.study import analyse_run, units_of
 from localgrad.cli import main
 from localgrad.config import ModelConfig, MomentumConfig, ObjectiveConfig, OptimConfig, TrainConfig
 from localgrad.errors import LocalGradError
@@ -30,6 +31,7 @@ from localgrad.evaluation import early_exit, evaluate
 from localgrad.images import Images
 from localgrad.models import cifar_resnet
 from localgrad.sources import load_images
+from localgrad.trained import load_trained
 from localgrad.trainer import fit
 from localgrad.units import Unit, units
 
@@ -123,7 +125,6 @@ def test_cka_of_the_same_network_is_symmetric() -> None:
     torch.testing.assert_close(matrix, matrix.T)
     torch.testing.assert_close(matrix.diagonal(), torch.ones(5, dtype=torch.float64))
     assert mean_diagonal(matrix) == pytest.approx(1)
-    assert mean_diagonal(matrix[:3]) is None
 
 
 def test_cka_says_what_it_cannot_do() -> None:
@@ -393,6 +394,49 @@ def test_analyse_takes_other_images_and_writes_beside_the_run(run: Path, tmp_pat
     assert values["image_labels"] == [7, 2]
     assert [images[0][0] for images in values["thumbnails"]] == [[175, 0, 99], [50, 0, 99]]
     assert len(values["point_labels"]) == 6
+
+
+def test_what_cannot_be_done_is_said_before_anything_is_trained(
+    run: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(study, "probe", lambda *_, **__: pytest.fail("probes were trained"))
+    (tmp_path / "file").touch()
+    for arguments, message in (
+        ((tmp_path / "missing",), "missing is no run folder"),
+        (("--images", 9999), "there is no test image 9999"),
+        (("--output", tmp_path / "file"), "file cannot be made"),
+        ((other, "--test-limit", 3), "CKA on batches of 3 image(s)"),
+    ):
+        assert main(["analyse", str(run), *map(str, arguments), "--accelerator", "cpu"]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_two_networks_of_one_name_have_two_files(run: Path, other: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "a" / "net", tmp_path / "b" / "net"
+    shutil.copytree(run, first)
+    shutil.copytree(other, second)
+    for other_run in (first, second, second):
+        _analyse(run, other_run, "--cka", "--output", tmp_path / "out")
+    found = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("cka-net*.json")]
+    assert sorted(each["runs"][1]["num_blocks"] for each in found) == [1, 3]
+
+
+def test_networks_of_other_units_have_no_mean(run: Path, other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = (load_trained(each, accelerator="cpu") for each in (run, other))
+    assert study.study_cka(ours, theirs, batch_size=20)["mean_diagonal"] is not None
+    renamed = [replace(unit, name=f"x{unit.name}") for unit in units_of(theirs)]
+    monkeypatch.setattr(study, "units_of", lambda trained: renamed if trained is theirs else units_of(ours))
+    assert study.study_cka(ours, theirs, batch_size=20)["mean_diagonal"] is None
+
+
+@pytest.mark.parametrize("method", ["pca", "tsne"])
+def test_features_that_are_constant_or_of_one_channel_have_a_picture(method: Any) -> None:
+    images = _clusters()
+    constant, single = _unit(lambda x: torch.full_like(x, 0.1), 3, 8, 8), _unit(lambda x: x.mean(1, True), 1, 8, 8)
+    first, second = project([constant], images, method=method)[0], project([single], images, method=method)[0]
+    assert torch.equal(first, torch.zeros(len(images), 2))
+    assert second.shape == (len(images), 2)
+    assert second[:, 0].std() > 0
 
 
 def test_exit_at_a_block_gives_the_error_of_its_own_head(run: Path) -> None:

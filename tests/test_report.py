@@ -1,6 +1,7 @@
 """The report: its figures are those of the files, and it is a page that a browser shows without a complaint."""
 
 import json
+import os
 import re
 import shutil
 import statistics
@@ -18,10 +19,11 @@ from localgrad.build import with_defaults
 from localgrad.cli import main
 from localgrad.config import TrainConfig, to_dict
 from localgrad.errors import LocalGradError
+from localgrad.figures import learning_curves
 from localgrad.recipes import recipe
 from localgrad.report import page
 from localgrad.results import Results, read_results
-from localgrad.runs import Result
+from localgrad.runs import Result, atomic_write
 from localgrad.summary import method_label, tables
 
 DEVICE = '<script>alert(1)</script> & "GPU"'
@@ -277,6 +279,8 @@ def _damaged(folder: Path) -> dict[str, str]:
         "text.json": json.dumps({**good, "test_error": "4.0"}),
         "lacks.json": json.dumps({name: value for name, value in good.items() if name != "device"}),
         "list.json": json.dumps({**good, "config": [1]}),
+        "large.json": json.dumps({**good, "test_error": 10**400}),
+        "heads.json": json.dumps({**good, "local_errors": [1.0, 2.0]}),
         "probe.json": json.dumps({"analysis": "probe", **_about("digits-e2e"), "units": UNITS, "accuracies": [1.0]}),
         "kind.json": json.dumps({"analysis": "umap", **_about("digits-e2e"), "units": UNITS}),
         "plan.json": json.dumps(
@@ -296,6 +300,8 @@ def _damaged(folder: Path) -> dict[str, str]:
         "kind.json": "it has no 'umap'",
         "plan.json": "peak is None, not a number",
         "bytes.json": "is not readable as JSON",
+        "large.json": "test_error is far too large",
+        "heads.json": "local_errors must be a list of 1",
     }
 
 
@@ -361,10 +367,105 @@ def test_a_copy_of_a_run_is_counted_once(tmp_path: Path) -> None:
     moved = json.loads((tmp_path / "copy.json").read_text())
     moved["config"]["data"]["source"] = "where/the/images/lie/elsewhere"
     (tmp_path / "moved.json").write_text(json.dumps(moved))
-    (tmp_path / "other.json").write_text(json.dumps(moved | {"test_error": 5.0}))
     found, warnings = _read(tmp_path)
-    assert [run.path.name for run in found.runs] == ["copy.json", "other.json"]
+    assert [run.path.name for run in found.runs] == ["copy.json"]
     assert warnings == []
+
+
+def test_a_seed_counts_once_in_its_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, seed, error in (("a", 0, 4.0), ("b", 1, 6.0), ("again", 0, 9.0)):
+        values = _run(tmp_path / name / "result.json", _config("cifar10-resnet32-e2e", seed=seed), error)
+        if name == "b":  # of a version without this field
+            del values["config"]["cuda_graph"]
+            (tmp_path / name / "result.json").write_text(json.dumps(values))
+    assert main(["report", str(tmp_path), "-o", str(tmp_path / "page.html")]) == 0
+    again = tmp_path / "again" / "result.json"
+    first = tmp_path / "a" / "result.json"
+    assert f"left out: {again} has the settings and the seed of {first}; it counts once" in capsys.readouterr().err
+    rows = {row[0]: row[1:] for row in Cells((tmp_path / "page.html").read_text()).rows}
+    assert rows["End-to-end|cifar10-resnet32-e2e"][1] == "5.00 ± 1.41|n = 2"
+
+
+def test_runs_on_other_images_are_another_row_and_get_no_figure_of_the_paper(tmp_path: Path) -> None:
+    config = _config("cifar10-resnet32-e2e")
+    _run(tmp_path / "ten.json", config, 4.0, num_classes=10)
+    _run(tmp_path / "three.json", replace(config, seed=1), 5.0, num_classes=3)
+    _run(tmp_path / "few.json", replace(config, data=replace(config.data, test_limit=50)), 6.0)
+    _run(tmp_path / "digits.json", _config("digits-e2e", data=replace(config.data, source="my/digits")), 7.0)
+    text = page(_read(tmp_path)[0], tmp_path)
+    rows = {row[0]: row[1:] for row in Cells(text).rows}
+    assert rows["End-to-end|cifar10-resnet32-e2e"][3] == "6.37"
+    assert rows["End-to-end|cifar10-resnet32-e2e, 3 classes"][1:] == ["5.00|n = 1", "4.50", ""]
+    assert "warm-up epochs 10, 50 test images, 32-true." in text
+    assert any("data.source my/digits" in name for name in rows)
+
+
+def test_rows_are_told_apart_in_pictures_and_costs(tmp_path: Path) -> None:
+    config = _config("cifar10-resnet32-k16-dgl")
+    _run(tmp_path / "as-it-is.json", config, 4.0)
+    _run(tmp_path / "decayed.json", replace(config, optim=replace(config.optim, weight_decay=0.01)), 5.0)
+    (table,) = tables(_read(tmp_path)[0].runs)
+    assert sorted(table.labels) == ["DGL, 15 blocks", "DGL, 15 blocks, optim.weight_decay 0.01"]
+    names = [row[0] for row in Cells(page(_read(tmp_path)[0], tmp_path)).rows]
+    assert {*table.labels} <= {*names}
+
+
+def test_a_seed_without_metrics_does_not_take_the_curve_of_the_others(folder: Path, tmp_path: Path) -> None:
+    for seed, errors in ((0, [9.0, 4.0]), (1, [])):
+        _run(tmp_path / f"{seed}.json", _config("digits-e2e", seed=seed), 4.0, test_errors=errors)
+    (table,) = tables(_read(tmp_path)[0].runs)
+    drawn = learning_curves(table)
+    assert drawn is not None
+    assert [line.get_ydata().tolist() for line in drawn.axes[0].lines] == [[9.0, 4.0]]  # pyright: ignore
+
+
+def test_probes_of_other_settings_are_other_pictures_and_a_run_counts_once(tmp_path: Path) -> None:
+    base = {"analysis": "probe", "units": UNITS, "blocks": [1, 1, 2, 3], "accuracies": [40.0, 50.0, 60.0, 70.0]}
+    few, many = ({"train_images": n, "epochs": 5, "batch_size": 256} for n in (1_000, 50_000))
+    for name, settings in (("one", few), ("again", few), ("other", many)):
+        values = base | _about("cifar10-resnet32-k16-dgl") | {"settings": settings}
+        (tmp_path / f"{name}.json").write_text(json.dumps(values))
+    text = unescape(page(_read(tmp_path)[0], tmp_path))
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", text)
+    assert len(captions) == 2
+    for images in ("1,000", "50,000"):
+        (caption,) = [caption for caption in captions if f"after 5 epochs on {images} training images" in caption]
+        assert caption.count("cifar10-resnet32-k16-dgl-seed0") == 1
+
+
+def test_results_in_linked_folders_are_found_once(tmp_path: Path) -> None:
+    _run(tmp_path / "elsewhere" / "run" / "result.json", _config("digits-e2e"), 4.0)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "link").symlink_to(tmp_path / "elsewhere" / "run")
+    (tmp_path / "results" / "loop").symlink_to(tmp_path / "results")
+    found, warnings = _read(tmp_path / "results")
+    assert [run.path for run in found.runs] == [tmp_path / "results" / "link" / "result.json"]
+    assert warnings == []
+
+
+def test_a_page_is_written_through_a_link_and_into_what_is_no_file(tmp_path: Path) -> None:
+    _run(tmp_path / "results" / "one.json", _config("digits-e2e"), 4.0)
+    (tmp_path / "page.html").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "page.html")
+    assert main(["report", str(tmp_path / "results"), "-o", str(tmp_path / "link")]) == 0
+    assert (tmp_path / "link").is_symlink()
+    assert "<b>4.00</b>" in (tmp_path / "page.html").read_text()
+    os.mkfifo(tmp_path / "pipe")
+    reading = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    with atomic_write(tmp_path / "pipe") as file:
+        file.write(b"page")
+    assert os.read(reading, 9) == b"page"
+    os.close(reading)
+    assert not (tmp_path / "pipe").is_file()
+
+
+def test_names_and_metrics_that_cannot_be_read_cost_nothing_else(tmp_path: Path) -> None:
+    name = os.fsdecode(b"\xff.json")
+    _run(tmp_path / name, _config("digits-e2e"), 4.0)
+    (tmp_path / name).with_suffix(".jsonl").unlink()
+    (tmp_path / name).with_suffix(".jsonl").mkdir()
+    assert main(["report", str(tmp_path), "-o", str(tmp_path / "page.html")]) == 0
+    assert "<b>4.00</b>" in (tmp_path / "page.html").read_text()
 
 
 def test_errors_by_epoch_may_be_in_the_result_itself(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -182,9 +183,9 @@ def test_so_many_runs_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, j
 def test_threads_are_divided_between_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     _program(monkeypatch, tmp_path / "program", "echo $OMP_NUM_THREADS threads; kill -9 $$")
-    cell = _cells(tmp_path / "table")[0]
-    assert run_cells([cell], jobs=3) == {cell.name: "ended by SIGKILL"}
-    assert cell.log.read_text() == "2 threads\n"
+    cells = _cells(tmp_path / "table")
+    assert run_cells(cells, jobs=9) == {cell.name: "ended by SIGKILL" for cell in cells}
+    assert [cell.log.read_text() for cell in cells] == ["2 threads\n"] * 3, "no more shares than runs"
 
 
 def test_the_folder_is_held_until_the_last_process_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,15 +255,23 @@ def test_finished_runs_may_have_found_their_images_elsewhere(tmp_path: Path) -> 
         _cells(tmp_path)
 
 
-def test_damaged_files_of_started_runs_are_named(tmp_path: Path) -> None:
-    cell = _cells(tmp_path)[0]
-    cell.run.path.mkdir(parents=True)
-    write_json(cell.run.path / "config.json", to_dict(cell.config))
-    cell.run.metrics.write_text('{"epoch": 1, "te\n')
-    with pytest.raises(LocalGradError, match=r"metrics.jsonl is damaged .*: remove .* to run it anew"):
-        run_cells([cell])
-    write_json(cell.run.path / "config.json", {"a": 1})
-    with pytest.raises(LocalGradError, match=rf"{cell.run.path / 'config.json'}: this saved configuration"):
+def test_damaged_files_of_started_runs_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    damaged, cell = _cells(tmp_path)[:2]
+    damaged.run.path.mkdir(parents=True)
+    write_json(damaged.run.path / "config.json", to_dict(damaged.config))
+    stored = tmp_path / "stored"
+    _store(cell, 5.0)
+    cell.result.rename(stored)
+    _program(monkeypatch, tmp_path / "program", f"mkdir {cell.run.path}; cp {stored} {cell.run.result}")
+    for text in (b'{"epoch": 1, "te\n', b"\xff\n"):
+        damaged.run.metrics.write_bytes(text)
+        ((name, reason),) = run_cells([damaged, cell]).items()
+        assert name == damaged.name
+        assert re.search(r"metrics.jsonl is damaged .*: remove .* to run it anew", reason)
+        assert cell.state == "done", "the others are run"
+        cell.result.unlink()
+    write_json(damaged.run.path / "config.json", {"a": 1})
+    with pytest.raises(LocalGradError, match=rf"{damaged.run.path / 'config.json'}: this saved configuration"):
         _cells(tmp_path)
 
 
@@ -371,6 +380,30 @@ def test_mistakes_get_one_line_and_exit_code_2(
     assert (said.out, said.err.count("\n")) == ("", 1)
     assert message in said.err
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_damaged_result_in_a_run_folder_is_not_collected(tmp_path: Path) -> None:
+    cell = _cells(tmp_path)[0]
+    _store(cell, 5.0)
+    values = json.loads(cell.result.read_text())
+    cell.result.unlink()
+    cell.run.path.mkdir(parents=True)
+    for broken, why in (({}, "it has no"), ([], "indices"), (values | {"wall_seconds": None}, "wall_seconds is None")):
+        write_json(cell.run.result, broken)
+        ((name, reason),) = run_cells([cell]).items()
+        assert name == cell.name
+        assert f"{cell.run.result} is no result of a run (" in reason
+        assert why in reason
+        assert not cell.result.exists()
+
+
+def test_a_result_under_another_seed_is_refused(tmp_path: Path) -> None:
+    cell = _cells(tmp_path)[0]
+    _store(cell, 5.0)
+    copy = cell.result.with_name(cell.result.name.replace("seed0", "seed1"))
+    copy.write_bytes(cell.result.read_bytes())
+    with pytest.raises(LocalGradError, match=rf"{copy} holds the result of {cell.config.name} with seed 0"):
+        _cells(tmp_path)
 
 
 @pytest.mark.parametrize(("text", "message"), [("{", "is not readable as JSON"), ("[]", "is no result of a run")])

@@ -1,5 +1,6 @@
 """The command line: `localgrad COMMAND ...`, one function a command."""
 
+import io
 import json
 import os
 import shlex
@@ -547,6 +548,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0, or 2 for input that cannot be used (one line on stderr), or 130 when interrupted
         by Ctrl-C and 143 by SIGTERM.
     """
+    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot print ± gets a question mark
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help", "help"):
         print(USAGE, end="")

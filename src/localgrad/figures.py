@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from localgrad.summary import Table, run_label
+from localgrad.summary import Table
 
 WIDTH = 4.1
 """Inches; at the width of a phone's screen the letters stay readable."""
@@ -112,12 +112,12 @@ def learning_curves(table: Table) -> Figure | None:
     axes = figure.subplots()
     drawn = 0
     for position, row in enumerate(table.rows):
-        curves = [_curve(run.metrics) for run in row.runs]
-        epochs = sorted(set.intersection(*(set(curve) for curve in curves)))
+        curves = [curve for curve in (_curve(run.metrics) for run in row.runs) if curve]
+        epochs = sorted(set.intersection(*map(set, curves))) if curves else []
         if not epochs:
             continue
         values = np.array([[curve[epoch] for epoch in epochs] for curve in curves])
-        label = run_label(row.config, row.num_blocks) + (f" (n={len(curves)})" if len(curves) > 1 else "")
+        label = table.labels[position] + (f" (n={len(curves)})" if len(curves) > 1 else "")
         look = look_of(position)
         axes.plot(epochs, values.mean(0), label=label, markevery=max(1, len(epochs) // 8), **look)
         if len(curves) > 1:
@@ -144,7 +144,7 @@ def local_heads(table: Table) -> Figure | None:
         if not errors:
             continue
         values = np.array(errors, dtype=float)  # None, of a block without a class head, becomes a gap
-        label = run_label(row.config, row.num_blocks) + (f" (n={len(errors)})" if len(errors) > 1 else "")
+        label = table.labels[position] + (f" (n={len(errors)})" if len(errors) > 1 else "")
         axes.plot(range(1, row.num_blocks + 1), values.mean(0), label=label, **look_of(position))
         drawn += 1
     axes.set(xlabel="block", ylabel="test error of its head (%)")
@@ -164,7 +164,7 @@ def trade_off(table: Table, device: str) -> Figure:
     best = sorted(point for point in points.values() if not any(_beats(other, point) for other in points.values()))
     axes.plot(*zip(*best, strict=True), color="#808080", linewidth=1, linestyle=":", zorder=1)
     for position, row in rows.items():
-        label = run_label(row.config, row.num_blocks) + (f", {seconds[position]:.3g} s" if seconds[position] else "")
+        label = table.labels[position] + (f", {seconds[position]:.3g} s" if seconds[position] else "")
         size = 30 + 130 * seconds[position] / (max(seconds.values()) or 1)
         axes.scatter(*points[position], s=size, alpha=0.85, linewidth=0, label=label, **look_of(position))
         deviation = row.deviation("test_error")

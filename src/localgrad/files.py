@@ -16,9 +16,16 @@ def atomic_write(path: Path, keep: int = 1) -> Iterator[BinaryIO]:
     With `keep` above 1 what `path` held before stays as `path.1`, what that held as `path.2`, and so on, `keep`
     versions in all. There are never fewer whole ones than before the call, wherever it is killed.
 
+    A link is written through, and so is what is no file, such as /dev/stdout.
+
     Raises:
         LocalGradError: the disk is full or cannot be written; what `path` held before is still whole.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with path.open("wb") as file:
+            yield file
+        return
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:

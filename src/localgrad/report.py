@@ -10,7 +10,7 @@ from localgrad import __version__, sections
 from localgrad.errors import LocalGradError
 from localgrad.results import Results, read_results
 from localgrad.runs import atomic_write
-from localgrad.summary import tables
+from localgrad.summary import one_a_seed, tables
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 """What the page may load: its own styles, and pictures that are part of it."""
@@ -28,6 +28,7 @@ def write_report(folder: Path, output: Path, warn: Callable[[str], None]) -> Non
         LocalGradError: there is nothing to show, or the page cannot be written.
     """
     found = read_results(folder, warn)
+    found.runs = one_a_seed(found.runs, warn)
     try:
         text = page(found, folder)
     except Exception:  # a field that nothing has checked; whose it is shows when each is drawn alone
@@ -37,7 +38,7 @@ def write_report(folder: Path, output: Path, warn: Callable[[str], None]) -> Non
     except OSError as error:
         raise LocalGradError(f"{output.parent} cannot be made: {error.strerror or error}") from error
     with atomic_write(output) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="replace"))  # a file's name may be no text
 
 
 def _drawable(found: Results, folder: Path, warn: Callable[[str], None]) -> Results:

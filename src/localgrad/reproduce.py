@@ -26,7 +26,8 @@ from localgrad.interrupts import InterruptedRun, noted_interrupts
 from localgrad.progress import TableDisplay
 from localgrad.recipes import recipe
 from localgrad.recipes.tables import table
-from localgrad.runs import Result, RunFolder, read_json, write_json
+from localgrad.results import checked_result
+from localgrad.runs import RunFolder, read_json, write_json
 
 POLL_SECONDS = 0.2
 
@@ -129,7 +130,13 @@ def _check_settings(name: str, changes: dict[str, Any], output: Path) -> None:
                 before = from_dict(values)
             except LocalGradError as error:
                 raise LocalGradError(f"{path}: {error}") from None
-            now = _cell(row, before.seed, changes, output).config
+            made = _cell(row, before.seed, changes, output)
+            now = made.config
+            if path in finished and path != made.result:
+                raise LocalGradError(
+                    f"{path} holds the result of {before.name} with seed {before.seed}, which belongs into "
+                    f"{made.result.name}: move it away, or a seed counts twice"
+                )
             if path in finished:
                 before = dataclasses.replace(before, data=dataclasses.replace(before.data, source=now.data.source))
             changed = differences(before, now)
@@ -151,10 +158,12 @@ def _load(path: Path) -> dict[str, Any]:
     Raises:
         LocalGradError: the file is damaged, or something else.
     """
-    values = read_json(path)
-    needed = {field.name for field in dataclasses.fields(Result) if field.default is dataclasses.MISSING}
-    if not isinstance(values, dict) or not needed <= values.keys():
-        raise LocalGradError(f"{path} is no result of a run: move it away, or give another --output")
+    values = read_json(path, finite=True)
+    try:
+        checked_result(values)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        why = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise LocalGradError(f"{path} is no result of a run ({why}): move it away, or give another --output") from None
     return values
 
 
@@ -179,35 +188,41 @@ def run_cells(cells: Sequence[Cell], *, jobs: int = 1) -> dict[str, str]:
     """
     if jobs < 1:
         raise LocalGradError(f"jobs is {jobs}: it must be at least 1")
+    failures: dict[str, str] = {}
     for cell in cells:
         if cell.state != "done" and cell.run.is_finished:  # ended while this process was being stopped
-            collect(cell)
-    waiting = [cell for cell in cells if cell.state != "done"]
+            _collect(cell, failures)
+    waiting = [cell for cell in cells if cell.state != "done" and cell.name not in failures]
     if not waiting:
-        return {}
-    failures: dict[str, str] = {}
+        return failures
+    jobs = min(jobs, len(waiting))
     running: dict[str, tuple[Cell, subprocess.Popen[bytes]]] = {}
     places: dict[str, int] = {}
-    output, num_done = waiting[0].output, len(cells) - len(waiting)
+    output, num_done = waiting[0].output, len(cells) - len(waiting) - len(failures)
     with _locked(output) as lock, noted_interrupts() as interrupted, TableDisplay(len(cells), num_done) as display:
         try:
             while (waiting or running) and not interrupted.is_set():
                 while waiting and len(running) < jobs:
                     cell = waiting.pop(0)
-                    display.started(cell.name, cell.config.optim.epochs, len(_test_errors(cell)))
+                    display.started(cell.name, cell.config.optim.epochs, len(_test_errors_so_far(cell, failures)))
+                    if cell.name in failures:
+                        display.ended(cell.name, f"failed: {failures[cell.name]}")
+                        continue
                     places[cell.name] = min(set(range(jobs)) - {places[name] for name in running})
                     running[cell.name] = cell, _start(cell, share(cell.config, places[cell.name], jobs), lock)
                 time.sleep(POLL_SECONDS)
                 for name, (cell, process) in list(running.items()):
                     if process.poll() is None:
-                        display.progress(name, _test_errors(cell))
+                        display.progress(name, _test_errors_so_far(cell, {}))
                         continue
                     del running[name]
                     if process.returncode:
                         failures[name] = _reason(cell, process.returncode)
+                    else:
+                        _collect(cell, failures)
+                    if name in failures:
                         display.ended(name, f"failed: {failures[name]}; see {cell.log}")
                     else:
-                        collect(cell)
                         display.ended(name, f"test error {_load(cell.result)['test_error']:.2f}%")
         finally:
             _stop([process for _, process in running.values()])
@@ -297,20 +312,37 @@ def collect(cell: Cell) -> None:
     """Write the cell's result file from its run folder: `result.json`, the command, and the test error by epoch.
 
     Raises:
-        LocalGradError: the run is not finished, or the file cannot be written.
+        LocalGradError: the run is not finished, its files are damaged, or the file cannot be written.
     """
     command = shlex.join(["localgrad", *cell.command])
-    write_json(cell.result, {"command": command, **read_json(cell.run.result), "test_errors": _test_errors(cell)})
+    write_json(cell.result, {"command": command, **_load(cell.run.result), "test_errors": _test_errors(cell)})
+
+
+def _collect(cell: Cell, failures: dict[str, str]) -> None:
+    """Collects a finished run; where it cannot be, that is among the failures, and the others go on."""
+    try:
+        collect(cell)
+    except LocalGradError as error:
+        failures[cell.name] = str(error)
 
 
 def _test_errors(cell: Cell) -> list[float | None]:
     """Test error in percent after each epoch so far; None where it was not evaluated."""
     path = cell.run.metrics
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
     try:
         return [json.loads(line)["test_error"] for line in lines if line.endswith("\n")]  # the last may be in writing
     except (ValueError, TypeError, KeyError) as error:
         raise LocalGradError(f"{path} is damaged ({error}): remove {cell.run.path} to run it anew") from error
+
+
+def _test_errors_so_far(cell: Cell, failures: dict[str, str]) -> list[float | None]:
+    """The same, for the display; none where the file is damaged, which is then among the failures."""
+    try:
+        return _test_errors(cell)
+    except LocalGradError as error:
+        failures[cell.name] = str(error)
+        return []
 
 
 # Show

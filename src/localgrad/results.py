@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
@@ -62,7 +63,7 @@ def read_results(folder: Path, warn: Callable[[str], None]) -> Results:
         raise LocalGradError(f"{folder} is not a folder; give the one that holds the results")
     found = Results()
     unknown = []
-    for path in sorted(folder.rglob("*.json")):
+    for path in _json_files(folder, warn):
         if path.name == "config.json" or (path.name == "table.json" and (path.parent / "curves.png").exists()):
             continue  # of a run or of the demo, whose results have it too
         try:
@@ -80,13 +81,32 @@ def read_results(folder: Path, warn: Callable[[str], None]) -> Results:
     return found
 
 
+def _json_files(folder: Path, warn: Callable[[str], None]) -> list[Path]:
+    """All of them in order of their paths, in linked folders too, each once."""
+    found: list[Path] = []
+    seen: set[str] = set()
+
+    def cannot(error: OSError) -> None:
+        warn(f"left out: {error.filename} cannot be read: {error.strerror or error}")
+
+    for parent, folders, names in os.walk(folder, onerror=cannot, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:  # a link to a folder that is above it, or was found already
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        found += [Path(parent, name) for name in names if name.endswith(".json")]
+    return sorted(found)
+
+
 def _sort_in(found: Results, path: Path, values: Any, warn: Callable[[str], None]) -> bool:
     """Adds a file to the results; False if it holds nothing that is known."""
     if not isinstance(values, dict):
         return False
     try:
         if "config" in values and "test_error" in values:
-            run = FinishedRun(path, _result(values), _metrics(path, values, warn))
+            run = FinishedRun(path, checked_result(values), _metrics(path, values, warn))
             if not any(_same_run(run.result, other.result) for other in found.runs):
                 found.runs.append(run)
         elif "analysis" in values:
@@ -124,17 +144,26 @@ def _checked_rows(values: dict[str, Any], *names: str) -> dict[str, Any]:
     return values
 
 
-def _result(values: dict[str, Any]) -> Result:
+def checked_result(values: dict[str, Any]) -> Result:
+    """The result of a run, as its file has it.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError, IndexError: a field is missing, or not what it should be.
+    """
     result = Result(
         **{each.name: values[each.name] for each in fields(Result) if each.name in values or each.default is MISSING}
     )
     for name in ("test_error", "best_test_error", "best_epoch", "num_blocks", "peak_memory_bytes"):
         number(getattr(result, name), name)
+    if result.local_errors is not None:
+        _check_length(result.local_errors, int(result.num_blocks), "local_errors")
     if result.seconds_per_step is not None:  # of a run of two steps or fewer
         number(result.seconds_per_step, "seconds_per_step")
     number(result.wall_seconds, "wall_seconds")
     for name in ("backbone", "auxiliary"):
         number(result.parameters[name], f"parameters.{name}")
+    if not isinstance(result.precision, str):
+        raise ValueError(f"precision is {result.precision!r}, not a text")
     _check_config(result.config)
     return result
 
@@ -185,9 +214,12 @@ def _check_length(values: Any, length: int, name: str) -> None:
 
 def number(value: Any, name: str) -> float:
     """The value, if it is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name} is {value!r}, not a number")
-    return value
+    try:
+        if not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value):
+            return value
+    except OverflowError:  # of an integer beyond every float
+        raise ValueError(f"{name} is far too large") from None
+    raise ValueError(f"{name} is {value!r}, not a number")
 
 
 def _metrics(path: Path, values: dict[str, Any], warn: Callable[[str], None]) -> list[dict[str, Any]]:
@@ -198,8 +230,13 @@ def _metrics(path: Path, values: dict[str, Any], warn: Callable[[str], None]) ->
     beside = path.with_name("metrics.jsonl") if path.name == "result.json" else path.with_suffix(".jsonl")
     if not beside.exists():
         return []
+    try:
+        texts = beside.read_text(errors="replace").splitlines()
+    except OSError as error:
+        warn(f"left out: {beside} cannot be read: {error.strerror or error}")
+        return []
     lines = []
-    for position, text in enumerate(beside.read_text(errors="replace").splitlines(), start=1):
+    for position, text in enumerate(texts, start=1):
         try:
             lines.append(_metric(json.loads(text)))
         except (ValueError, TypeError, KeyError) as error:

@@ -1,5 +1,6 @@
 """The sections of the report: what the tables say, and what is drawn with which caption."""
 
+import json
 from collections.abc import Iterator, Sequence
 from html import escape
 from itertools import count
@@ -10,8 +11,9 @@ from matplotlib.figure import Figure
 
 from localgrad import figures
 from localgrad.analysis import drawings
+from localgrad.config import flat
 from localgrad.results import Results, Sheet
-from localgrad.summary import Row, Table, dataset_label, network_label, place, run_label
+from localgrad.summary import BUDGET, Row, Table, dataset_label, network_label, own_fields, place, run_label
 
 Captioned = tuple[Figure | None, str, Sequence[Path]]
 """A picture, what it shows, and the files that it was drawn from."""
@@ -125,13 +127,13 @@ def costs(grouped: Sequence[Table], pictures: Pictures) -> Iterator[str]:
             chosen = table.on(device)
             rows = [
                 [
-                    escape(run_label(row.config, row.num_blocks)),
+                    escape(table.labels[position]),
                     f"{row.mean('peak_memory_bytes') / 2**20:,.1f}",
                     "-" if row.seconds_per_step is None else f"{row.seconds_per_step:.3g}",
                     f"{row.mean('wall_seconds') / 3600:.2f}",
                     _parameters(row),
                 ]
-                for row in chosen.values()
+                for position, row in chosen.items()
             ]
             caption = (
                 f"Test error against the peak memory of a step: {_told(table)}, on {device}. The area of a point is "
@@ -193,21 +195,21 @@ def _where(values: dict[str, Any]) -> str:
 
 def probes(sheets: Sequence[Sheet], pictures: Pictures) -> Iterator[str]:
     """HTML of linear probes, a curve a run, for each network that was probed."""
-    grouped: dict[tuple[Any, ...], list[Sheet]] = {}
+    grouped: dict[str, list[Sheet]] = {}
     for sheet in sheets:
-        run = sheet.values["runs"][0]
-        key = (_where(sheet.values), run["config"]["optim"]["epochs"], tuple(sheet.values["units"]))
-        grouped.setdefault(key, []).append(sheet)
-    for (where, epochs, units), group in grouped.items():
+        grouped.setdefault(_setting(sheet), []).append(sheet)
+    for group in grouped.values():
         series: dict[str, list[list[float]]] = {}
-        group.sort(key=order_of)
+        group = sorted({_probed(sheet): sheet for sheet in group}.values(), key=order_of)
         for sheet in group:
             series.setdefault(_of(sheet.values["runs"][0]), []).append(sheet.values["accuracies"])
         values = group[0].values
+        where, units, trained = _where(values), values["units"], values["runs"][0]["config"]["optim"]["epochs"]
         runs = "; ".join(_named(sheet.values["runs"][0]) for sheet in group)
         caption = (
             f"Accuracy of a linear probe on the pooled features of every unit, the network frozen, on "
-            f"{values['data']['test_images']:,} test images: {where}, trained for {epochs} epochs. Runs: {runs}."
+            f"{values['data']['test_images']:,} test images{_probe_training(values)}: {where}, trained for {trained} "
+            f"epochs. Runs: {runs}."
         )
         drawn = drawings.probe_curves(units, series)
         yield pictures.grid(iter([(drawn, caption, [sheet.path for sheet in group])]))
@@ -215,6 +217,29 @@ def probes(sheets: Sequence[Sheet], pictures: Pictures) -> Iterator[str]:
         rows = [[escape(unit), *(f"{mean[i]:.2f}" for mean in means.values())] for i, unit in enumerate(units)]
         table = html_table(["unit", *map(escape, means)], rows, "Accuracy in percent, mean over runs.")
         yield f"<details><summary>The same as a table</summary>{table}</details>"
+
+
+def _setting(sheet: Sheet) -> str:
+    """What the probes of a picture have in common: network and budget, and how they were trained and tested."""
+    values, run = sheet.values, sheet.values["runs"][0]["config"]
+    budget = {name: value for name, value in flat(run).items() if name in BUDGET}
+    images = {name: value for name, value in values["data"].items() if name != "source"}
+    common = (_where(values), budget, images, values.get("settings"), values["units"])
+    return json.dumps(common, sort_keys=True, default=str)
+
+
+def _probed(sheet: Sheet) -> str:
+    """The run of a probe, which may be in several files."""
+    config = sheet.values["runs"][0]["config"]
+    return json.dumps([own_fields(config), config["seed"]], sort_keys=True, default=str)
+
+
+def _probe_training(values: dict[str, Any]) -> str:
+    settings = values.get("settings") or {}
+    epochs, images = settings.get("epochs"), settings.get("train_images")
+    if epochs is None or images is None:
+        return ""
+    return f", after {epochs} epoch{'s' * (epochs != 1)} on {images:,} training images"
 
 
 def alignments(sheets: Sequence[Sheet], pictures: Pictures) -> str:

@@ -2,13 +2,15 @@
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from localgrad.build import with_defaults
-from localgrad.config import flat, to_dict
+from localgrad.config import flat, from_dict, to_dict
+from localgrad.errors import LocalGradError
 from localgrad.recipes import RECIPES, Recipe
 from localgrad.results import FinishedRun
 
@@ -35,6 +37,8 @@ BY_THE_WAY = (
     "data.workers",
 )
 """Fields of a config that leave a run in its row."""
+CLASSES = {"imagenet": 1000}
+"""Classes of a set of images, where they are not ten."""
 BUDGET = ("optim.epochs", "optim.batch_size", "optim.lr", "optim.warmup_epochs", "data.train_limit", "data.test_limit")
 """Fields that a table says once for all of its rows."""
 
@@ -60,6 +64,11 @@ class Row:
         return method_label(self.config)
 
     @property
+    def full_label(self) -> str:
+        """Method, number of blocks, and what was set other than the recipe sets it."""
+        return ", ".join([run_label(self.config, self.num_blocks), *self.changes])
+
+    @property
     def num_blocks(self) -> int:
         return self.runs[0].result.num_blocks
 
@@ -82,13 +91,18 @@ class Row:
         """What was set other than the recipe sets it, its budget left aside: `name value`, a field each."""
         if self.recipe is None:
             return []
-        own, published = flat(self.config), flat(to_dict(with_defaults(self.recipe.config)))
+        own, published = flat(_complete(self.config)), flat(to_dict(with_defaults(self.recipe.config)))
         aside = {*BY_THE_WAY, *BUDGET, "data.subset", "precision", "channels_last", "recompute"}
-        return [
+        if published["data.source"] == "digits":  # a set of images that is nowhere else
+            aside.remove("data.source")
+        changed = [
             f"{name} {'none' if value is None else value}"
             for name, value in own.items()
             if name not in aside and name in published and value != published[name]
         ]
+        classes = self.runs[0].result.num_classes
+        usual = CLASSES.get(self.config["name"].partition("-")[0], 10)
+        return changed + [f"{classes} classes"] * (classes not in (None, usual))
 
     def mean(self, name: str) -> float:
         """Mean over the runs of a field of their results."""
@@ -123,6 +137,7 @@ class Table:
     def budget(self) -> str:
         """Epochs, images, batch size, rate and precision in words."""
         optim, images = self.config["optim"], self.config["data"].get("train_limit")
+        tested = self.config["data"].get("test_limit")
         parts = [
             f"{optim['epochs']} epoch{'s' * (optim['epochs'] > 1)}",
             "all training images" if images is None else f"{images:,} training images",
@@ -131,7 +146,15 @@ class Table:
         for name, words in (("lr", "learning rate"), ("warmup_epochs", "warm-up epochs")):
             value = optim.get(name)
             parts += [] if value is None else [f"{words} {value:g}"]
+        parts += [] if tested is None else [f"{tested:,} test images"]
         return ", ".join([*parts, self.rows[0].precision])
+
+    @cached_property
+    def labels(self) -> list[str]:
+        """What each row is called in a picture: method and blocks, and all that sets it apart where that is needed."""
+        labels = [run_label(row.config, row.num_blocks) for row in self.rows]
+        twice = {label for label, count in Counter(labels).items() if count > 1}
+        return [row.full_label if label in twice else label for label, row in zip(labels, self.rows, strict=True)]
 
     @property
     def devices(self) -> list[str]:
@@ -153,9 +176,7 @@ def tables(runs: Sequence[FinishedRun]) -> list[Table]:
     """Every run in its row, every row in its table; the longest budget of a network first."""
     rows: dict[str, list[FinishedRun]] = {}
     for run in runs:
-        own = {name: value for name, value in flat(run.result.config).items() if name not in BY_THE_WAY}
-        own["precision"] = run.result.precision  # auto is another one on another device
-        rows.setdefault(json.dumps(own, sort_keys=True, default=str), []).append(run)
+        rows.setdefault(_row_key(run), []).append(run)
     grouped: dict[tuple[Any, ...], list[Row]] = {}
     for same in rows.values():
         row = Row(tuple(sorted(same, key=lambda run: run.result.config["seed"])))
@@ -168,6 +189,37 @@ def tables(runs: Sequence[FinishedRun]) -> list[Table]:
         for group in grouped.values()
     ]
     return sorted(found, key=lambda table: (table.title, -table.config["optim"]["epochs"], table.budget))
+
+
+def one_a_seed(runs: Sequence[FinishedRun], warn: Callable[[str], None]) -> list[FinishedRun]:
+    """The runs without those whose row has one of the same seed before them; `warn` is told which these are."""
+    kept: dict[tuple[str, int], FinishedRun] = {}
+    for run in runs:
+        first = kept.setdefault((_row_key(run), run.result.config["seed"]), run)
+        if first is not run:
+            warn(f"left out: {run.path} has the settings and the seed of {first.path}; it counts once")
+    return list(kept.values())
+
+
+def _row_key(run: FinishedRun) -> str:
+    """What the runs of a row have in common."""
+    result = run.result
+    own = own_fields(result.config) | {"precision": result.precision}  # auto is another one on another device
+    own |= {"num_blocks": result.num_blocks, "num_classes": result.num_classes}
+    return json.dumps(own, sort_keys=True, default=str)
+
+
+def own_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """What a config has in common with the others of its row, by dotted name."""
+    return {name: value for name, value in flat(_complete(config)).items() if name not in BY_THE_WAY}
+
+
+def _complete(config: dict[str, Any]) -> dict[str, Any]:
+    """A saved config with the fields that came later; as it is where it is none of this version's."""
+    try:
+        return to_dict(from_dict(config))
+    except LocalGradError:
+        return config
 
 
 def place(config: dict[str, Any], num_blocks: int) -> tuple[Any, ...]:

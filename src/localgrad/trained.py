@@ -98,6 +98,8 @@ def _load_heads(blocks: Sequence[Block], folder: RunFolder, epochs: int) -> None
         raise LocalGradError(
             f"{path} is not of the end of the run, as its local heads would have to be; leave them out"
         )
+    if saved.get("auxiliary") is None:
+        raise LocalGradError(f"{path} has no auxiliary networks in it, so local heads cannot be loaded; leave them out")
     loaders = [block.load_auxiliary_state_dict for block in blocks]
     load_state(
         lambda states: [load(part) for load, part in zip(loaders, states, strict=True)], saved.get("auxiliary"), path

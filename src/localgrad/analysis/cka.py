@@ -63,9 +63,9 @@ def cka(first: Sequence[Unit], second: Sequence[Unit], batches: Iterable[Tensor]
     return alignment.where((own[0][:, None] > 0) & (own[1] > 0), torch.nan)
 
 
-def mean_diagonal(alignment: Tensor) -> float | None:
-    """How alike two networks of the same units are: the mean over units, or None for different numbers of units."""
-    return float(alignment.diagonal().mean()) if alignment.shape[0] == alignment.shape[1] else None
+def mean_diagonal(alignment: Tensor) -> float:
+    """How alike two networks of the same units are: the mean over units of `(units, units)`."""
+    return float(alignment.diagonal().mean())
 
 
 def _grams(found: Sequence[Unit], inputs: Tensor) -> Tensor:

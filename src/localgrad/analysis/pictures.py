@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from localgrad.analysis.features import device_of, frozen, pooled, unit_features
+from localgrad.analysis.features import ROUNDING, device_of, frozen, pooled, unit_features
 from localgrad.blocks import Site
 from localgrad.errors import LocalGradError
 from localgrad.images import ImageSet
@@ -65,7 +66,7 @@ def project(
         seed: of t-SNE.
 
     Returns:
-        `(N, 2)` float32 for each of these units.
+        `(N, 2)` float32 for each of these units; zeros where the features are constant.
 
     Raises:
         LocalGradError: the method is unknown, or there are fewer than 4 images.
@@ -87,7 +88,10 @@ def _projected(features: Tensor, method: Projection, seed: int) -> Tensor:
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
-    rows = features.double().numpy()
+    features = features.double()
+    if features.var(0).sum() <= ROUNDING * features.square().mean(0).sum():
+        return torch.zeros(len(features), 2)
+    rows = F.pad(features, (0, max(0, 2 - features.shape[1]))).numpy()  # a single channel has one direction
     if method == "pca":
         points = PCA(2, svd_solver="full").fit_transform(rows)
     else:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from localgrad.data import check_rules
 from localgrad.devices import provenance
 from localgrad.errors import LocalGradError
 from localgrad.images import ImageSet
-from localgrad.runs import RunFolder, atomic_write
+from localgrad.runs import RunFolder, atomic_write, read_json
 from localgrad.sources import balanced
 from localgrad.trained import Trained, load_trained
 from localgrad.units import Unit, units
@@ -80,13 +81,18 @@ def analyse_run(
     chosen: dict[str, Any] = {"data": data, "test_split": test_split, "test_limit": test_limit}
     chosen |= {"precision": "32-true", "accelerator": accelerator}
     trained = load_trained(run_folder, train_limit=train_limit, training_images=probe or everything, **chosen)
+    other = None if other_run is None else load_trained(other_run, **chosen)
     folder = run_folder / "analysis" if output is None else output
+    if other is not None:
+        _check_alike(trained, other, batch_size)
+    if pictures or everything:
+        _check_images(trained, images)
+    _make(folder)  # so that it fails before there is anything to lose
     if probe or everything:
         yield from write_study(folder, "probe", study_probe(trained, epochs=epochs, batch_size=batch_size))
-    if other_run is not None:
-        other = load_trained(other_run, **chosen)
-        name = f"cka-{other_run.resolve().name}"
-        yield from write_study(folder, name, study_cka(trained, other, batch_size=batch_size))
+    if other is not None:
+        found = study_cka(trained, other, batch_size=batch_size)
+        yield from write_study(folder, _cka_name(folder, other, found), found)
     if pictures or everything:
         found = study_pictures(trained, images=images, points=points, projection=projection, batch_size=batch_size)
         yield from write_study(folder, "pictures", found)
@@ -119,28 +125,21 @@ def study_cka(first: Trained, second: Trained, *, batch_size: int) -> dict[str, 
     Raises:
         LocalGradError: the two take their images differently, or there are fewer than 4 images.
     """
-    prepared = [(each.config.data.image_size, each.config.data.mean, each.config.data.std) for each in (first, second)]
-    if prepared[0] != prepared[1]:
-        raise LocalGradError(
-            f"{first.folder.path} and {second.folder.path} take images of another size or normalisation "
-            f"({prepared[0]} and {prepared[1]}): compare networks that were trained on images prepared alike"
-        )
+    full = _check_alike(first, second, batch_size)
     ours, theirs = units_of(first), units_of(second)
     batches = plain_batches(first.test, batch_size, first.fabric.device)
-    full = min(batch_size, len(first.test))
-    if full < MIN_IMAGES:
-        raise LocalGradError(f"CKA on batches of {full} image(s): it needs at least {MIN_IMAGES} in each")
     alignment = cka(ours, theirs, (inputs for inputs, _ in batches if len(inputs) == full))
+    names, other_names = [unit.name for unit in ours], [unit.name for unit in theirs]
     about = _about([first, second], [ours, theirs])
     about["data"]["test_images"] -= len(first.test) % full  # in the batch that is left out
     return {
         "analysis": "cka",
         **about,
         "settings": {"batch_size": batch_size},
-        "units": [unit.name for unit in ours],
-        "other_units": [unit.name for unit in theirs],
+        "units": names,
+        "other_units": other_names,
         "alignment": [[None if value != value else value for value in row] for row in alignment.tolist()],
-        "mean_diagonal": _number(mean_diagonal(alignment)),
+        "mean_diagonal": _number(mean_diagonal(alignment)) if names == other_names else None,
     }
 
 
@@ -161,12 +160,8 @@ def study_pictures(
     """
     every = units_of(trained)
     chosen = _evenly(len(every), MOST_PICTURES)
+    _check_images(trained, images)
     numbers = list(images) if images else _first_of_classes(trained.test.labels.cpu(), 4)
-    outside = [number for number in numbers if not 0 <= number < len(trained.test)]
-    if outside:
-        raise LocalGradError(
-            f"there is no test image {outside[0]}: the set has {len(trained.test)}; give 0 to {len(trained.test) - 1}"
-        )
     inputs = torch.cat([_image(trained.test, number, trained.fabric.device) for number in numbers])
     maps = activation_maps(every, inputs)
     some, labels = _some(trained.test, min(points, len(trained.test)))
@@ -193,10 +188,7 @@ def write_study(folder: Path, name: str, values: dict[str, Any]) -> list[Path]:
     """
     from localgrad.analysis import drawings
 
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LocalGradError(f"{folder} cannot be made: {error.strerror or error}; give another --output") from error
+    _make(folder)
     path = folder / f"{name}.json"
     with atomic_write(path) as file:
         file.write((json.dumps(values, allow_nan=False) + "\n").encode())
@@ -205,6 +197,50 @@ def write_study(folder: Path, name: str, values: dict[str, Any]) -> list[Path]:
         with atomic_write(folder / f"{name}{suffix}.png") as file:
             figure.savefig(file, format="png", dpi=200)
     return [path, *(folder / f"{name}{suffix}.png" for suffix in drawn)]
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LocalGradError(f"{folder} cannot be made: {error.strerror or error}; give another --output") from error
+
+
+def _check_alike(first: Trained, second: Trained, batch_size: int) -> int:
+    """Refuses two networks that cannot be compared; returns the number of images of a batch."""
+    prepared = [(each.config.data.image_size, each.config.data.mean, each.config.data.std) for each in (first, second)]
+    if prepared[0] != prepared[1]:
+        raise LocalGradError(
+            f"{first.folder.path} and {second.folder.path} take images of another size or normalisation "
+            f"({prepared[0]} and {prepared[1]}): compare networks that were trained on images prepared alike"
+        )
+    full = min(batch_size, len(first.test))
+    if full < MIN_IMAGES:
+        raise LocalGradError(f"CKA on batches of {full} image(s): it needs at least {MIN_IMAGES} in each")
+    return full
+
+
+def _check_images(trained: Trained, images: Sequence[int]) -> None:
+    outside = [number for number in images if not 0 <= number < len(trained.test)]
+    if outside:
+        raise LocalGradError(
+            f"there is no test image {outside[0]}: the set has {len(trained.test)}; give 0 to {len(trained.test) - 1}"
+        )
+
+
+def _cka_name(folder: Path, other: Trained, found: dict[str, Any]) -> str:
+    """Name of the file: with the other run's folder, and with its place too if another one of that name has it."""
+    path = other.folder.path.resolve()
+    name = f"cka-{path.name}"
+    taken = folder / f"{name}.json"
+    if taken.exists():
+        try:
+            before = read_json(taken)["runs"][1]["config"]
+        except (LocalGradError, KeyError, TypeError, IndexError):
+            return name  # of a damaged file, which is written anew
+        if before != found["runs"][1]["config"]:
+            return f"{name}-{sha256(str(path).encode()).hexdigest()[:8]}"
+    return name
 
 
 def _about(runs: Sequence[Trained], found: Sequence[Sequence[Unit]]) -> dict[str, Any]:
@@ -283,5 +319,5 @@ def _each(value: Any) -> Any:
     return [_each(item) for item in value] if isinstance(value, list) else float(f"{value:.4g}")
 
 
-def _number(value: float | None) -> float | None:
-    return None if value is None or value != value else value
+def _number(value: float) -> float | None:
+    return None if value != value else value
