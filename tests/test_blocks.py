@@ -1,15 +1,17 @@
 """Splitting: isolation of gradients, ownership of parameters, and what is refused."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 import torchvision
 from cases import IMAGE, MODELS, MOMENTA, NUM_CLASSES, OBJECTIVES, batch
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 import localgrad
-from localgrad import LocalGradError, Site, split
+from localgrad import LocalGradError, Site, local_step, split
 from localgrad.memory import step_peak
 from localgrad.models import cifar_resnet
 
@@ -343,3 +345,35 @@ def test_a_model_that_needs_values_takes_cuts_by_name_or_count() -> None:
     with pytest.raises(LocalGradError, match=r'cannot be counted without data .*: give cuts=.* or balance="count"'):
         split(model, example, **options)
     assert len(split(model, example, balance="count", **options)) == 2
+
+
+class Counting(nn.Module):
+    """A norm by an average of its own, which it moves in place before it uses it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.register_buffer("level", torch.ones(()))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        features = self.conv(features)
+        if self.training:
+            self.level.mul_(0.9).add_(0.1 * features.detach().square().mean())
+        return features / self.level.clone()
+
+
+@pytest.mark.parametrize("wrapped", [lambda: Counting(), lambda: spectral_norm(nn.Conv2d(4, 4, 3, padding=1))])
+def test_any_state_is_recomputed_from_what_it_was(wrapped: Any) -> None:
+    states = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        layers = nn.Conv2d(3, 4, 3), nn.Sequential(wrapped(), nn.ReLU()), nn.Sequential(wrapped(), nn.ReLU())
+        model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+        blocks = split(model, torch.empty(2, 3, 8, 8), cuts=[], recompute=recompute)
+        optimizer = torch.optim.SGD(blocks[0].trainable_parameters(), lr=0.1)
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(2):
+            inputs = torch.randn(4, 3, 8, 8, generator=generator)
+            local_step(blocks, [optimizer], inputs, torch.tensor([0, 1, 2, 3]))
+        states.append(model.state_dict())
+    assert all(map(torch.equal, *(state.values() for state in states)))

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 import localgrad
@@ -256,3 +257,19 @@ def test_a_test_split_without_one_of_the_classes_is_evaluated(
     capsys.readouterr()
     assert main(["evaluate", str(tmp_path / "run"), "--local-heads", "--accelerator", "cpu"]) == 0
     assert f"{trained['test_error']:.2f}" in capsys.readouterr().out
+
+
+def test_underscores_in_flags_are_hyphens(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = "--num_blocks", "3", "--batch_size=64", "--optim.warmup_epochs", "0", "--dry_run"
+    assert main(["train", "cifar10-resnet32-k16-dgl", *flags]) == 0
+    config = json.loads(capsys.readouterr().out)
+    assert (config["num_blocks"], config["cuts"], config["optim"]["batch_size"]) == (3, None, 64)
+
+
+def test_replicas_are_shared_by_the_processes_that_torchrun_started(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.distributed, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert main(["train", "digits-dgl", "--parallel", "blocks", "--replicas", "2", "--dry-run"]) == 0
+    assert json.loads(capsys.readouterr().out)["devices"] == 4

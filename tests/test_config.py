@@ -41,6 +41,7 @@ LOCAL = TrainConfig(cuts=("layer1.0",), objective=ObjectiveConfig(name="dgl"), m
         ({"warmup_epochs": -1}, "optim.warmup_epochs is -1"),
         ({"first_epoch": 2}, "optim.first_epoch is 2"),
         ({"clip_norm": 0.0}, "optim.clip_norm is 0.0"),
+        ({"clip_norm": float("inf")}, "optim.clip_norm is inf"),
         ({"accumulate": 0}, "optim.accumulate is 0"),
         ({"accumulate": 5, "batch_size": 4}, "optim.accumulate is 5"),
         ({"label_smoothing": 1.0}, "optim.label_smoothing is 1.0"),

@@ -274,8 +274,8 @@ def test_stl10_layout_with_plain_integers(tmp_path: Path) -> None:
         write(tmp_path, split, {"image": rows, "label": [9, 0, 1]}, datasets.Value("uint8"))
     train, _ = load(data.stl10(str(tmp_path)))
     assert train.labels.dtype == torch.int64 and train.labels.tolist() == [9, 0, 1] and train.num_classes == 10
-    guessed, _ = load(replace(data.stl10(str(tmp_path)), num_classes=None, train_split="train[1:]"))
-    assert (len(guessed), guessed.num_classes) == (2, 10)  # the largest label is in the test set
+    guessed, _ = load(replace(data.stl10(str(tmp_path)), num_classes=None, test_split="test[1:]"))
+    assert (len(guessed), guessed.num_classes) == (3, 10)  # the largest label of both sets
 
 
 def test_grey_palette_and_alpha_become_rgb(tmp_path: Path) -> None:
@@ -291,6 +291,80 @@ def test_grey_palette_and_alpha_become_rgb(tmp_path: Path) -> None:
     assert np.array_equal(train.images[0].numpy(), np.stack([grey] * 3))
     assert np.array_equal(train.images[1].numpy(), pictures(1)[0].transpose(2, 0, 1))
     assert np.array_equal(train.images[2].numpy(), np.stack([grey] * 3))
+
+
+def test_sixteen_bits_become_eight_and_photographs_stand_upright(tmp_path: Path) -> None:
+    ramp = (np.arange(64, dtype=np.uint32) * 65535 // 63).reshape(8, 8).astype(np.uint16)
+    rows = [encoded(ramp), encoded(ramp, "TIFF")]
+    pixels, file = pictures(1)[0], io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    Image.fromarray(pixels).save(file, "PNG", exif=exif)
+    rows.append({"bytes": file.getvalue(), "path": None})
+    for split in ("train", "test"):
+        write(tmp_path, split, {"image": rows, "label": [0, 1, 2]})
+    train, _ = load(replace(PLAIN, source=str(tmp_path)))
+    assert isinstance(train, Images)
+    expected = np.round(ramp / 257).astype(np.uint8)
+    for position in (0, 1):
+        assert np.array_equal(train.images[position].numpy(), np.stack([expected] * 3))
+    assert np.array_equal(train.images[2].numpy(), np.rot90(pixels, -1).transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_pixels_of_32_bits_are_refused(tmp_path: Path, kind: type) -> None:
+    row = encoded(np.linspace(0, 1, 64).reshape(8, 8).astype(kind), "TIFF")
+    for split in ("train", "test"):
+        write(tmp_path, split, {"image": [row], "label": [0]})
+    with pytest.raises(LocalGradError, match=r"train image 0 has pixels of 32 bits \(mode [FI]\)"):
+        load(replace(PLAIN, source=str(tmp_path)))
+
+
+def test_splits_that_number_their_classes_otherwise_are_refused(tmp_path: Path) -> None:
+    rows = [encoded(p) for p in pictures(3)]
+    write(tmp_path, "train", {"image": rows, "label": [0, 1, 2]}, datasets.ClassLabel(names=["a", "b", "c"]))
+    write(tmp_path, "test", {"image": rows[:2], "label": [0, 1]}, datasets.ClassLabel(names=["a", "c"]))
+    with pytest.raises(LocalGradError, match=r"numbers the classes \['a', 'c'\], .* \['a', 'b', 'c'\]"):
+        load(replace(PLAIN, source=str(tmp_path)))
+
+
+def _class_folders(root: Path, classes: tuple[str, ...], count: int) -> None:
+    for name in classes:
+        (root / name).mkdir(parents=True)
+        for number in range(count):
+            Image.fromarray(pictures(1)[0]).save(root / name / f"{number}.png")
+
+
+def test_linked_class_folders_are_read(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        _class_folders(tmp_path / "images" / split, ("ant", "bee"), 2)
+        _class_folders(tmp_path / "store" / split, ("cow",), 3)
+        (tmp_path / "images" / split / "cow").symlink_to(tmp_path / "store" / split / "cow")
+    train, test = load(replace(PLAIN, source=str(tmp_path / "images")))
+    assert train.num_classes == 3
+    assert train.labels.bincount().tolist() == test.labels.bincount().tolist() == [2, 2, 3]
+    (tmp_path / "images" / "train" / "cow").rename(tmp_path / "images" / "train" / "cow [1]")
+    with pytest.raises(LocalGradError, match=r"the linked folder 'cow \[1\]' cannot be read"):
+        load(replace(PLAIN, source=str(tmp_path / "images")))
+
+
+def test_classes_alone_cannot_be_sliced_into_other_classes(tmp_path: Path) -> None:
+    _class_folders(tmp_path, ("dev_board", "test_bench", "train_station"), 4)
+    config = replace(PLAIN, source=str(tmp_path), train_split="train[:60%]", test_split="train[60%:]")
+    with pytest.raises(
+        LocalGradError, match=r"has 1 class\(es\) without an image .* \(train_station\): .* train/CLASS"
+    ):
+        load(config)
+    train, _ = load(replace(config, train_split="train", test_split="train"))
+    assert train.labels.bincount().tolist() == [4, 4, 4]
+
+
+def test_images_of_no_class_say_where_labels_come_from(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        _class_folders(tmp_path / split, ("ant", "bee"), 1)
+        Image.fromarray(pictures(1)[0]).save(tmp_path / split / "stray.png")
+    with pytest.raises(LocalGradError, match=r"images in folders get labels where all lie in SPLIT/CLASS/"):
+        load(replace(PLAIN, source=str(tmp_path)))
 
 
 @pytest.fixture(scope="module")

@@ -792,3 +792,17 @@ def test_arguments_that_cannot_be_used_are_named(name: str) -> None:
     with pytest.raises(LocalGradError) as raised:
         call()
     assert [word for word in words if word not in str(raised.value)] == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_average_in_sixteen_bits_is_refused(dtype: torch.dtype) -> None:
+    """A step of 0.005 of the way is less than the type can tell."""
+    model, example = cifar_resnet(8, CLASSES).to(dtype), torch.empty(2, 3, 16, 16, dtype=dtype)
+    settings = {"cuts": ["layer1"], "objective": classifier(CLASSES)}
+    for momentum in (man(), man(form="fused"), manpp()):
+        with pytest.raises(
+            LocalGradError, match=r"weights after a cut are torch.\w+, in which an average .* stands still"
+        ):
+            split(model, example, momentum=momentum, **settings)
+    for momentum in (man(ema=False), man(decay=0.0), man(decay=1.0)):
+        assert len(split(model, example, momentum=momentum, **settings)) == 2

@@ -236,7 +236,7 @@ def test_classifier_is_cross_entropy_of_a_linear_layer_on_the_mean_over_space() 
     assert count(module) == 5 * 4 + 4
 
 
-@pytest.mark.parametrize("prefix", [0, 1, 2, 5])
+@pytest.mark.parametrize("prefix", [0, 1, 2, 4, 5])
 def test_classifier_takes_the_class_token_or_the_mean_after_a_layer_norm(prefix: int) -> None:
     width, grid = 6, 4 * 4
     module = randomised(classifier(3)(site((2, grid + prefix, width), channel_dim=2)))
@@ -247,7 +247,7 @@ def test_classifier_takes_the_class_token_or_the_mean_after_a_layer_norm(prefix:
         token = numbers(tokens)[n, position]
         deviation = math.sqrt(((token - token.mean()) ** 2).mean() + norm.eps)
         normal[n, position] = (token - token.mean()) / deviation * numbers(norm.weight) + numbers(norm.bias)
-    taken = normal[:, 0] if prefix else normal.mean(axis=1)
+    taken = normal[:, prefix:].mean(axis=1) if prefix in (0, 4) else normal[:, 0]  # four registers, no class token
     scores = naive_linear(taken, *weight_and_bias(linear))
     check(module(tokens, targets, image(5, 3, 32, 32)), naive_cross_entropy(scores, targets))
     np.testing.assert_allclose(numbers(module.predict(tokens)), scores, atol=1e-5)

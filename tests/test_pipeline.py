@@ -20,10 +20,12 @@ from torch import Tensor, nn
 import localgrad
 from localgrad import state, trainer
 from localgrad.blocks import Block
+from localgrad.build import with_defaults
 from localgrad.config import TrainConfig
 from localgrad.evaluation import evaluate
 from localgrad.models import cifar_resnet
 from localgrad.pipeline import Stage
+from localgrad.runs import RunFolder
 from localgrad.step import local_step
 
 CUTS = ["layer1.0", "layer2.0", "layer3.0"]
@@ -230,3 +232,93 @@ def test_torchrun_starts_again_where_the_run_was(tmp_path: Path) -> None:
     assert (tmp_path / "run.died").exists()
     trainer.fit(LOCAL, tmp_path / "one", quiet=True)
     assert_same_run(tmp_path / "one", tmp_path / "run")
+
+
+# Starting and stopping together
+
+
+def test_metrics_of_three_ranks_are_those_of_one_process(tmp_path: Path) -> None:
+    trainer.fit(LOCAL, tmp_path / "one", quiet=True)
+    three = replace(BLOCKS, devices=3)
+    with pytest.raises(KeyboardInterrupt, match="after step 3; everything is saved"):
+        run_ranks(_fit, 3, three, tmp_path / "three", 2, False)
+    run_ranks(_fit, 3, three, tmp_path / "three", 0, True)
+    assert_same_run(tmp_path / "one", tmp_path / "three")
+
+
+def _losses_shown(config: TrainConfig, run_dir: Path) -> list[float]:
+    shown: list[float] = []
+    original = trainer.Display.step
+
+    def step(display: Any, **values: Any) -> None:
+        shown.extend(values["losses"])
+        return original(display, **values)
+
+    trainer.Display.step = step
+    trainer.Display.is_due = lambda self: True
+    trainer.fit(config, run_dir, quiet=True)
+    return shown[: 2 * len(config.cuts or ()) + 2]
+
+
+def test_losses_are_shown_as_they_are_on_several_ranks(tmp_path: Path) -> None:
+    """What rank 0 shows after its first two batches are the losses of its own blocks."""
+    (one,) = run_ranks(_losses_shown, 1, LOCAL, tmp_path / "one")
+    two, _ = run_ranks(_losses_shown, 2, BLOCKS, tmp_path / "two")
+    assert two[0] == one[0]
+
+
+def _stop_with_a_slow_disk(config: TrainConfig, run_dir: Path) -> float:
+    """When this rank has ended; the first one writes for a second."""
+    original = trainer.RunFolder.save_checkpoint
+
+    def save(self: Any, *arguments: Any) -> None:
+        time.sleep(1)
+        original(self, *arguments)
+        (run_dir.parent / "written").write_text(str(time.time()))
+
+    trainer.RunFolder.save_checkpoint = save
+    try:
+        _fit(config, run_dir, 1, False)
+    except KeyboardInterrupt:
+        return time.time()
+    raise AssertionError("it was not interrupted")
+
+
+@pytest.mark.parametrize("config", [replace(LOCAL, devices=2), BLOCKS])
+def test_no_rank_ends_before_the_checkpoint_is_written(config: TrainConfig, tmp_path: Path) -> None:
+    ended = run_ranks(_stop_with_a_slow_disk, 2, config, tmp_path / "run")
+    assert min(ended) > float((tmp_path / "written").read_text())
+
+
+def _fit_apart(config: TrainConfig, folder: Path) -> str:
+    """Each rank with a folder of its own, as on nodes that share none."""
+    try:
+        trainer.fit(config, folder / os.environ["RANK"], quiet=True, resume=True)
+    except localgrad.LocalGradError as error:
+        return str(error)
+    return "trained"
+
+
+def test_ranks_that_begin_at_other_steps_are_refused(tmp_path: Path) -> None:
+    config = replace(LOCAL, devices=2)
+    with pytest.raises(KeyboardInterrupt):
+        run_ranks(_fit, 2, config, tmp_path / "0", 2, False)
+    said = run_ranks(_fit_apart, 2, config, tmp_path)
+    assert all("the run folder" in each and "must be the same for all processes" in each for each in said)
+
+
+def test_shares_are_cut_into_as_many_parts(tmp_path: Path) -> None:
+    """The last batch leaves 16 images to one rank and 15 to the other, in five parts each."""
+    optim = replace(LOCAL.optim, batch_size=40, accumulate=5, epochs=1)
+    config = replace(LOCAL, data=replace(LOCAL.data, train_limit=71), optim=optim, sync_batchnorm=True, devices=2)
+    run_ranks(_fit, 2, config, tmp_path / "two", 0, False)
+    assert (tmp_path / "two" / "result.json").exists()
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "restarted", lambda: True)
+    RunFolder(tmp_path).start(with_defaults(LOCAL), 0)
+    trainer.fit(LOCAL, tmp_path, quiet=True)
+    assert (tmp_path / "result.json").exists()

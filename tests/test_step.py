@@ -5,6 +5,7 @@ import itertools
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -267,3 +268,97 @@ def test_batches_that_do_not_fit_an_objective_are_explained() -> None:
         local_step(blocks, optimizers_of(blocks), torch.randn(4, 3, 48, 48), torch.arange(4))
     with pytest.raises(LocalGradError, match="give one class a sample"):
         local_step(blocks, optimizers_of(blocks), torch.randn(4, 3, 32, 32), torch.rand(4, 10))
+
+
+# Misuse that would train something else in silence
+
+
+def _blocks(**arguments: Any) -> list[Block]:
+    torch.manual_seed(0)
+    model = cifar_resnet(8, NUM_CLASSES)
+    return split(model, EXAMPLE, cuts=["layer1", "layer2"], objective=localgrad.dgl(NUM_CLASSES), **arguments)
+
+
+@pytest.mark.parametrize("step_each_block", [False, True])
+def test_a_batch_that_failed_leaves_nothing_for_the_next_one(step_each_block: bool) -> None:
+    """The first two heads know more classes than the model's own, so their gradients are there when that one fails."""
+    weights = []
+    for fails in (True, False):
+        torch.manual_seed(0)
+        model = cifar_resnet(8, NUM_CLASSES)
+        blocks = split(model, EXAMPLE, cuts=["layer1", "layer2"], objective=localgrad.dgl(NUM_CLASSES + 1))
+        optimizers = optimizers_of(blocks)
+        inputs, targets = batch()
+        if fails:
+            with pytest.raises(LocalGradError, match="targets hold classes"):
+                local_gradients(blocks, inputs, torch.full_like(targets, NUM_CLASSES))
+            assert any(parameter.grad is not None for parameter in blocks[0].parameters())
+        local_step(blocks, optimizers, inputs, targets, step_each_block=step_each_block)
+        weights.append([parameter.detach().clone() for block in blocks for parameter in block.parameters()])
+    assert all(map(torch.equal, *weights))
+
+
+def test_auxiliary_networks_in_evaluation_mode_are_refused() -> None:
+    blocks = _blocks(momentum=localgrad.man())
+    for part in (blocks[0].objective, blocks[1].momentum):
+        assert part is not None
+        part.eval()
+        with pytest.raises(LocalGradError, match=r"is in evaluation mode .*: call block.train\(\) for every block"):
+            local_step(blocks, optimizers_of(blocks), *batch())
+        part.train()
+    local_step(blocks, optimizers_of(blocks), *batch())
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        (lambda model, block: model.parameters(), r"optimizer 0 has \d+ parameters that are not of block 0 and lacks"),
+        (lambda model, block: block.body.parameters(), r"optimizer 0 has 0 parameters .* and lacks \d+ that are"),
+    ],
+)
+def test_an_optimizer_over_other_parameters_is_refused(parameters: Any, message: str) -> None:
+    blocks = _blocks()
+    whole = nn.ModuleList(block.body for block in blocks)
+    optimizers = [torch.optim.SGD(parameters(whole, block), lr=0.1) for block in blocks]
+    before = copy.deepcopy(whole.state_dict())
+    with pytest.raises(LocalGradError, match=message):
+        local_step(blocks, optimizers, *batch())
+    assert all(map(torch.equal, before.values(), whole.state_dict().values()))
+    everything = [torch.optim.SGD(block.parameters(), lr=0.1) for block in blocks]
+    local_step(blocks, everything, *batch())
+
+
+def test_a_criterion_with_parameters_is_the_last_block_s_alone() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return nn.functional.cross_entropy(self.scale * scores, targets)
+
+    criterion = Scaled()
+    blocks = _blocks(criterion=criterion)
+    assert [any(p is criterion.scale for p in block.trainable_parameters()) for block in blocks] == [False, False, True]
+    local_step(blocks, optimizers_of(blocks), *batch())
+    assert criterion.scale != 1
+
+
+def test_inputs_with_a_graph_are_detached() -> None:
+    infopro = localgrad.infopro(NUM_CLASSES, (0.5,) * 3, (0.25,) * 3)
+    torch.manual_seed(0)
+    blocks = split(cifar_resnet(8, NUM_CLASSES), EXAMPLE, cuts=["layer1", "layer2"], objective=infopro)
+    inputs, targets = batch()
+    leaf = inputs.clone().requires_grad_()
+    local_step(blocks, optimizers_of(blocks), 2 * leaf, targets)
+    assert leaf.grad is None
+
+
+def test_the_end_of_another_process_is_not_the_batch_s_fault() -> None:
+    def gone(features: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("[../third_party/gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+
+    blocks = split(cifar_resnet(8, NUM_CLASSES), EXAMPLE, cuts=[], criterion=gone)
+    with pytest.raises(RuntimeError, match="closed by peer") as caught:
+        local_step(blocks, optimizers_of(blocks), *batch())
+    assert not isinstance(caught.value, LocalGradError)

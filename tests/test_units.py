@@ -2,8 +2,12 @@
 
 import functools
 import operator
+import random
 import warnings
+from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -410,3 +414,119 @@ def test_named_units_need_no_data() -> None:
     chain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5)).to("meta")
     found = units(chain, torch.empty(2, 3, 8, 8, device="meta"), names=["0", "1", "2", "3"])
     assert [tuple(unit.features) for unit in found] == [(2, 4, 6, 6), (2, 4, 6, 6), (2, 144), (2, 5)]
+
+
+# What tracing cannot see
+
+
+class Root(nn.Module):
+    """Three convolutions and a head, with something in between that is in no layer."""
+
+    def __init__(self, between: Callable[["Root", torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Conv2d(3, 3, 3, padding=1) for _ in range(3)])
+        self.head = nn.Linear(3, 5)
+        self.between = between
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.between(self, x).mean((2, 3)))
+
+
+def _first_without_gradient(model: Root, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        x = model.layers[0](x)
+    return model.layers[2](model.layers[1](x))
+
+
+def test_a_part_without_gradients_is_refused() -> None:
+    model = Root(_first_without_gradient)
+    with pytest.raises(LocalGradError, match=r"would train other parameters than it did \(layers.0.weight, layers.0.b"):
+        units(model, torch.empty(2, 3, 8, 8))
+    assert model.training and model.layers[0].weight.grad is None
+
+
+def _sometimes(model: Root, x: torch.Tensor) -> torch.Tensor:
+    for layer in model.layers:
+        if not (model.training and random.random() < 0.001):
+            x = layer(x)
+    return x
+
+
+def _sometimes_by_torch(model: Root, x: torch.Tensor) -> torch.Tensor:
+    for layer in model.layers:
+        if not (model.training and bool(torch.rand([]) < 0.001)):
+            x = layer(x)
+    return x
+
+
+@pytest.mark.parametrize("between", [_sometimes, _sometimes_by_torch])
+def test_a_branch_on_chance_is_refused_whatever_came_out(between: Any) -> None:
+    with pytest.raises(LocalGradError, match="does not compute what it did in training: its forward pass draws random"):
+        units(Root(between), torch.empty(2, 3, 8, 8))
+
+
+def test_named_units_are_compared_in_training_too() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Flatten(), nn.Linear(48, 5))
+
+    class Dropped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = model
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.c(self.b(nn.functional.dropout(self.a(x), 0.5, self.training)))
+
+    with pytest.raises(LocalGradError, match="does not compute what it did in training"):
+        units(Dropped(), torch.empty(2, 3, 4, 4), names=["a", "b", "c"])
+
+
+def test_every_generator_is_left_as_it_was() -> None:
+    model = cifar_resnet(8)
+    states = [torch.get_rng_state(), random.getstate(), repr(np.random.get_state())]
+    units(model, torch.empty(2, 3, 16, 16))
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert states[1:] == [random.getstate(), repr(np.random.get_state())]
+
+
+class Pair(nn.Module):
+    """A layer that returns what it gives in a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return self.conv(x), None
+
+
+def test_layers_that_return_tuples() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers, self.head = nn.ModuleList([Pair() for _ in range(3)]), nn.Linear(3, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x = layer(x)[0]
+            return self.head(x.mean((2, 3)))
+
+    model = Model()
+    found = units(model, torch.empty(2, 3, 8, 8))
+    assert [unit.name for unit in found] == ["layers.0", "layers.1", "layers.2", "head"]
+    inputs = torch.randn(2, 3, 8, 8)
+    assert torch.equal(composed(found, inputs), model(inputs))
+
+
+def test_channels_of_volumes_and_before_a_convolution_of_sequences_come_first() -> None:
+    volumes = nn.Sequential(
+        nn.Conv3d(3, 6, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv3d(6, 7, 1),
+        nn.AdaptiveAvgPool3d(1),
+        nn.Flatten(),
+        nn.Linear(7, 5),
+    )
+    found = units(volumes, torch.empty(2, 3, 4, 6, 8))
+    assert [unit.channel_dim for unit in found if len(unit.features) == 5] == [1] * (len(found) - 1)
+    mixed = nn.Sequential(nn.Linear(10, 12), nn.ReLU(), nn.Conv1d(6, 8, 1), nn.Flatten(), nn.Linear(96, 5))
+    assert [unit.channel_dim for unit in units(mixed, torch.empty(2, 6, 10))][:2] == [1, 1]

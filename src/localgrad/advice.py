@@ -26,22 +26,27 @@ def memory_advice(config: TrainConfig, num_classes: int, cuts: list[str], capaci
         A sentence with the flags to give. Without a local loss in the config, the suggested one is `dgl`.
     """
     objective, momentum = build_factories(config, num_classes)
-    images = -(-config.optim.batch_size // (config.devices * config.optim.accumulate))
+    shares = config.replicas if config.parallel == "blocks" else config.devices
+    images = -(-config.optim.batch_size // (shares * config.optim.accumulate))
     smaller = f"fewer images at once, as --optim.accumulate {2 * config.optim.accumulate}, would take less too"
     with torch.device("meta"):
         model = build_model(config.model, num_classes)
         example = torch.empty(images, 3, config.data.image_size, config.data.image_size)
     try:
-        now = step_peak(model, example, cuts, objective, momentum)
+        each = config.step_each_block
+        now = step_peak(model, example, cuts, objective, momentum, recompute=config.recompute, step_each_block=each)
         most = len(units(model, example))
         counts = [count for count in (2, 4, 8, 16, 32) if count < most] + [most]
-        rows = plan(model, example, objective=objective or dgl(num_classes), momentum=momentum, num_blocks=counts)
+        local = objective or dgl(num_classes)
+        rows = plan(model, example, objective=local, momentum=momentum, num_blocks=counts, step_each_block=each)
     except LocalGradError as error:
         return f"no plan could be made ({error}); {smaller}"
-    rows = [row for row in rows if not row.recompute]
+    rows = [row for row in rows if row.recompute is config.recompute]
     least = min(rows, key=lambda row: row.peak)
     best = next((row for row in rows if capacity is not None and row.peak <= capacity), least)
-    said = f"`localgrad plan` predicts {readable(now)} for a step of {len(cuts) + 1} block(s) and {images} images"
+    said = (
+        f"`localgrad plan` predicts {readable(now)} for a float32 step of {len(cuts) + 1} block(s) and {images} images"
+    )
     if best.peak >= now or best.cuts == tuple(cuts):
         return f"{said}, and no other cuts take less; {smaller}"
     loss = "" if objective else "--objective.name dgl "

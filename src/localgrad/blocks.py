@@ -13,6 +13,7 @@ from localgrad.errors import LocalGradError
 from localgrad.momentum import Momentum
 from localgrad.partition import cut_by_cost, cut_evenly
 from localgrad.recompute import recomputed
+from localgrad.tracing import TwoModes
 from localgrad.units import Unit, find_unit, match_mode, units
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -50,7 +51,7 @@ class Block(nn.Module):
         body: the units, the model's own modules.
         momentum: the momentum auxiliary network, or None.
         objective: the auxiliary network and local loss, or None on the last block.
-        criterion: loss of the model's output, on the last block.
+        criterion: loss of the model's output, or None on all blocks but the last.
         recompute: whether the activations of each unit are computed again in the backward pass.
         names: names of the units.
     """
@@ -60,7 +61,7 @@ class Block(nn.Module):
         found: Sequence[Unit],
         momentum: nn.Module | None,
         objective: nn.Module | None,
-        criterion: Criterion,
+        criterion: Criterion | None,
         recompute: bool = False,
     ) -> None:
         super().__init__()
@@ -73,6 +74,7 @@ class Block(nn.Module):
         # a tuple is not registered a second time
         self._in_place = tuple(unit.module for unit in found if unit.writes_input)
         self._layers = [module for module in self.body.modules() if module._parameters]
+        self._modes = [module for module in self.body if isinstance(module, TwoModes)]
 
     def forward(self, features: Tensor, targets: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Features before the block to features after it, and the block's loss.
@@ -91,6 +93,7 @@ class Block(nn.Module):
         for unit in self.body:
             features = recomputed(unit, features, unit, unit in self._in_place) if self.recompute else unit(features)
         if self.objective is None:
+            assert self.criterion is not None
             return features, self.criterion(features, targets)
         version = features._version
         loss = self.objective(self._mixed(features), targets, inputs)
@@ -109,8 +112,9 @@ class Block(nn.Module):
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def check_training(self) -> None:
-        """Refuse to train a body in evaluation mode, as `model.eval()` leaves it."""
-        if self._layers and not any(module.training for module in self._layers):
+        """Refuse to train in evaluation mode, as `model.eval()` leaves the body, and `model.train()` the rest."""
+        body = not self._layers or any(module.training for module in self._layers)
+        if not body or not all(module.training for module in (self.momentum, self.objective, *self._modes) if module):
             raise LocalGradError(
                 f"block {self.names[0]}..{self.names[-1]} is in evaluation mode (after model.eval()?), so its norms "
                 "and dropout would not train: call block.train() for every block before the next step"
@@ -233,7 +237,7 @@ def split(
         if following is runs[-1]:
             following = following[:-1] or following  # the model's head is copied only where nothing else is left
         auxiliary = build_auxiliary(run[-1], following, example, index, len(runs), objective, momentum)
-        blocks.append(Block(run, *auxiliary, criterion, recompute))
+        blocks.append(Block(run, *auxiliary, None, recompute))
     blocks.append(Block(runs[-1], None, None, criterion, recompute))
     match_mode(blocks, model)
     return blocks

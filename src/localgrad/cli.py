@@ -126,13 +126,15 @@ def train(arguments: Sequence[str]) -> int:
     import tyro
 
     from localgrad.config import TrainConfig, to_dict, validate
+    from localgrad.devices import as_launched
     from localgrad.recipes import recipe
     from localgrad.runs import RunFolder
 
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"usage: localgrad train RECIPE [FLAGS]\n\n{TRAIN_HELP}\n\nAll flags: localgrad train RECIPE --help")
         return 0
-    name, *flags = arguments
+    name, *given_flags = arguments
+    flags = list(map(_full, given_flags))
     if name.startswith("-"):
         raise LocalGradError(f"train takes the recipe first, as `localgrad train digits-dgl-man {name}`")
     given = Path(name)
@@ -154,7 +156,7 @@ def train(arguments: Sequence[str]) -> int:
         """Print the result only."""
 
     options = _parse(Train, flags, f"localgrad train {name}", TRAIN_HELP)
-    config = validate(options.config)
+    config = validate(as_launched(options.config))
     if options.dry_run:
         from localgrad.build import with_defaults
 
@@ -531,14 +533,18 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 
 
 def _parse(kind: Any, arguments: Sequence[str], program: str, text: str) -> Any:
-    """Parses flags into a dataclass, short names first put in full."""
+    """Parses flags into a dataclass."""
     import tyro
 
-    full = []
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        full.append(SHORT.get(name, name) + equals + value if program.startswith("localgrad train") else argument)
-    return tyro.cli(kind, args=full, prog=program, description=text)
+    return tyro.cli(kind, args=list(arguments), prog=program, description=text)
+
+
+def _full(argument: str) -> str:
+    """A flag of `train` by its full name; an underscore in it is a hyphen."""
+    name, equals, value = argument.partition("=")
+    if name.startswith("--"):
+        name = name.replace("_", "-")
+    return SHORT.get(name, name) + equals + value
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

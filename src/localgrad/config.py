@@ -196,7 +196,10 @@ def _number_problems(config: TrainConfig) -> list[str]:
         ("optim.epochs", optim.epochs, 1 <= optim.epochs < 2**31, "from 1 to 2**31 - 1"),
         ("optim.warmup_epochs", optim.warmup_epochs, 0 <= optim.warmup_epochs < 2**31, "from 0 to 2**31 - 1"),
         ("optim.first_epoch", optim.first_epoch, optim.first_epoch in (0, 1), "0 or 1"),
-        ("optim.clip_norm", optim.clip_norm, optim.clip_norm is None or optim.clip_norm > 0, "more than 0, or None"),
+        (
+            *("optim.clip_norm", optim.clip_norm, optim.clip_norm is None or 0 < optim.clip_norm < math.inf),
+            "a finite number more than 0, or None",
+        ),
         ("optim.accumulate", optim.accumulate, 1 <= optim.accumulate <= optim.batch_size, "from 1 to the batch size"),
         ("optim.label_smoothing", optim.label_smoothing, 0 <= optim.label_smoothing < 1, "from 0 to less than 1"),
         ("devices", config.devices, config.devices >= 1, "1 or more"),

@@ -17,7 +17,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from localgrad.config import TrainConfig
-from localgrad.errors import LocalGradError
+from localgrad.errors import LocalGradError, of_another_process
 
 
 def as_launched(config: TrainConfig) -> TrainConfig:
@@ -31,7 +31,7 @@ def as_launched(config: TrainConfig) -> TrainConfig:
         raise LocalGradError(
             f"devices is {config.devices} and torchrun started {started} processes: leave --devices out under torchrun"
         )
-    return replace(config, devices=max(started, config.devices))
+    return config if started == 1 else replace(config, devices=started)
 
 
 def restarted() -> bool:
@@ -63,7 +63,7 @@ def noticed_losses() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+        if not of_another_process(error):
             raise
         raise LocalGradError(
             "another process of this run has ended, so this one stops too; the last checkpoint holds: continue with "

@@ -1,4 +1,6 @@
-"""The one base error of the library."""
+"""The one base error of the library, and whose fault an error is."""
+
+import torch.distributed as dist
 
 
 class LocalGradError(ValueError):
@@ -8,3 +10,8 @@ class LocalGradError(ValueError):
     localgrad raises about its input is of this class; the command line prints it in one line and leaves
     with exit code 2.
     """
+
+
+def of_another_process(error: Exception) -> bool:
+    """Whether torch.distributed says with it that another process is gone."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

@@ -291,16 +291,27 @@ def _room(count: int, size: int) -> Tensor:
 
 
 def _decode(item: dict[str, Any] | None, row: int, rows: datasets.Dataset, config: DataConfig) -> Image:
-    """The RGB image of encoded bytes, or of the path to a file; of the configured size unless it will be resized."""
-    from PIL import Image
+    """The RGB image of encoded bytes, or of the path to a file; of the configured size unless it will be resized.
+
+    It is turned upright as its EXIF data say; transparency is left out; 16 bits become 8.
+    """
+    from PIL import Image, ImageOps
 
     item = item or {}
     try:
         file = io.BytesIO(item["bytes"]) if item.get("bytes") else item["path"]
-        image = Image.open(file, formats=FORMATS).convert("RGB")
+        image = ImageOps.exif_transpose(Image.open(file, formats=FORMATS))
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+        mode, image = image.mode, image.convert("RGB")
     except Exception as error:  # of many classes, by format
         name = f"{rows.split} image {row} (path {item.get('path')!r})"
         raise LocalGradError(f"{name} cannot be decoded: {error!r}; repair it or leave it out") from error
+    if mode in ("I", "F"):
+        raise LocalGradError(
+            f"{rows.split} image {row} has pixels of 32 bits (mode {mode}), whose black and white are not known: store "
+            "it with 8 or 16 bits"
+        )
     if config.resize is None and image.size != (config.image_size, config.image_size):
         raise LocalGradError(
             f"{rows.split} image {row} has {image.height} x {image.width} pixels (height x width), and image_size="

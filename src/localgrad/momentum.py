@@ -134,7 +134,7 @@ def man(
 
     def build(following: Sequence[Unit]) -> MomentumAuxiliary:
         source = _source(following, depth)
-        follower = _copy(source, initial) if ema else None
+        follower = _follower(source, initial, decay) if ema else None
         trained: nn.Module | nn.Parameter | None = _copy(source, initial) if bias and form == "sum" else None
         if follower is not None and form == "sum":
             follower.requires_grad_(False)
@@ -171,7 +171,8 @@ def manpp(
         A function of the next block's units that builds the module.
 
     Raises:
-        LocalGradError: `decay` is outside [0, 1], `depth` below 1, or `initial` is unknown.
+        LocalGradError: `decay` is outside [0, 1], `depth` below 1, or `initial` is unknown; when built, the next block
+            begins without parameters, or in a 16-bit type.
 
     Source: MAN++ (TPAMI 2026, doi 10.1109/TPAMI.2026.3679406; arXiv 2507.16279), released code,
     `networks/resnetDGL_MANPP.py`.
@@ -180,7 +181,7 @@ def manpp(
 
     def build(following: Sequence[Unit]) -> MomentumAuxiliary:
         source = _source(following, depth)
-        follower = _copy(source, initial).requires_grad_(False)
+        follower = _follower(source, initial, decay).requires_grad_(False)
         like = next(source[0].module.parameters())
         scale = nn.Parameter(torch.ones((), dtype=like.dtype, device=like.device))
         return MomentumAuxiliary(source, _copy(source, initial), follower, scale, decay, recompute)
@@ -208,6 +209,19 @@ def _source(following: Sequence[Unit], depth: int) -> Sequence[Unit]:
             "network to follow: cut after it instead, or name it together with the unit that follows"
         )
     return source
+
+
+def _follower(source: Sequence[Unit], initial: str, decay: float) -> nn.Module:
+    """The copy that follows; refused in a type in which small steps towards the next unit are rounded away."""
+    coarse = [
+        p.dtype for unit in source for p in unit.module.parameters() if p.dtype in (torch.bfloat16, torch.float16)
+    ]
+    if coarse and 0 < decay < 1:
+        raise LocalGradError(
+            f"the weights after a cut are {coarse[0]}, in which an average with decay {decay} stands still: keep the "
+            "weights in float32 and compute under autocast, or give ema=False or decay=0"
+        )
+    return _copy(source, initial)
 
 
 def _copy(source: Sequence[Unit], initial: str) -> nn.Module:

@@ -315,7 +315,7 @@ def _signature(module: nn.Module) -> tuple[object, ...]:
         settings = [
             (key, repr(value))
             for key, value in sorted(vars(layer).items())
-            if isinstance(value, int | str | list | tuple | type(None))
+            if isinstance(value, int | float | str | list | tuple | type(None))
         ]
         tensors = [
             (key, tensor.shape, tensor.dtype, tensor.requires_grad)

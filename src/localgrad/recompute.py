@@ -1,7 +1,8 @@
 """Activation checkpointing that counts a batch once."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,8 @@ def recomputed(
 ) -> Tensor:
     """`function(features)`, computed again in the backward pass instead of keeping its activations.
 
-    The running statistics of the module's batch norms are updated in the first pass only.
+    The running statistics of the module's batch norms are updated in the first pass only; any other buffer has in the
+    second pass the value that it had in the first, and keeps what the first made of it.
 
     Args:
         function: what `module` does with the features, `module` itself for one.
@@ -25,15 +27,25 @@ def recomputed(
         return function(features)
     if writes_input:
         return recomputed(lambda features: function(features.clone()), features, module)
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+    begun = [
+        (each, name, buffer.clone())
+        for each in module.modules()
+        if each not in norms
+        for name, buffer in each._buffers.items()
+        if buffer is not None
+    ]
     return checkpoint(  # pyright: ignore[reportReturnType]
-        function, features, use_reentrant=False, context_fn=lambda: (nullcontext(), _statistics_kept(module))
+        function, features, use_reentrant=False, context_fn=lambda: (nullcontext(), _as_it_was(norms, begun))
     )
 
 
 @contextmanager
-def _statistics_kept(module: nn.Module) -> Iterator[None]:
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+def _as_it_was(norms: Sequence[Any], begun: Sequence[tuple[nn.Module, str, Tensor]]) -> Iterator[None]:
     kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    after = [(module, name, module._buffers[name]) for module, name, _ in begun]
+    for module, name, value in begun:
+        module._buffers[name] = value
     for norm in norms:  # with factor 0 a running average stays; without one, fewer tensors would be saved than before
         norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
@@ -41,3 +53,5 @@ def _statistics_kept(module: nn.Module) -> Iterator[None]:
     finally:
         for norm, factor, batches in kept:
             norm.momentum, norm.num_batches_tracked = factor, batches
+        for module, name, value in after:
+            module._buffers[name] = value

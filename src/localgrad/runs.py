@@ -120,6 +120,10 @@ class RunFolder:
         return self._own("config.json")
 
     @property
+    def is_started(self) -> bool:
+        return self._config.exists()
+
+    @property
     def is_finished(self) -> bool:
         return self.result.exists()
 

@@ -140,13 +140,15 @@ def show_sheets(title: str, sheets: Sequence[Sheet], budget: int | None) -> None
 
 
 def _choices(sheets: Sequence[Sheet], budget: int | None) -> dict[str, PlanRow]:
-    """For each choice of momentum: the row of fewest blocks that fits, kept before checkpointed, or of least memory."""
+    """For each choice of momentum: the fewest blocks that fit, kept before checkpointed, or those of least memory."""
     choices = {}
     for sheet in sheets:
         local = [row for row in sheet.rows if row.num_blocks > 1]
         fitting = [row for row in local if row.fits]
         if budget and fitting:
-            choices[f"fewest blocks that fit, {sheet.label}"] = min(fitting, key=lambda r: (r.recompute, r.num_blocks))
+            best = min(fitting, key=lambda row: (row.recompute, row.num_blocks))
+            kept = ", checkpointed" if best.recompute else ""
+            choices[f"fewest blocks that fit{kept}, {sheet.label}"] = best
         elif local:
             choices[f"least memory, {sheet.label}"] = min(local, key=lambda row: row.peak)
     return choices

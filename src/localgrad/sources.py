@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import has_magic
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 LABEL_NAMES = ("label", "labels", "fine_label", "fine_labels")
 """Preferred names where several columns could hold the label (CIFAR-100 has a fine and a coarse one)."""
+_TABLES = (".parquet", ".csv", ".json", ".jsonl", ".arrow", ".md", ".yaml")
+"""Suffixes of files that say themselves what a set is made of."""
 FOLDER_SPLITS = {"val": "validation", "valid": "validation", "dev": "validation"}
 """Folder names that mean the split "validation"; every other folder is named like its split."""
 
@@ -42,12 +46,15 @@ def load_images(config: DataConfig) -> tuple[ImageSet, ImageSet]:
         return _load_digits(config)
     both = _load_rows(config)
     image_column, label_column = _find_columns(both[0].features, config)
+    _check_names(Path(config.source).expanduser(), config, both[0].features[label_column], label_column)
     labels = [_read_labels(rows, label_column) for rows in both]
     schema = getattr(both[0].features[label_column], "num_classes", None)
     num_classes = config.num_classes or schema or int(torch.cat(labels).max()) + 1
+    for rows, each in zip(both, labels, strict=True):
+        _check_labels(each, num_classes, str(rows.split))
+    _check_trained(labels, num_classes, both[0].features[label_column], config)
 
     def build(rows: datasets.Dataset, labels: Tensor, limit_name: str) -> ImageSet:
-        _check_labels(labels, num_classes, str(rows.split))
         indices = balanced(labels, getattr(config, limit_name), limit_name)
         kept, rows = labels[indices], rows.select_columns(image_column).with_format("arrow")
         if config.streaming:
@@ -120,6 +127,8 @@ def _load_rows(config: DataConfig) -> tuple[datasets.Dataset, datasets.Dataset]:
         with _quiet(offline):
             where = _local_arguments(folder, config) if local else {"path": config.source, "name": config.subset}
             train, test = datasets.load_dataset(**where, split=[config.train_split, config.test_split])
+    except LocalGradError:
+        raise
     except Exception as error:  # whatever it is, the set cannot be had
         why = " ".join(f"{error} {error.__cause__ or ''}".split())
         if offline:
@@ -143,9 +152,57 @@ def _local_arguments(folder: Path, config: DataConfig) -> dict[str, Any]:
     splits = {FOLDER_SPLITS.get(path.name, path.name): path.name for path in sorted(folder.iterdir()) if path.is_dir()}
     wanted = dict.fromkeys(re.findall(r"(?:^|\+)(\w+)", f"{config.train_split}+{config.test_split}"))
     if wanted.keys() <= splits.keys():
-        return {"path": str(folder), "data_files": {split: f"{splits[split]}/**" for split in wanted}}
+        return {"path": str(folder), "data_files": {split: _patterns(folder, splits[split]) for split in wanted}}
+    if wanted.keys() == {"train"} and not any(path.suffix in _TABLES for path in folder.rglob("*")):
+        return {"path": str(folder), "data_files": {"train": _patterns(folder, "")}}  # classes alone
     declared = config.subset and datasets.get_dataset_config_names(str(folder)) != ["default"]
     return {"path": str(folder), "name": config.subset if declared else None}
+
+
+def _patterns(folder: Path, name: str) -> list[str]:
+    """What matches all files of a split's folder, those of linked class folders too."""
+    inside = f"{name}/" if name else ""
+    links = [path.name for path in sorted((folder / name).iterdir()) if path.is_symlink() and path.is_dir()]
+    odd = [link for link in links if has_magic(link)]
+    if odd:
+        raise LocalGradError(
+            f"the linked folder {odd[0]!r} cannot be read, for *, ? and [] mean other names: rename it"
+        )
+    return [f"{inside}**", *(f"{inside}{link}/**" for link in links)]
+
+
+def _check_names(folder: Path, config: DataConfig, feature: Any, column: str) -> None:
+    """Refuse local parquet files whose classes have other names or another order: their numbers mean other classes."""
+    names = getattr(feature, "names", None)
+    if names is None or config.subset or not folder.is_dir():
+        return
+    import pyarrow.parquet as parquet
+
+    for path in sorted(folder.rglob("*.parquet")):
+        try:
+            metadata = json.loads((parquet.read_schema(path).metadata or {}).get(b"huggingface", b"{}"))
+            own = metadata["info"]["features"][column]["names"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # without names, or not what was read
+        if own != names:
+            raise LocalGradError(
+                f"{path} numbers the classes {own[:9]}, and the first file of the set {names[:9]}: the same number "
+                "would be another class; write all splits with one ClassLabel"
+            )
+
+
+def _check_trained(labels: list[Tensor], num_classes: int, feature: Any, config: DataConfig) -> None:
+    """Refuse to test on classes that no training image has, as where a folder sorted by class is sliced."""
+    trained, tested = ({*each.unique().tolist()} & {*range(num_classes)} for each in labels)
+    missing = sorted(tested - trained)
+    if missing:
+        names = getattr(feature, "names", None) or range(num_classes)
+        said = [names[label] for label in missing[:9] if label < len(names)]
+        raise LocalGradError(
+            f"test_split={config.test_split!r} has {len(missing)} class(es) without an image in train_split="
+            f"{config.train_split!r} ({', '.join(map(str, said))}): a slice of images sorted by class takes whole "
+            "classes; put the images into train/CLASS and test/CLASS"
+        )
 
 
 def _hub_answers() -> bool:
@@ -198,7 +255,8 @@ def _choose(field: str, given: str | None, allowed: list[str], found: list[str],
         return found[0]
     if given not in allowed:
         kinds = {name: type(feature).__name__ for name, feature in features.items()}
-        raise LocalGradError(f"{field}={given!r}: choose from {allowed}; the columns of the set are {kinds}")
+        how = "" if allowed else "; images in folders get labels where all lie in SPLIT/CLASS/, of two classes or more"
+        raise LocalGradError(f"{field}={given!r}: choose from {allowed}; the columns of the set are {kinds}{how}")
     return given
 
 

@@ -165,6 +165,7 @@ def save(run: Run) -> None:
     )
     if run.fabric.is_global_zero:
         run.folder.save_checkpoint(saved | {"state": asdict(run.state)}, run.config.keep_checkpoints)
+    run.fabric.barrier()  # a process that ended sooner would have the others stopped, this one while it writes
 
 
 def load(run: Run) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from localgrad.blocks import Block
-from localgrad.errors import LocalGradError
+from localgrad.errors import LocalGradError, of_another_process
 
 MISFITS = ("shapes cannot be multiplied", "must match the size of tensor")
 """What PyTorch says of a layer that gets features of another shape."""
@@ -30,7 +30,8 @@ def local_step(
     """Train every block on one batch.
 
     For each block: forward on a detached input, backward, drop the graph. Then for each block: its optimizer, and the
-    EMA of its momentum auxiliary network. All blocks compute with the weights that the batch began with.
+    EMA of its momentum auxiliary network. All blocks compute with the weights that the batch began with. Gradients
+    that were there before, as a batch that failed leaves them, are dropped.
 
     With `step_each_block` a block's optimizer and EMA follow its own backward pass at once, and its gradients are freed
     before the next block starts, so that gradients of one block live at a time. The weights come out the same, bit for
@@ -48,14 +49,16 @@ def local_step(
         One detached scalar loss a block.
 
     Raises:
-        LocalGradError: there is not one optimizer a block, a block is in evaluation mode, or the batch does not fit the
-            blocks (a class that does not exist, a batch of one where a norm needs more, another dtype, device or
-            shape).
+        LocalGradError: there is not one optimizer a block, over its parameters, a block is in evaluation mode, or the
+            batch does not fit the blocks (a class that does not exist, a batch of one where a norm needs more, another
+            dtype, device or shape).
         OutOfMemoryError: a block does not fit into the device's memory; it is torch's error too.
     """
     check_optimizers(blocks, optimizers)
-    for block in blocks:
+    for index, (block, optimizer) in enumerate(zip(blocks, optimizers, strict=True)):
         block.check_training()
+        _check_parameters(index, block, optimizer)
+        optimizer.zero_grad(set_to_none=True)
     if step_each_block:
 
         def update(index: int, loss: Tensor) -> None:
@@ -98,6 +101,7 @@ def local_gradients(
         raise LocalGradError(f"inputs and targets are {kinds}: give two tensors, as torch.as_tensor(array) makes them")
     if inputs.numel() == 0:
         raise LocalGradError(f"inputs are {tuple(inputs.shape)}: an empty batch has no loss; leave it out")
+    inputs = inputs.detach() if inputs.requires_grad else inputs
     passed, losses = inputs if features is None else features, []
     for index, block in enumerate(blocks):
         try:
@@ -115,6 +119,8 @@ def local_gradients(
                 f"with {len(inputs)} samples ({'. '.join(str(error).split('. ')[:2])})"
             ) from error
         except (IndexError, ValueError, RuntimeError) as error:
+            if of_another_process(error):
+                raise
             is_first = index == 0 and features is None
             explained = _explained(error, _inner(block), index, inputs, targets, is_first)
             if explained is None:
@@ -152,6 +158,20 @@ def check_optimizers(blocks: Sequence[Block], optimizers: Sequence[Optimizer]) -
         raise LocalGradError(
             f"{len(optimizers)} optimizers for {len(blocks)} blocks: give one a block, "
             "[SGD(block.trainable_parameters(), lr=0.1) for block in blocks]"
+        )
+
+
+def _check_parameters(index: int, block: Block, optimizer: Optimizer) -> None:
+    """Refuse an optimizer that steps what is not its block's, or leaves out what its block would train."""
+    given = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    own = {id(parameter): parameter.requires_grad for parameter in block.parameters()}
+    foreign = len(given - own.keys())
+    missing = sum(trains and key not in given for key, trains in own.items())
+    if foreign or missing:
+        raise LocalGradError(
+            f"optimizer {index} has {foreign} parameters that are not of block {index} and lacks {missing} that are: "
+            "give each block an optimizer over its own, as SGD(block.trainable_parameters(), lr=0.1), and what is not "
+            "to be trained requires_grad_(False)"
         )
 
 

@@ -2,12 +2,15 @@
 
 import inspect
 import operator
+import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -175,7 +178,7 @@ def traced(model: nn.Module, example: Tensor) -> list[tuple[str, nn.Module]]:
             "give an example of the size, dtype and device that the model takes"
         ) from error
     training_shapes = _Shapes(model, training)
-    with torch.random.fork_rng(devices=[]):
+    with seeded(example.device):
         training_shapes.run(example)
     segments, training_segments = _segments(model, evaluating, shapes), _segments(model, training, training_shapes)
     if [name for name, _ in segments] != [name for name, _ in training_segments]:
@@ -187,12 +190,15 @@ def traced(model: nn.Module, example: Tensor) -> list[tuple[str, nn.Module]]:
         (name, _one_module(model, segment, training_segment))
         for (name, segment), (_, training_segment) in zip(segments, training_segments, strict=True)
     ]
-    _check_composition(model, pieces, example)
+    check_composition(model, pieces, example)
     return pieces
 
 
-def _check_composition(model: nn.Module, pieces: Sequence[tuple[str, nn.Module]], example: Tensor) -> None:
-    """Compare the pieces with the model in both modes, from one random state: tracing freezes what it cannot see."""
+def check_composition(model: nn.Module, pieces: Sequence[tuple[str, nn.Module]], example: Tensor) -> None:
+    """Compare the pieces with the model in both modes: their outputs, what they draw at random, what they train.
+
+    Tracing freezes what it cannot see, and what a forward pass does between named submodules is not in them.
+    """
     if example.is_meta:
         return
     inputs = torch.cat([example, example])  # batch norm needs more than one value
@@ -204,23 +210,75 @@ def _check_composition(model: nn.Module, pieces: Sequence[tuple[str, nn.Module]]
         return features
 
     for training in (False, True):
-        outcomes = []
+        outcomes, draws = [], []
         for run in (model, composed):
             for module in (model, *(module for _, module in pieces)):
                 module.train(training)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
+            with seeded(example.device):
                 output = run(inputs.clone())
+                draws.append(_random_state(example.device))
             outcomes.append([output, *(buffer.clone() for buffer in model.buffers())])
             for buffer, value in zip(model.buffers(), before, strict=True):
                 buffer.copy_(value)
-        if isinstance(outcomes[0][0], Tensor) and not all(map(_same, *outcomes)):
+        same = not isinstance(outcomes[0][0], Tensor) or all(map(_same, *outcomes))
+        if not same or draws[0] != draws[1]:
             raise LocalGradError(
-                f"{type(model).__name__}, traced by torch.fx, does not compute what it did in "
+                f"{type(model).__name__}, cut into units, does not compute what it did in "
                 f"{'training' if training else 'evaluation'}: its forward pass draws random numbers, changes a buffer "
                 "or branches outside of a torch.nn layer; move that into a submodule of an nn.Sequential, or name the "
                 "submodules: units(model, example, names=[...])"
             )
+    reached = [_reached(run, inputs[:2]) for run in (model, composed)]
+    if reached[0] != reached[1]:
+        names = [name for name, parameter in model.named_parameters() if (id(parameter) in reached[0] ^ reached[1])]
+        raise LocalGradError(
+            f"{type(model).__name__}, cut into units, would train other parameters than it did ({', '.join(names[:3])}"
+            f"{', ...' if len(names) > 3 else ''}): its forward pass has torch.no_grad() outside of a torch.nn layer, "
+            "which tracing cannot see; give these parameters requires_grad_(False) instead"
+        )
+    for buffer, value in zip(model.buffers(), before, strict=True):
+        buffer.copy_(value)
+
+
+def _reached(run: Callable[[Tensor], Any], inputs: Tensor) -> set[int]:
+    """Ids of the parameters that the output would send a gradient to, in training."""
+    with torch.enable_grad(), seeded(inputs.device):
+        output = run(inputs.clone())
+    output = output[0] if isinstance(output, tuple | list) else output
+    found: set[int] = set()
+    seen: set[Any] = set()
+    waiting = [output.grad_fn] if isinstance(output, Tensor) and output.grad_fn is not None else []
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)  # of a node that accumulates a parameter's gradient
+        found |= set() if variable is None else {id(variable)}
+        waiting += [following for following, _ in node.next_functions if following is not None]
+    return found
+
+
+@contextmanager
+def seeded(device: torch.device) -> Iterator[None]:
+    """Every generator that a forward pass may draw from, seeded with 0; all of them come back as they were."""
+    python, arrays = random.getstate(), np.random.get_state()
+    on_cpu = device.type in ("cpu", "meta")
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if device.type == "cuda" else []):
+        try:
+            (torch.default_generator.manual_seed if on_cpu else torch.manual_seed)(0)  # that of other devices too
+            random.seed(0)
+            np.random.seed(0)
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(arrays)
+
+
+def _random_state(device: torch.device) -> tuple[Any, ...]:
+    """Where the generators stand."""
+    states = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+    return (*(state.tolist() for state in states), random.getstate(), repr(np.random.get_state()))
 
 
 def _same(first: Tensor, second: Tensor) -> bool:
@@ -228,7 +286,7 @@ def _same(first: Tensor, second: Tensor) -> bool:
     return first.shape == second.shape and torch.allclose(first, second, rtol=close, atol=close, equal_nan=True)
 
 
-class _TwoModes(nn.Module):
+class TwoModes(nn.Module):
     """One unit whose graph depends on the training flag."""
 
     def __init__(self, training: nn.Module, evaluating: nn.Module) -> None:
@@ -242,7 +300,7 @@ class _TwoModes(nn.Module):
 def _one_module(model: nn.Module, evaluating: fx.Graph, training: fx.Graph) -> nn.Module:
     name = type(model).__name__
     if str(evaluating) != str(training):
-        return _TwoModes(fx.GraphModule(model, training, name), fx.GraphModule(model, evaluating, name))
+        return TwoModes(fx.GraphModule(model, training, name), fx.GraphModule(model, evaluating, name))
     calls = _calls(evaluating)
     if len(calls) == 1 and calls[0].op == "call_module" and len(calls[0].args) == 1 and not calls[0].kwargs:
         return model.get_submodule(cast(str, calls[0].target))
@@ -288,8 +346,9 @@ def _starts(model: nn.Module, graph: fx.Graph, calls: list[fx.Node], sizes: list
     last_use = [max((place.get(user, len(calls)) for user in node.users), default=-1) for node in calls]
     input_use = max((place.get(user, -1) for node in inputs for user in node.users), default=-1)
     legal = [
-        position > input_use and sum(last_use[i] >= position for i in range(position)) == 1
+        position > input_use and len(alive) == 1 and sizes[alive[0]] is not None  # a tuple is no features
         for position in range(len(calls))
+        for alive in [[i for i in range(position) if last_use[i] >= position]]
     ]
     starts = [0]
     for previous, following in pairwise(weighted):
@@ -317,8 +376,8 @@ def _first_reduction(sizes: list[torch.Size | None], previous: int, following: i
         size = sizes[position]
         if size is None or before is None:
             continue
-        collapsed = len(size) == len(before) and len(size) in (3, 4) and size[2:].numel() == 1 < before[2:].numel()
-        if len(size) < len(before) and len(before) == 4 and len(size) == 2:
+        collapsed = len(size) == len(before) and len(size) in (3, 4, 5) and size[2:].numel() == 1 < before[2:].numel()
+        if len(size) < len(before) and len(before) in (4, 5) and len(size) == 2:
             return position
         if collapsed or (len(before) == 3 and len(size) == 2):
             return position

@@ -9,7 +9,7 @@ from torch import nn
 
 from localgrad.blocks import Block
 from localgrad.build import build_blocks, build_model
-from localgrad.config import Precision, TrainConfig
+from localgrad.config import TrainConfig
 from localgrad.data import DataConfig
 from localgrad.devices import make_fabric
 from localgrad.errors import LocalGradError
@@ -48,7 +48,6 @@ def load_trained(
     test_limit: int | None = None,
     training_images: bool = False,
     with_blocks: bool = False,
-    precision: Precision | None = None,
     accelerator: str = "auto",
 ) -> Trained:
     """Loads the weights of a finished run, and images.
@@ -61,7 +60,6 @@ def load_trained(
         test_limit: likewise of the test images.
         training_images: load them; otherwise only the test split is read.
         with_blocks: build the blocks, and load their auxiliary networks from the checkpoint.
-        precision: what to compute in; that of the run if None.
         accelerator: `auto`, `cpu`, `cuda` or `mps`.
 
     Raises:

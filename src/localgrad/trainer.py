@@ -29,6 +29,7 @@ from localgrad.errors import LocalGradError
 from localgrad.evaluation import error_rates
 from localgrad.graphs import GraphedStep
 from localgrad.guard import make_guard
+from localgrad.images import ImageSet
 from localgrad.interrupts import InterruptedRun, Interrupts, noted_interrupts
 from localgrad.memory import measure_peak
 from localgrad.nonfinite import all_finite, gradient_norms, kept_tensors, stop_or_skip
@@ -62,9 +63,9 @@ def fit(config: TrainConfig, run_dir: str | Path, *, resume: bool = False, quiet
         KeyboardInterrupt: interrupted; a checkpoint was saved after the last whole step.
     """
     folder = RunFolder(Path(run_dir))
-    resume = resume or (restarted() and folder.has_checkpoint)
+    resume = resume or (restarted() and folder.is_started)
     with noticed_losses():
-        run = set_up(with_defaults(validate(as_launched(validate(config)))), folder, resume)
+        run = set_up(with_defaults(validate(as_launched(config))), folder, resume)
         return _fit(run, quiet or not run.fabric.is_global_zero)
 
 
@@ -112,8 +113,8 @@ def set_up(config: TrainConfig, folder: RunFolder, resume: bool) -> Run:
         config=config,
         folder=folder,
         fabric=fabric,
-        train=train.to(fabric.device),
-        test=test.to(fabric.device),
+        train=_moved(train, fabric.device),
+        test=_moved(test, fabric.device),
         model=model,
         blocks=blocks,
         stage=None,
@@ -126,6 +127,7 @@ def set_up(config: TrainConfig, folder: RunFolder, resume: bool) -> Run:
         spread(run)
     if resume and folder.has_checkpoint:
         load(run)
+    _check_start(run)
     run.guard = make_guard(run)
     if config.cuda_graph:
         replay_steps(run)
@@ -134,6 +136,16 @@ def set_up(config: TrainConfig, folder: RunFolder, resume: bool) -> Run:
         run.board = folder.open_board(run.state.epoch) if config.tensorboard else None
     fabric.barrier()
     return run
+
+
+def _moved(images: ImageSet, device: torch.device) -> ImageSet:
+    try:
+        return images.to(device)
+    except torch.OutOfMemoryError as error:
+        raise LocalGradError(
+            f"the {len(images):,} images of {images.config.image_size} x {images.config.image_size} pixels do not fit "
+            f"into the memory of {device} beside what is there: decode them while training, --data.streaming"
+        ) from error
 
 
 def spread(run: Run) -> None:
@@ -182,7 +194,7 @@ def _check_parts(run: Run) -> None:
     _batches(run)  # checks its arguments at once
     last = len(run.train) // run.replicas % run.batch_size
     sizes = [size for size in (min(run.batch_size, len(run.train)), last) if size >= 2]
-    parts = [len(part) for size in sizes for part in torch.empty(size).chunk(run.config.optim.accumulate)]
+    parts = [size // min(run.config.optim.accumulate, size) for size in sizes]  # the smallest of each
     if run.batch_size == 1 and _has_batch_norm(run):
         raise LocalGradError(
             f"optim.batch_size {run.config.optim.batch_size} on {run.replicas} device(s) leaves a batch norm "
@@ -192,6 +204,17 @@ def _check_parts(run: Run) -> None:
         raise LocalGradError(
             f"optim.accumulate {run.config.optim.accumulate} with batches of {sizes} images leaves a part of one "
             "image, which a BatchNorm cannot normalise; use fewer parts or another batch size"
+        )
+
+
+def _check_start(run: Run) -> None:
+    """Refuses processes that do not begin at the same step, as where each node has a folder of its own."""
+    where = run.state.epoch, run.state.batch, run.state.step
+    first = tuple(run.fabric.broadcast(where))
+    if run.fabric.all_reduce(torch.tensor(float(where != first)), reduce_op="sum") > 0:
+        raise LocalGradError(
+            f"process {run.fabric.global_rank} begins at epoch {where[0]}, batch {where[1]}, and the first one at "
+            f"epoch {first[0]}, batch {first[1]}: the run folder {run.folder.path} must be the same for all processes"
         )
 
 
@@ -223,8 +246,7 @@ def train_epoch(run: Run, display: Display, interrupted: Interrupts) -> None:
         run.rate.fill_(run.learning_rate)
     for optimizer in run.optimizers:
         optimizer.param_groups[0]["lr"] = run.learning_rate if run.rate is None else run.rate
-    sums = torch.tensor(state.sums, dtype=torch.float32 if fabric.device.type == "mps" else torch.float64)
-    sums = sums.to(fabric.device)
+    sums = _own_sums(run)
     run.seconds.clear()
     begin = time.perf_counter()
     for batch in _batches(run, interrupted.is_set):
@@ -248,13 +270,31 @@ def train_epoch(run: Run, display: Display, interrupted: Interrupts) -> None:
             stop = fabric.strategy.reduce_boolean_decision(interrupted.is_set(), all=False)
         if stop or (every and state.step % every == 0):
             _settle(run)
-            state.sums = fabric.all_reduce(sums).tolist()
+            state.sums = _sums_of_all(run, sums)
+            sums = _own_sums(run)
             save(run)
         if stop:
             said = f"interrupted in epoch {state.epoch} after step {state.step}; everything is saved"
             raise InterruptedRun(said, interrupted.number)
     _settle(run)
-    state.sums = fabric.all_reduce(sums).tolist()
+    state.sums = _sums_of_all(run, sums)
+
+
+def _own_sums(run: Run) -> Tensor:
+    """The sums so far, on this process's device; 0 for the blocks that other processes train."""
+    kind = torch.float32 if run.fabric.device.type == "mps" else torch.float64
+    sums = torch.tensor(run.state.sums, dtype=kind)
+    if run.stage:
+        sums[: run.own.start] = sums[run.own.stop : -1] = 0
+    return sums.to(run.fabric.device)
+
+
+def _sums_of_all(run: Run, sums: Tensor) -> list[float]:
+    """The mean over the shares of a batch of each block's sum, and of the number of images."""
+    if run.stage is None:
+        return run.fabric.all_reduce(sums).tolist()
+    total = run.fabric.all_reduce(sums, reduce_op="sum")
+    return [*(total[:-1] / run.replicas).tolist(), float(total[-1] / run.fabric.world_size)]
 
 
 def _settle(run: Run) -> None:
@@ -316,7 +356,7 @@ def train_step(run: Run, inputs: Tensor, targets: Tensor, features: Tensor | Non
     if run.stage is None:
         return own
     losses = own.new_zeros(len(run.blocks))
-    losses[run.own.start : run.own.stop] = own * run.stage.num_stages  # the mean over all processes is that of own
+    losses[run.own.start : run.own.stop] = own
     return losses
 
 
@@ -329,10 +369,11 @@ def _work(
 ) -> tuple[Tensor, Tensor] | None:
     """What a step does on the device: losses and gradient norms of this process's blocks; None if it was skipped."""
     optim, stage, guard = run.config.optim, run.stage, run.guard
-    parts = list(zip(inputs.chunk(optim.accumulate), targets.chunk(optim.accumulate), strict=True))
     own, kept = inputs.new_zeros(len(run.own)), kept_tensors(run)
     done = run.state.batch * optim.batch_size
     whole = min(optim.batch_size, len(run.train) - done)  # in all shares; one may have an image more
+    number_of_parts = min(optim.accumulate, whole // run.replicas)  # the same in all shares
+    parts = list(zip(*(each.tensor_split(number_of_parts) for each in (inputs, targets)), strict=True))
     block_norms: list[Tensor] = []
     for number, (part, part_targets) in enumerate(parts, start=1):
         share = len(part) / len(inputs)

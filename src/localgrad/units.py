@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from localgrad.errors import LocalGradError
-from localgrad.tracing import traced
+from localgrad.tracing import check_composition, seeded, traced
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +90,7 @@ def _writes_input(module: nn.Module, features: Tensor) -> bool:
     doubled = torch.cat([features, features])  # batch norm needs more than one value
     version = doubled._version
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    with torch.random.fork_rng(devices=[]):
+    with seeded(features.device):
         torch.func.functional_call(module.train(), buffers, doubled)
     return doubled._version != version
 
@@ -165,16 +165,22 @@ def _named(model: nn.Module, inputs: Tensor, names: Sequence[str]) -> list[tuple
             f"the submodules {', '.join(names)}, applied in order, do not give what {type(model).__name__} gives: name "
             "every submodule of its forward pass, and move what the forward pass does between them into a submodule"
         )
-    return [(name, modules[name]) for name in names]
+    pieces = [(name, modules[name]) for name in names]
+    check_composition(model, pieces, inputs)
+    return pieces
 
 
 def _channel_dim(features: torch.Size, module: nn.Module, following: nn.Module | None) -> int:
     """The dimension that holds channels: told by the first layer of the next unit that fixes their number."""
     last = len(features) - 1
+    if len(features) == 5:
+        near = [layer for each in (module, following) if each for layer in each.modules()]
+        return 1 if any(isinstance(layer, nn.Conv3d | nn.BatchNorm3d) for layer in near) else last
     if len(features) not in (3, 4):
         return last
     conv, norm = (nn.Conv1d, nn.BatchNorm1d) if len(features) == 3 else (nn.Conv2d, nn.BatchNorm2d)
-    if len(features) == 3 and not any(isinstance(layer, conv) for layer in module.modules()):
+    near = [*module.modules(), *(following.modules() if following else ())]
+    if len(features) == 3 and not any(isinstance(layer, conv) for layer in near):
         return last  # tokens, where no convolution tells otherwise
     guess = None
     for layer in following.modules() if following else ():

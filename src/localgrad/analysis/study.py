@@ -79,7 +79,7 @@ def analyse_run(
     ranges += [(name, n, 1) for name, n in (("train_limit", train_limit), ("test_limit", test_limit)) if n is not None]
     check_rules("these analyses", [(f"{name}={n}: give at least {least}", n >= least) for name, n, least in ranges])
     chosen: dict[str, Any] = {"data": data, "test_split": test_split, "test_limit": test_limit}
-    chosen |= {"precision": "32-true", "accelerator": accelerator}
+    chosen["accelerator"] = accelerator
     trained = load_trained(run_folder, train_limit=train_limit, training_images=probe or everything, **chosen)
     other = None if other_run is None else load_trained(other_run, **chosen)
     folder = run_folder / "analysis" if output is None else output

@@ -18,9 +18,8 @@ class Classifier(nn.Module):
         super().__init__()
         channels = site.features[site.channel_dim]
         if len(site.features) == 3 and site.channel_dim != 1:
-            first_token = _has_class_token(site)
             self.classifier = nn.Sequential(
-                nn.LayerNorm(channels), TokenPool(first_token), nn.Linear(channels, num_classes)
+                nn.LayerNorm(channels), TokenPool(_prefix_tokens(site)), nn.Linear(channels, num_classes)
             )
         else:
             as_map = AsMap(site, "classifier")
@@ -36,29 +35,32 @@ class Classifier(nn.Module):
         return F.cross_entropy(self.predict(features).float(), targets)
 
 
-def _has_class_token(site: Site) -> bool:
+def _prefix_tokens(site: Site) -> int:
     try:
-        return AsMap(site, "classifier").prefix_tokens > 0
+        return AsMap(site, "classifier").prefix_tokens
     except LocalGradError:
-        return False  # no image, or no grid of patches in it
+        return 0  # no image, or no grid of patches in it
 
 
 class TokenPool(nn.Module):
-    """Tokens `(N, L, D)` to `(N, D)`: the class token where there is one, else the mean."""
+    """Tokens `(N, L, D)` to `(N, D)`: the class token where there is one, else the mean over the patches."""
 
-    def __init__(self, first_token: bool) -> None:
+    def __init__(self, prefix_tokens: int) -> None:
         super().__init__()
-        self.first_token = first_token
+        self.prefix_tokens = prefix_tokens
+        # 1 alone, 2 with one for distillation, odd with an even number of registers, which stand alone in the others
+        self.first_token = prefix_tokens == 2 or prefix_tokens % 2 == 1
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return tokens[:, 0] if self.first_token else tokens.mean(1)
+        return tokens[:, 0] if self.first_token else tokens[:, self.prefix_tokens :].mean(1)
 
 
 def classifier(num_classes: int) -> Callable[[Site], nn.Module]:
     """Greedy supervised local learning: `L = CE(W pool(h) + b, y)`.
 
     Maps are averaged over space. Tokens `(N, L, D)` pass a LayerNorm; then the class token is taken, or the mean where
-    there is none (the local head of MAN++ for ViT).
+    there is none (the local head of MAN++ for ViT). Of the tokens before the patches the first is the class token if
+    there are two (DeiT) or an odd number; an even number of more are registers, which are left out of the mean.
 
     Args:
         num_classes: at least 2.

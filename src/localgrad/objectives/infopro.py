@@ -242,7 +242,7 @@ def _weight(name: str, given: Sequence[float], site: Site) -> float:
     if len(given) != 2:
         raise LocalGradError(
             f"{name} has {len(given)} weights and there are {num_local} local blocks: give one for each, or two, for "
-            "the first and the last"
+            "the first and the last, as `plan` takes them, which tries other numbers of blocks"
         )
     ratio = site.index / (num_local - 1) if num_local > 1 else 0.0
     return given[0] * (1 - ratio) + given[1] * ratio
