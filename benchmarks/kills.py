@@ -187,8 +187,9 @@ def kill_runs(kills: int, seed: int, folder: Path) -> dict[str, Any]:
                 contents(run_dir)  # raises where a file is half-written
                 readings += 1
                 left_over += bool(list(run_dir.glob(".*.tmp")))
-        for _ in range(2 if phases.total() < kills else 0):
-            kill(evaluate, run_dir, duration / 3)
+        for _ in range(2):
+            if phases.total() < kills:
+                kill(evaluate, run_dir, duration / 3)
         names = sorted(path.name for path in run_dir.iterdir())
         assert names == files, f"{run_dir} holds {names}, not {files}"
         found = contents(run_dir)

@@ -107,7 +107,7 @@ API: dict[str, tuple[Callable[[], Any], str]] = {
     "similarity above all": (lambda: predsim(10, beta=2.0), r"beta is 2.0: it is the weight .* from 0 to 1"),
     "similarity as text": (lambda: predsim(10, beta="x"), r"beta is 'x'"),  # type: ignore[arg-type]
     "a deviation of zero": (lambda: _info(std=(0, 1, 1)), r"std \(0.0, 1.0, 1.0\): give one of each a channel"),
-    "one weight": (lambda: _info(task=1.0), r"task is 1.0: give its weight at the first and the last block"),
+    "one weight": (lambda: _info(task=1.0), r"task is 1.0: give its weight at the first and the last local block"),
     "a weight that is nan": (lambda: _info(reconstruction=(float("nan"), 1)), r"reconstruction is \(nan, 1\)"),
     "decay as text": (lambda: man("x"), r"decay is 'x': it is from 0"),  # type: ignore[arg-type]
     "decay nan": (lambda: manpp(float("nan")), r"decay is nan: it is from 0"),
@@ -151,7 +151,7 @@ def test_an_error_of_an_objectives_own_is_left_alone() -> None:
             raise RuntimeError("my own")
 
     with pytest.raises(RuntimeError, match=r"^my own$"):
-        _step(blocks=_split(objective=lambda site: Broken()), optimizers=[1, 2])
+        _step(blocks=_split(objective=lambda site: Broken()))
 
 
 # The command line: arguments, and what stderr says

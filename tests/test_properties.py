@@ -331,7 +331,8 @@ def test_any_dtype_and_batch_size_trains_or_is_refused(
     except LocalGradError as error:
         event("refused")
         assert "\n" not in str(error)
-        assert given_dtype != dtype or size == 1 or "infopro" in objective
+        averaged = MOMENTA[momentum] is not None and momentum not in ("bias only", "direct")
+        assert given_dtype != dtype or size == 1 or "infopro" in objective or (averaged and dtype == torch.bfloat16)
         return
     event(f"{dtype}, {size}")
     assert given_dtype == dtype

@@ -163,7 +163,12 @@ def check_optimizers(blocks: Sequence[Block], optimizers: Sequence[Optimizer]) -
 
 def _check_parameters(index: int, block: Block, optimizer: Optimizer) -> None:
     """Refuse an optimizer that steps what is not its block's, or leaves out what its block would train."""
-    given = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    groups = getattr(optimizer, "param_groups", None)
+    if groups is None:
+        raise LocalGradError(
+            f"optimizer {index} is a {type(optimizer).__name__}: give a torch optimizer for each block"
+        )
+    given = {id(parameter) for group in groups for parameter in group["params"]}
     own = {id(parameter): parameter.requires_grad for parameter in block.parameters()}
     foreign = len(given - own.keys())
     missing = sum(trains and key not in given for key, trains in own.items())

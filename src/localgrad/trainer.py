@@ -372,7 +372,7 @@ def _work(
     own, kept = inputs.new_zeros(len(run.own)), kept_tensors(run)
     done = run.state.batch * optim.batch_size
     whole = min(optim.batch_size, len(run.train) - done)  # in all shares; one may have an image more
-    number_of_parts = min(optim.accumulate, whole // run.replicas)  # the same in all shares
+    number_of_parts = max(1, min(optim.accumulate, whole // run.replicas))  # the same in all shares
     parts = list(zip(*(each.tensor_split(number_of_parts) for each in (inputs, targets)), strict=True))
     block_norms: list[Tensor] = []
     for number, (part, part_targets) in enumerate(parts, start=1):
