@@ -1,5 +1,6 @@
 """Analyses against formulas in float64, scikit-learn, and what must hold for any features."""
 
+import itertools
 import json
 import math
 import shutil
@@ -394,6 +395,23 @@ def test_analyse_takes_other_images_and_writes_beside_the_run(run: Path, tmp_pat
     assert values["image_labels"] == [7, 2]
     assert [images[0][0] for images in values["thumbnails"]] == [[175, 0, 99], [50, 0, 99]]
     assert len(values["point_labels"]) == 6
+
+
+def test_other_images_have_the_same_classes_in_the_same_order(run: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    names = [f"class {number}" for number in range(10)]
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    result = json.loads((copy / "result.json").read_text())
+    (copy / "result.json").write_text(json.dumps(result | {"class_names": names}))
+    for folder, given in (("same", names), ("other", [*names[1:], "class x"]), ("disjoint", list("abcdefghij"))):
+        for split, name in itertools.product(("train", "test"), given):
+            (tmp_path / folder / split / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / folder / split / name / "one.png")
+    for folder in ("same", "disjoint"):
+        assert evaluate(copy, data=str(tmp_path / folder), accelerator="cpu").images == 10
+    with pytest.raises(LocalGradError, match=r"has the classes class 1, .* was trained on class 0, "):
+        evaluate(copy, data=str(tmp_path / "other"), accelerator="cpu")
 
 
 def test_what_cannot_be_done_is_said_before_anything_is_trained(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,11 +31,12 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
 
 @dataclass(frozen=True, eq=False)
 class ImageSet(ABC):
-    """What both kinds of set have: `labels` (N,) int64 on the CPU or the set's device, `config` and `num_classes`."""
+    """What both kinds of set have: `labels` (N,) int64 on the CPU or the set's device, `config` and the classes."""
 
     labels: Tensor
     config: DataConfig
     num_classes: int
+    class_names: tuple[str, ...] | None = field(default=None, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -65,6 +65,8 @@ class Result:
     """Batches skipped because a loss or gradient was not finite."""
     num_classes: int | None = None
     """Number of classes of the images, and of the network."""
+    class_names: list[str] | None = None
+    """Their names in order, where the images have such."""
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -283,10 +285,10 @@ class RunFolder:
             ) from error
         load_state(model.load_state_dict, state, self.model)
 
-    def num_classes(self) -> int | None:
-        """Number of classes that the finished run's network tells apart; None where no result says so."""
+    def classes(self) -> tuple[int | None, list[str] | None]:
+        """Number and names of the classes that the finished run's network tells apart; None where no result says so."""
         result = read_json(self.result) if self.is_finished else None
-        return result.get("num_classes") if isinstance(result, dict) else None
+        return (result.get("num_classes"), result.get("class_names")) if isinstance(result, dict) else (None, None)
 
     def save_result(self, result: Result) -> None:
         """Writes the result, which marks the run as finished."""

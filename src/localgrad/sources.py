@@ -54,12 +54,17 @@ def load_images(config: DataConfig) -> tuple[ImageSet, ImageSet]:
         _check_labels(each, num_classes, str(rows.split))
     _check_trained(labels, num_classes, both[0].features[label_column], config)
 
+    names = getattr(both[0].features[label_column], "names", None)
+    class_names = None if names is None else tuple(names)
+
     def build(rows: datasets.Dataset, labels: Tensor, limit_name: str) -> ImageSet:
         indices = balanced(labels, getattr(config, limit_name), limit_name)
         kept, rows = labels[indices], rows.select_columns(image_column).with_format("arrow")
         if config.streaming:
-            return ImageStream(kept, config, num_classes, rows, image_column, indices)
-        return Images(kept, config, num_classes, decode_all(rows, image_column, indices, config))
+            return ImageStream(kept, config, num_classes, rows, image_column, indices, class_names=class_names)
+        return Images(
+            kept, config, num_classes, decode_all(rows, image_column, indices, config), class_names=class_names
+        )
 
     return build(both[0], labels[0], "train_limit"), build(both[1], labels[1], "test_limit")
 

@@ -278,7 +278,8 @@ def seeded(device: torch.device) -> Iterator[None]:
 def _random_state(device: torch.device) -> tuple[Any, ...]:
     """Where the generators stand."""
     states = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
-    return (*(state.tolist() for state in states), random.getstate(), repr(np.random.get_state()))
+    _, keys, position, *_ = np.random.get_state()
+    return (*(state.tolist() for state in states), random.getstate(), keys.tolist(), position)  # pyright: ignore
 
 
 def _same(first: Tensor, second: Tensor) -> bool:

@@ -73,11 +73,16 @@ def load_trained(
     config = replace(config, accelerator=accelerator, devices=1, parallel="data", replicas=1, data=images)
     fabric = make_fabric(config)
     train, test = load_images(config.data)
-    classes = folder.num_classes()
+    classes, names = folder.classes()
     if classes not in (None, test.num_classes):
         raise LocalGradError(
             f"{config.data.source} has {test.num_classes} classes and the network of {folder.path} tells {classes} "
             "apart; give --data with the same classes in the same order"
+        )
+    if names and test.class_names and names != list(test.class_names) and {*names} & {*test.class_names}:
+        raise LocalGradError(
+            f"{config.data.source} has the classes {', '.join(test.class_names[:9])} and the network of {folder.path} "
+            f"was trained on {', '.join(names[:9])}: give --data with the same classes in the same order"
         )
     model = build_model(config.model, test.num_classes)
     blocks = build_blocks(config, model, test.num_classes) if with_blocks else []

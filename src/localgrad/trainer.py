@@ -532,6 +532,7 @@ def _result(run: Run) -> Result:
         wall_seconds=state.elapsed_seconds,
         skipped=state.skipped,
         num_classes=run.train.num_classes,
+        class_names=None if run.train.class_names is None else list(run.train.class_names),
         precision=resolve_precision(run.config),
         **provenance(run.fabric.device),
     )
