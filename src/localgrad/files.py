@@ -21,7 +21,7 @@ def atomic_write(path: Path, keep: int = 1) -> Iterator[BinaryIO]:
     Raises:
         LocalGradError: the disk is full or cannot be written; what `path` held before is still whole.
     """
-    if path.exists() and not path.is_file() and not path.is_dir():
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):  # noqa: PTH110, PTH112, PTH113
         with path.open("wb") as file:
             yield file
         return

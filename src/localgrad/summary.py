@@ -100,9 +100,8 @@ class Row:
             for name, value in own.items()
             if name not in aside and name in published and value != published[name]
         ]
-        classes = self.runs[0].result.num_classes
-        usual = CLASSES.get(self.config["name"].partition("-")[0], 10)
-        return changed + [f"{classes} classes"] * (classes not in (None, usual))
+        classes = _num_classes(self.runs[0])
+        return changed + [f"{classes} classes"] * (classes != _usual_classes(self.config))
 
     def mean(self, name: str) -> float:
         """Mean over the runs of a field of their results."""
@@ -205,8 +204,18 @@ def _row_key(run: FinishedRun) -> str:
     """What the runs of a row have in common."""
     result = run.result
     own = own_fields(result.config) | {"precision": result.precision}  # auto is another one on another device
-    own |= {"num_blocks": result.num_blocks, "num_classes": result.num_classes}
+    own |= {"num_blocks": result.num_blocks, "num_classes": _num_classes(run)}
     return json.dumps(own, sort_keys=True, default=str)
+
+
+def _usual_classes(config: dict[str, Any]) -> int:
+    """Classes of the set of images that the config's name begins with."""
+    return CLASSES.get(config["name"].partition("-")[0], 10)
+
+
+def _num_classes(run: FinishedRun) -> int:
+    """Classes of the images; results of the first versions do not say."""
+    return run.result.num_classes or _usual_classes(run.result.config)
 
 
 def own_fields(config: dict[str, Any]) -> dict[str, Any]:
