@@ -354,7 +354,7 @@ def _count(model: nn.Module, features: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("what", [_count, lambda self, features: features + torch.randn(1)], ids=["counter", "noise"])
 def test_what_tracing_would_freeze_is_refused_and_nothing_is_changed(what) -> None:
     model = Stochastic(what)
-    with pytest.raises(LocalGradError, match=r"Stochastic, traced by torch.fx, does not compute.* in training"):
+    with pytest.raises(LocalGradError, match=r"Stochastic, cut into units, does not compute.* in training"):
         units(model, torch.empty(4, 3, 16, 16))
     assert model.seen == 0
 
