@@ -278,7 +278,7 @@ def test_a_checkpoint_that_finds_no_room_is_an_error_and_the_run_goes_on_later(
             fit(CONFIG, tmp_path, quiet=True)
     small_files(resource.RLIM_INFINITY)
     assert [torch.load(path)["state"]["step"] for path in versions(tmp_path / "checkpoint.pt").values()] == [4, 3]
-    assert not list(tmp_path.glob(".*"))
+    assert not list(tmp_path.glob(".*.tmp"))
     fit(CONFIG, tmp_path, resume=True, quiet=True)
     assert_same_run(straight, tmp_path)
 
@@ -360,6 +360,73 @@ def test_names_with_code_and_paths_in_a_config_do_nothing(
     assert main(arguments) == 2, "of another number of epochs, or refused before"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
     assert [path.name for path in run_dir.iterdir()] == ["config.json"]
+
+
+# Two processes and one folder
+
+HOLD = """
+import fcntl, sys
+file = open(sys.argv[1], "w")
+try:
+    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError:
+    sys.exit("held")
+print("got it", flush=True)
+sys.stdin.read()
+"""
+
+
+def _holder(run_dir: Path) -> "subprocess.Popen[str]":
+    """A process that trains in a folder, as far as the lock can tell."""
+    pipes: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    return subprocess.Popen([sys.executable, "-S", "-c", HOLD, str(run_dir / ".lock")], text=True, **pipes)
+
+
+def test_a_folder_where_another_process_trains_is_refused_until_that_ends(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        _after_steps(patch, 4, lambda: os.kill(os.getpid(), signal.SIGINT))
+        fit(CONFIG, run_dir, quiet=True)
+    with _holder(run_dir) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "got it\n", "the interrupted run has left the folder free"
+        before = {path.name: path.read_bytes() for path in run_dir.iterdir()}
+        with pytest.raises(LocalGradError, match=r"another process is training in .*run; wait for it, or give another"):
+            fit(CONFIG, run_dir, resume=True, quiet=True)
+        assert {path.name: path.read_bytes() for path in run_dir.iterdir()} == before
+        other.kill()
+    fit(CONFIG, run_dir, resume=True, quiet=True)
+    assert_same_run(straight, run_dir)
+
+
+def test_a_run_keeps_its_folder_until_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers: list[str] = []
+
+    def knock() -> None:
+        answers.append(_holder(tmp_path / "run").communicate("")[1])
+
+    _after_steps(monkeypatch, 2, knock)
+    fit(CONFIG, tmp_path / "run", quiet=True)
+    assert set(answers) == {"held\n"}
+    knock()
+    assert answers[-1] == ""
+
+
+def test_a_run_that_another_one_has_begun_meanwhile_is_not_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run"
+    checked = trainer._check_start
+
+    def meanwhile(run: Any) -> None:
+        RunFolder(run_dir).start(with_defaults(CONFIG), lines=0)
+        checked(run)
+
+    monkeypatch.setattr(trainer, "_check_start", meanwhile)
+    with pytest.raises(LocalGradError, match="holds this run, not finished; continue it with --resume"):
+        fit(CONFIG, run_dir, quiet=True)
 
 
 # The state in a checkpoint

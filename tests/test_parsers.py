@@ -46,6 +46,7 @@ def run() -> state.Run:
     folder = RunFolder(Path(tempfile.mkdtemp()) / "run")
     with patch.object(trainer, "build_model", lambda config, num_classes: _plain(nn.Identity())):
         made = trainer.set_up(with_defaults(NORM_FREE), folder, resume=False)
+    folder.start(made.config, lines=0)
     for optimizer in made.optimizers:
         for group in optimizer.param_groups:
             for parameter in group["params"]:

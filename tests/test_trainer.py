@@ -468,7 +468,7 @@ def test_a_block_without_a_class_head_has_no_error(tmp_path: Path) -> None:
 
 
 def test_an_unfinished_run_cannot_be_evaluated(tmp_path: Path) -> None:
-    _set_up(LOCAL, tmp_path)
+    RunFolder(tmp_path / "run").start(LOCAL, lines=0)
     with pytest.raises(LocalGradError, match=r"has no model\.safetensors"):
         evaluation.evaluate(tmp_path / "run", accelerator="cpu")
 

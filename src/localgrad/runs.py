@@ -2,7 +2,8 @@
 
 Every file but the metrics is written whole or not at all: to a temporary file beside it, flushed to the disk, then
 renamed. The metrics get one line an epoch; on resume they are cut back to the lines that the checkpoint knows.
-The checkpoints before the last one are `checkpoint.pt.1`, `checkpoint.pt.2`, and so on.
+The checkpoints before the last one are `checkpoint.pt.1`, `checkpoint.pt.2`, and so on. `.lock` is held while a process
+trains there.
 """
 
 import dataclasses
@@ -12,7 +13,8 @@ import logging
 import os
 import pickle
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,6 +168,35 @@ class RunFolder:
         if not resume:
             raise LocalGradError(f"{self.path} holds this run, not finished; continue it with --resume")
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Makes the folder and keeps other processes from training in it; a process that is killed leaves it free.
+
+        Raises:
+            LocalGradError: another process trains there, or the folder cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = self._own(".lock").open("w")
+        except (OSError, ValueError) as error:
+            raise self._unusable(error) from error
+        with file:
+            try:
+                import fcntl
+
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, it does not pass on to workers
+            except BlockingIOError:
+                raise LocalGradError(
+                    f"another process is training in {self.path}; wait for it, or give another --run-dir"
+                ) from None
+            except (ImportError, OSError) as error:  # Windows, or a file system without locks
+                logger.warning("%s cannot be locked (%s): start no second process there", self.path, error)
+            yield
+
+    def _unusable(self, error: Exception) -> LocalGradError:
+        why = getattr(error, "strerror", None) or error
+        return LocalGradError(f"the run folder {str(self.path)!r} cannot be made or read: {why}")
+
     def start(self, config: TrainConfig, lines: int) -> None:
         """Makes the folder, saves the config in it and cuts the metrics back to their first `lines` lines.
 
@@ -182,8 +213,7 @@ class RunFolder:
                 version.unlink()
             kept = self.metrics.read_bytes().splitlines(keepends=True)[:lines] if self.metrics.exists() else []
         except (OSError, ValueError) as error:
-            why = getattr(error, "strerror", None) or error
-            raise LocalGradError(f"the run folder {str(self.path)!r} cannot be made or read: {why}") from error
+            raise self._unusable(error) from error
         if len(kept) < lines:
             logger.warning("%s has lost %d of its first %d lines", self.metrics, lines - len(kept), lines)
         write_json(self._config, to_dict(config))

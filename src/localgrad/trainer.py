@@ -66,7 +66,8 @@ def fit(config: TrainConfig, run_dir: str | Path, *, resume: bool = False, quiet
     resume = resume or (restarted() and folder.is_started)
     with noticed_losses():
         run = set_up(with_defaults(validate(as_launched(config))), folder, resume)
-        return _fit(run, quiet or not run.fabric.is_global_zero)
+        with _started(run, resume):
+            return _fit(run, quiet or not run.fabric.is_global_zero)
 
 
 def _fit(run: Run, quiet: bool) -> Result:
@@ -131,10 +132,6 @@ def set_up(config: TrainConfig, folder: RunFolder, resume: bool) -> Run:
     run.guard = make_guard(run)
     if config.cuda_graph:
         replay_steps(run)
-    if fabric.is_global_zero:
-        folder.start(config, run.state.lines)
-        run.board = folder.open_board(run.state.epoch) if config.tensorboard else None
-    fabric.barrier()
     return run
 
 
@@ -216,6 +213,24 @@ def _check_start(run: Run) -> None:
             f"process {run.fabric.global_rank} begins at epoch {where[0]}, batch {where[1]}, and the first one at "
             f"epoch {first[0]}, batch {first[1]}: the run folder {run.folder.path} must be the same for all processes"
         )
+
+
+@contextlib.contextmanager
+def _started(run: Run, resume: bool) -> Iterator[None]:
+    """Keeps the folder to this run until it ends, and has it hold what the loaded checkpoint knows.
+
+    Raises:
+        LocalGradError: another process trains in the folder, or has begun or finished a run there meanwhile.
+    """
+    config, folder = run.config, run.folder
+    with contextlib.ExitStack() as held:
+        if run.fabric.is_global_zero:
+            held.enter_context(folder.locked())
+            folder.check(config, resume)
+            folder.start(config, run.state.lines)
+            run.board = folder.open_board(run.state.epoch) if config.tensorboard else None
+        run.fabric.barrier()
+        yield
 
 
 def _has_batch_norm(run: Run) -> bool:
