@@ -20,7 +20,7 @@ import localgrad
 from localgrad import LocalGradError, plan, units
 from localgrad.memory import PeakMemory, step_peak
 from localgrad.models import cifar_resnet
-from localgrad.profiles import EndProfile, Profile, UnitProfile, profile
+from localgrad.profiles import EndProfile, Pass, Profile, UnitProfile, profile
 from localgrad.simulation import Simulation
 from localgrad.units import Unit
 
@@ -107,6 +107,29 @@ def test_a_planned_peak_is_that_of_the_real_step(family: str, objective: str, mo
     assert profiled.peak(cuts) == pytest.approx(measured, rel=0.01)
 
 
+@pytest.mark.parametrize("options", OPTIONS[:3], ids=["float32", "bf16", "recompute"])
+@pytest.mark.parametrize(
+    "frozen", ["first units", "all but norms and head", "all but the last unit", "every other unit"]
+)
+def test_frozen_layers_keep_what_they_really_keep(frozen: str, options: dict[str, Any]) -> None:
+    model = cifar_resnet(14, NUM_CLASSES)
+    trained: dict[str, Callable[[str], bool]] = {
+        "first units": lambda name: name.startswith(("layer2.1", "layer3", "fc")),
+        "all but norms and head": lambda name: ".bn" in name or "fc" in name,
+        "all but the last unit": lambda name: name.startswith("fc"),
+        "every other unit": lambda name: name.startswith(("layer1.0", "layer2.0", "layer3.0", "fc")),
+    }
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained[frozen](name))
+    found = units(model, REAL)
+    profiled = profile(found, REAL, localgrad.dgl(NUM_CLASSES), **options)
+    for cuts in ([], [1], [2], [4], [1, 3], [0, 1, 2, 3, 4, 5]):
+        measured = step_peak(
+            model, REAL, [found[cut].name for cut in cuts], localgrad.dgl(NUM_CLASSES), None, **options
+        )
+        assert profiled.peak(cuts) == pytest.approx(measured, rel=0.01), cuts
+
+
 @pytest.mark.parametrize("family", ["cifar resnet", "convnext", "vgg"])
 def test_the_autocast_that_is_meant_for_cuda_keeps_what_cudas_does(family: str) -> None:
     """A fake tensor runs forward on CUDA where there is none; what its graph keeps is compared."""
@@ -152,6 +175,18 @@ def test_all_candidates_come_in_the_right_order() -> None:
         assert (p < q) == (s < t) or abs(s - t) < 0.001 * s
 
 
+def _any_pass(draw: random.Random) -> Pass:
+    return Pass(
+        kept=draw.randint(0, 50),
+        keeps_input=draw.random() < 0.5,
+        keeps_output=draw.random() < 0.5,
+        casts=draw.randint(0, 9),
+        forward=draw.randint(0, 60),
+        backward=draw.randint(20, 90),
+        backward_last=draw.randint(20, 90),
+    )
+
+
 def test_the_best_cuts_are_those_that_brute_force_finds() -> None:
     draw = random.Random(0)
     for _ in range(60):
@@ -159,17 +194,10 @@ def test_the_best_cuts_are_those_that_brute_force_finds() -> None:
         chain = tuple(
             UnitProfile(
                 lasting=draw.randint(0, 30),
-                gradients=draw.randint(0, 30),
+                gradients=max(0, draw.randint(-10, 30)),  # some are frozen
                 output=draw.randint(1, 20),
-                kept=draw.randint(0, 50),
-                keeps_input=draw.random() < 0.5,
-                keeps_output=draw.random() < 0.5,
-                casts=draw.randint(0, 9),
-                forward=draw.randint(0, 60),
-                backward=draw.randint(20, 90),
-                backward_first=draw.randint(20, 90),
-                backward_last=draw.randint(20, 90),
-                backward_alone=draw.randint(20, 90),
+                inner=_any_pass(draw),
+                first=_any_pass(draw),
             )
             for _ in range(length)
         )

@@ -181,12 +181,12 @@ def _refusal(
     least = min(rows, key=lambda row: row.peak)
     profiled = profiles[least.recompute]
     weights = sum(unit.lasting + unit.gradients for unit in profiled.units)
-    worst = max(range(len(found)), key=lambda position: profiled.units[position].backward_alone)
+    worst = max(range(len(found)), key=lambda position: profiled.units[position].first.backward_last)
     return (
         f"budget is {readable(budget)}, and {batch} samples a step take at least {readable(least.peak)} "
         f"({least.num_blocks} blocks{', recomputed' if least.recompute else ''}): {readable(weights)} are "
         f"weights, gradients and optimizer state, and the unit {found[worst].name!r} alone needs "
-        f"{readable(profiled.units[worst].backward_alone)}; give {readable(least.peak)} or a smaller batch"
+        f"{readable(profiled.units[worst].first.backward_last)}; give {readable(least.peak)} or a smaller batch"
     )
 
 

@@ -1,7 +1,7 @@
 """Profiles: what each unit does to memory; the peak of any cuts, and the best cuts, follow by addition."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -24,36 +24,45 @@ INFINITE = float("inf")
 
 
 @dataclass(frozen=True)
-class UnitProfile:
-    """What one unit does to memory in a training step, in bytes.
+class Pass:
+    """What a unit's forward and backward pass do to memory, in bytes.
 
     Attributes:
-        lasting: parameters, buffers, and one buffer of optimizer state a trained parameter.
-        gradients: of its parameters.
-        output: its features.
         kept: what its graph keeps for the backward pass, without input and output.
         keeps_input: whether its graph keeps the input.
         keeps_output: whether its graph keeps the output.
         casts: weights in lower precision that autocast caches until the block's forward pass ends, and no graph keeps.
         forward: the most that is alive during its forward pass beyond the input.
         backward: the most that is alive during its backward pass, its own kept bytes included, beyond the input.
-        backward_first: the same where it is the first of a block and its input needs no gradient.
-        backward_last: as `backward` where it is the last of a block and its output stays.
-        backward_alone: where it is both.
+        backward_last: the same where it is the last of a block and its output stays.
     """
 
-    lasting: int
-    gradients: int
-    output: int
     kept: int
     keeps_input: bool
     keeps_output: bool
     casts: int
     forward: int
     backward: int
-    backward_first: int
     backward_last: int
-    backward_alone: int
+
+
+@dataclass(frozen=True)
+class UnitProfile:
+    """What one unit does to memory in a training step.
+
+    Attributes:
+        lasting: bytes of parameters, buffers, and one buffer of optimizer state a trained parameter.
+        gradients: bytes of gradients of its parameters; 0 for a frozen unit.
+        output: bytes of its features.
+        inner: its passes where its input needs a gradient.
+        first: its passes where that needs none: the first unit of a block, and those up to its first trained one.
+    """
+
+    lasting: int
+    gradients: int
+    output: int
+    inner: Pass
+    first: Pass
 
 
 @dataclass(frozen=True)
@@ -118,43 +127,42 @@ class Profile:
         """Gradients of the units before `start` that wait while the block from there is trained."""
         return 0 if self.step_each_block else self._gradients_before[start]
 
-    @cached_property
-    def _between(self) -> list[int]:
-        """Bytes of the features after each unit, where a graph keeps them within a block."""
-        following = [*self.units[1:], None]
-        return [
-            unit.output if unit.keeps_output or (after is not None and after.keeps_input) else 0
-            for unit, after in zip(self.units, following, strict=True)
-        ]
-
     def peaks_from(self, start: int, ends: Sequence[EndProfile]) -> list[float]:
         """Peak of a block from the unit `start` to each later unit: what it adds while it is trained."""
-        first = self.units[start]
+        passes = self._passes_from(start)
         entry = 0 if start == 0 else self.units[start - 1].output
-        kept_entry = entry if first.keeps_input else 0
+        kept = entry if passes[0].keeps_input else 0
         peaks: list[float] = []
-        forward_peak, level, casts = 0.0, float(kept_entry), 0
+        forward_peak, level, casts = 0.0, float(kept), 0
+        caller = entry - kept  # holds the block's input until its forward pass ends
         # of the units so far: their backward pass beyond what gradients of later units and the block's output add
         backward: list[float] = []
-        alive_input = entry - kept_entry
-        for position in range(start, len(self.units)):
+        alive_input = 0
+        for position, (here, after) in enumerate(zip(passes, [*passes[1:], None], strict=True), start=start):
             unit, end = self.units[position], ends[position]
-            forward_peak = max(forward_peak, level + casts + alive_input + unit.forward)
-            casts += unit.casts
-            last = level + (unit.backward_alone if position == start else unit.backward_last)
-            before = level + (unit.backward_first if position == start else unit.backward)
-            level += unit.kept
+            forward_peak = max(forward_peak, level + caller + casts + alive_input + here.forward)
+            casts += here.casts
+            last, before = level + here.backward_last, level + here.backward
+            level += here.kept
             held = unit.output  # the block's own output stays alive while it is trained
-            at_end = level + held + max(casts + end.forward, end.backward)
+            at_end = level + held + max(caller + casts + end.forward, end.backward)
             gradients = self._gradients_before[position + 1]
             earlier = (peak + held - self._gradients_before[start + 1 + i] for i, peak in enumerate(backward))
             worst = max([last - gradients, *earlier]) + gradients
             backward.append(before)
             peaks.append(max(forward_peak, at_end, worst + end.gradients))
-            kept = self._between[position]
+            kept = unit.output if here.keeps_output or (after is not None and after.keeps_input) else 0
             level += kept
             alive_input = unit.output - kept
         return peaks
+
+    def _passes_from(self, start: int) -> list[Pass]:
+        """Of each unit of a block from `start`: no gradient goes back beyond its first trained one."""
+        before = self._gradients_before
+        return [
+            unit.first if before[position] == before[start] else unit.inner
+            for position, unit in enumerate(self.units[start:], start=start)
+        ]
 
     def peak(self, cuts: Sequence[int]) -> float:
         """Peak bytes of a step with blocks that end after these units: everything that lives in it."""
@@ -264,7 +272,7 @@ def profile(
     features, profiles = inputs, []
     ends: list[list[EndProfile]] = [[], [], []]
     for position, unit in enumerate(on_meta):
-        shared = bool(profiles) and profiles[-1].keeps_output  # the input stays for the unit before
+        shared = bool(profiles) and profiles[-1].inner.keeps_output  # the input stays for the unit before
         key = ("unit", *setting, recompute, shared, features.shape, features.dtype, _signature(unit.module))
         if key not in known:
             module = copy.deepcopy(unit.module)  # the next block's first unit is copied from `meta`
@@ -359,16 +367,18 @@ def _profile_unit(
     with torch.no_grad(), simulation.forward_pass():
         result = module(features.clone())
     run = partial(_run_unit, module, features, recompute, writes_input, simulation)
-    profiled, first = run(), run(first=True)
-    middle = run(shared=True).backward if shared else profiled.backward
-    if profiled.keeps_output:
-        last, alone = run(shared=shared, last=True).backward, run(first=True, last=True).backward
-    else:
-        last, alone = middle + profiled.output, first.backward + profiled.output
-    profiled = replace(
-        profiled, backward=middle, backward_first=first.backward, backward_last=last, backward_alone=alone
-    )
-    return profiled, result.shape, result.dtype
+    output = result.untyped_storage().nbytes()
+    inner, first = run(), run(first=True)
+    if shared:
+        inner = replace(inner, backward=run(shared=True).backward)
+    inner = replace(inner, backward_last=_backward_last(inner, output, partial(run, shared=shared)))
+    first = replace(first, backward_last=_backward_last(first, output, partial(run, first=True)))
+    gradients = sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
+    return UnitProfile(_lasting(module), gradients, output, inner, first), result.shape, result.dtype
+
+
+def _backward_last(passes: Pass, output: int, run: Callable[..., Pass]) -> int:
+    return run(last=True).backward if passes.keeps_output else passes.backward + output
 
 
 def _run_unit(
@@ -381,7 +391,7 @@ def _run_unit(
     first: bool = False,
     shared: bool = False,
     last: bool = False,
-) -> UnitProfile:
+) -> Pass:
     """What one forward and one backward pass show.
 
     `first`: its input needs no gradient. `shared`: its input stays, for the unit before. `last`: its output stays.
@@ -408,25 +418,13 @@ def _run_unit(
         del entry
         keeps_input = counter.current == before
         kept = counter.current - rest.nbytes - size * keeps_input - output * keeps_output
-        counter.peak = counter.current
+        backward = 0
         if rest.requires_grad:
+            counter.peak = counter.current
             rest.backward()
-        backward = counter.peak - size * keeps_input
+            backward = counter.peak - size * keeps_input
     del held
-    return UnitProfile(
-        lasting=_lasting(module),
-        gradients=sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad),
-        output=output,
-        kept=kept,
-        keeps_input=keeps_input,
-        keeps_output=keeps_output,
-        casts=casts,
-        forward=forward,
-        backward=backward,
-        backward_first=backward,
-        backward_last=backward,
-        backward_alone=backward,
-    )
+    return Pass(kept, keeps_input, keeps_output, casts, forward, backward, backward_last=backward)
 
 
 def _auxiliary(
