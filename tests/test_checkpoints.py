@@ -17,7 +17,7 @@ import pytest
 import torch
 from test_trainer import LOCAL, _after_steps, _metrics, assert_same_run
 
-from localgrad import evaluation, trainer
+from localgrad import evaluation, runs, trainer
 from localgrad.build import with_defaults
 from localgrad.cli import main
 from localgrad.errors import LocalGradError
@@ -368,7 +368,7 @@ HOLD = """
 import fcntl, sys
 file = open(sys.argv[1], "w")
 try:
-    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 except BlockingIOError:
     sys.exit("held")
 print("got it", flush=True)
@@ -393,6 +393,7 @@ def test_a_folder_where_another_process_trains_is_refused_until_that_ends(
         assert other.stdout is not None
         assert other.stdout.readline() == "got it\n", "the interrupted run has left the folder free"
         before = {path.name: path.read_bytes() for path in run_dir.iterdir()}
+        monkeypatch.setattr(runs, "LOCK_SECONDS", 0.3)
         with pytest.raises(LocalGradError, match=r"another process is training in .*run; wait for it, or give another"):
             fit(CONFIG, run_dir, resume=True, quiet=True)
         assert {path.name: path.read_bytes() for path in run_dir.iterdir()} == before
@@ -418,15 +419,36 @@ def test_a_run_that_another_one_has_begun_meanwhile_is_not_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_dir = tmp_path / "run"
-    checked = trainer._check_start
+    check = trainer._check_parts
 
     def meanwhile(run: Any) -> None:
         RunFolder(run_dir).start(with_defaults(CONFIG), lines=0)
-        checked(run)
+        check(run)
 
-    monkeypatch.setattr(trainer, "_check_start", meanwhile)
+    monkeypatch.setattr(trainer, "_check_parts", meanwhile)
     with pytest.raises(LocalGradError, match="holds this run, not finished; continue it with --resume"):
         fit(CONFIG, run_dir, quiet=True)
+
+
+def test_what_another_process_has_saved_meanwhile_is_gone_on_from(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir, later = tmp_path / "run", tmp_path / "later"
+    for path, step in ((run_dir, 3), (later, 7)):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            _after_steps(patch, step, lambda: os.kill(os.getpid(), signal.SIGINT))
+            fit(CONFIG, path, quiet=True)
+    locked, steps = RunFolder.locked, []
+
+    def after_the_other(folder: RunFolder) -> Any:
+        shutil.copytree(later, run_dir, dirs_exist_ok=True)
+        return locked(folder)
+
+    monkeypatch.setattr(RunFolder, "locked", after_the_other)
+    _after_steps(monkeypatch, 1, lambda: steps.append(torch.load(run_dir / "checkpoint.pt")["state"]["step"]))
+    fit(CONFIG, run_dir, resume=True, quiet=True)
+    assert steps == [7]
+    assert_same_run(straight, run_dir)
 
 
 # The state in a checkpoint

@@ -5,6 +5,7 @@ import json
 import math
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -45,8 +46,7 @@ def run() -> state.Run:
     """A run whose objects checkpoints are loaded into, with one step's worth of optimizer state."""
     folder = RunFolder(Path(tempfile.mkdtemp()) / "run")
     with patch.object(trainer, "build_model", lambda config, num_classes: _plain(nn.Identity())):
-        made = trainer.set_up(with_defaults(NORM_FREE), folder, resume=False)
-    folder.start(made.config, lines=0)
+        made = trainer.set_up(with_defaults(NORM_FREE), folder, False, ExitStack())
     for optimizer in made.optimizers:
         for group in optimizer.param_groups:
             for parameter in group["params"]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _set_up(config: TrainConfig, tmp_path: Path) -> state.Run:
-    return trainer.set_up(config, RunFolder(tmp_path / "run"), resume=False)
+    return trainer.set_up(config, RunFolder(tmp_path / "run"), False, ExitStack())
 
 
 # What a run leaves
@@ -468,7 +469,7 @@ def test_a_block_without_a_class_head_has_no_error(tmp_path: Path) -> None:
 
 
 def test_an_unfinished_run_cannot_be_evaluated(tmp_path: Path) -> None:
-    RunFolder(tmp_path / "run").start(LOCAL, lines=0)
+    _set_up(LOCAL, tmp_path)
     with pytest.raises(LocalGradError, match=r"has no model\.safetensors"):
         evaluation.evaluate(tmp_path / "run", accelerator="cpu")
 

@@ -28,7 +28,9 @@ def memory_advice(config: TrainConfig, num_classes: int, cuts: list[str], capaci
     objective, momentum = build_factories(config, num_classes)
     shares = config.replicas if config.parallel == "blocks" else config.devices
     images = -(-config.optim.batch_size // (shares * config.optim.accumulate))
-    smaller = f"fewer images at once, as --optim.accumulate {2 * config.optim.accumulate}, would take less too"
+    whole = config.step_each_block or config.parallel == "blocks"  # which take no batch in parts
+    fewer = "a smaller --optim.batch-size" if whole else f"--optim.accumulate {2 * config.optim.accumulate}"
+    smaller = f"fewer images at once, as {fewer}, would take less too"
     with torch.device("meta"):
         model = build_model(config.model, num_classes)
         example = torch.empty(images, 3, config.data.image_size, config.data.image_size)

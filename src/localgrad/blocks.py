@@ -24,7 +24,8 @@ class Site:
     """Where an objective sits; what a factory needs to know to build it.
 
     Attributes:
-        features: shape of the features that it gets, `(N, C, H, W)`, `(N, H, W, C)`, `(N, L, D)` or `(N, D)`.
+        features: shape of the features that it gets, `(N, C, H, W)`, `(N, H, W, C)`, `(N, C, L)`, `(N, L, D)` or
+            `(N, D)`.
         channel_dim: the dimension of `features` that holds channels, 1 or the last.
         inputs: shape of the network's input, `(N, 3, H, W)` for images.
         index: of the block, from 0.
@@ -108,7 +109,7 @@ class Block(nn.Module):
         return features if self.momentum is None else self.momentum(features)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """The parameters to hand to this block's optimizer: all but frozen ones, so without the EMA branch."""
+        """The parameters to hand to this block's optimizer: all but frozen ones, as the sum's EMA branch is."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def check_training(self) -> None:

@@ -15,7 +15,7 @@ from localgrad.errors import LocalGradError
 USAGE = """\
 localgrad trains a network as gradient-isolated blocks, each with a local loss of its own.
 
-  localgrad demo                       see it work in a minute, on images that need no download
+  localgrad demo                       see it work in minutes, on images that need no download
   localgrad recipes [WORDS]            the named runs of the papers' tables
   localgrad train RECIPE [FLAGS]       train one of them
   localgrad evaluate RUN_FOLDER        test the weights that a run left
@@ -78,7 +78,8 @@ Example:
 
 DEMO_HELP = """Train one small ResNet on scikit-learn's digits end-to-end, with DGL, and with DGL+MAN.
 
-Prints a table and writes the learning curves, curves.png. No download, under three minutes on two cores.
+Prints a table, and writes it (table.json) and the learning curves (curves.png). No download, under three minutes on
+two cores.
 
 Example:
   localgrad demo --run-dir runs/demo
@@ -349,6 +350,8 @@ def reproduce(arguments: Sequence[str]) -> int:
         """Train on so many images only, evenly from each class."""
         test_limit: Annotated[int | None, number] = None
         """Test on so many images only, evenly from each class."""
+        test_split: str | None = None
+        """Split to test on, instead of the recipes'."""
         epochs: Annotated[int | None, number] = None
         """Passes over the images, instead of the recipes'."""
         warmup_epochs: Annotated[int | None, number] = None
@@ -383,6 +386,7 @@ def reproduce(arguments: Sequence[str]) -> int:
         "data.source": options.data,
         "data.train_limit": options.train_limit,
         "data.test_limit": options.test_limit,
+        "data.test_split": options.test_split,
         "optim.epochs": options.epochs,
         "optim.warmup_epochs": options.warmup_epochs,
         "optim.batch_size": options.batch_size,
@@ -475,7 +479,7 @@ def plan(arguments: Sequence[str]) -> int:
         depth: int = 32
         """Layers of a cifar_resnet."""
         objective: str = "dgl"
-        """Local loss: classifier, predsim, dgl or infopro."""
+        """Local loss: classifier, predsim, dgl or infopro; above 96 px with the heads for wide features."""
         momentum: str = "man"
         """Momentum auxiliary network: none, man or manpp."""
         precision: str = "32-true"
@@ -490,7 +494,7 @@ def plan(arguments: Sequence[str]) -> int:
         """Folder for plan.json and plan.png; nothing is written unless given."""
 
     options = _parse(Plan, arguments, "localgrad plan", PLAN_HELP)
-    from localgrad.sheet import parse_bytes, plan_model, show_sheets, write_sheets
+    from localgrad.sheet import head_for, parse_bytes, plan_model, show_sheets, write_sheets
 
     small = options.model == "cifar_resnet"
     size = (32 if small else 224) if options.image_size is None else options.image_size
@@ -510,7 +514,9 @@ def plan(arguments: Sequence[str]) -> int:
     )
     name = f"cifar_resnet {options.depth}" if small else options.model
     precision = "float32" if options.precision == "32-true" else options.precision
-    title = f"{name}, batch {options.batch_size}, {size} px, {precision}, SGD, {options.objective}"
+    head = head_for(options.objective, size)
+    loss = options.objective if head is None else f"{options.objective} with head {head}"
+    title = f"{name}, batch {options.batch_size}, {size} px, {precision}, SGD, {loss}"
     title += ", each block stepped at once" if options.step_each_block else ""
     show_sheets(title, sheets, budget)
     if options.output is not None:
@@ -551,8 +557,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        The exit code: 0, or 2 for input that cannot be used (one line on stderr), or 130 when interrupted
-        by Ctrl-C and 143 by SIGTERM.
+        The exit code: 0, 1 where runs of `reproduce` failed, 2 for input that cannot be used (one line on stderr), 130
+        when interrupted by Ctrl-C, 143 by SIGTERM, 141 where the reader of the output has gone.
     """
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot print ± gets a question mark
         if isinstance(stream, io.TextIOWrapper):

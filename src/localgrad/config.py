@@ -40,7 +40,7 @@ class ObjectiveConfig:
     name: str = "none"
     """Which local loss: `none` (one block, end-to-end), `classifier`, `predsim`, `dgl` or `infopro`."""
     head: str | None = None
-    """Form of the task head, by the method's own names (as `compact`, `original`, `wide` for dgl)."""
+    """Form of the task head, by the method's own names (as `compact`, `original`, `wide`, `light` for dgl)."""
     beta: float | None = None
     """Weight of the similarity loss; the class loss gets 1 - beta."""
     max_features: int | None = None
@@ -66,7 +66,7 @@ class MomentumConfig:
     form: str | None = None
     """`sum` (two branches, the released code) or `fused` (one branch and an additive bias, the text)."""
     bias: bool | None = None
-    """Whether the learnable part is there."""
+    """Whether the trained copy is there; of the form `fused`, the additive bias."""
     ema: bool | None = None
     """Whether the moving average is there."""
     depth: int | None = None
@@ -162,7 +162,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """Checkpoints that are kept, the last ones; where one is damaged a run goes on from the one before."""
     on_nonfinite: OnNonfinite = "stop"
-    """What follows a loss or gradient that is not finite, before any weight changes: `stop`, or `skip` the batch."""
+    """What follows a loss or gradient that is not finite, before weights change: `stop`, or `skip` the batch."""
     max_skips: int = 10
     """Batches that may be skipped one after the other; one more stops the run."""
     tensorboard: bool = False

@@ -92,7 +92,7 @@ def evaluate(
     Args:
         run_dir: the run folder.
         data: other images, a hub name or a folder, all of them; None for those the run was tested on.
-        test_split: another split to test on; only this one is read.
+        test_split: another split to test on.
         local_heads: evaluate each block's own head too, from the checkpoint.
         accelerator: `auto`, `cpu`, `cuda` or `mps`.
 

@@ -1,5 +1,7 @@
 """The table of a model's units: where it may be cut, and what each unit costs."""
 
+from typing import Any
+
 import torch
 
 from localgrad.blocks import Objective
@@ -9,6 +11,7 @@ from localgrad.data import MAX_IMAGE_SIZE
 from localgrad.errors import LocalGradError
 from localgrad.memory import UnitCost, unit_costs
 from localgrad.objectives.dgl import dgl
+from localgrad.sheet import head_for
 from localgrad.units import Unit, units
 
 
@@ -29,9 +32,11 @@ def inspect_model(name: str, *, depth: int, image_size: int, batch_size: int) ->
             f"image_size is {image_size} and batch_size {batch_size}: image_size is from 1 to {MAX_IMAGE_SIZE}, "
             "batch_size at least 2 (a batch norm cannot normalise one image) and less than 2**20"
         )
-    model = build_model(ModelConfig(name=name, depth=depth), num_classes=1000)
+    num_classes = 10 if name == "cifar_resnet" else 1000
+    model = build_model(ModelConfig(name=name, depth=depth), num_classes)
     found = units(model, torch.empty(2, 3, image_size, image_size))
-    objective: Objective = dgl(num_classes=1000)
+    head: Any = head_for("dgl", image_size)
+    objective: Objective = dgl(num_classes, head)
     return found, unit_costs(found, torch.empty(batch_size, 3, image_size, image_size, device="meta"), objective)
 
 
@@ -60,7 +65,7 @@ def show_units(name: str, found: list[Unit], costs: list[UnitCost], batch_size: 
         table.add_row(*(cells[column] for column in shown))
     console.print(table)
     console.print(
-        "Activations: MiB kept for the backward pass. Head: what the local head of localgrad.dgl would add at a cut "
+        "Activations: MiB kept for the backward pass. Head: what the local head of `localgrad plan` would add at a cut "
         "there; - where none can sit. Give names to split(cuts=[...]) or --cuts, or a number to --num-blocks.",
         style="dim",
     )

@@ -94,8 +94,9 @@ def man(
     `ema <- m * ema + (1 - m) * unit` with the weights that the next unit had when the batch began.
     `y` feeds the local objective; the next block gets `h`.
 
-    `form="fused"`, the paper's text: `y = unit(h) + b`, one copy, trained by its gradient and then pulled by the same
-    average, and one learnable number `b` a channel, initially 0.
+    `form="fused"`, after the paper's text: `y = unit(h) + b`, one copy, trained by its gradient and then pulled by the
+    same average, and one learnable number `b` a channel, initially 0. The text leaves the shape and the place of b
+    open, and has a second gradient update after the average.
 
     The ablation's rows are settings: `bias=False` (EMA only), `ema=False` (bias only: one more trained unit),
     `decay=0` (the next unit's weights used directly, one step old). The average covers parameters; norms of the EMA
@@ -104,7 +105,7 @@ def man(
     Args:
         decay: m, from 0 to 1. The paper's is 0.995.
         form: see above.
-        bias: whether there is a trained part.
+        bias: whether there is a trained copy; of the fused form, b alone, for its copy is trained in any case.
         ema: whether there is a part that follows the next unit.
         initial: `"copy"` starts both from the next unit's values, `"random"` from independent draws (what the released
             code does), in each layer that can reset itself; bare parameters of a unit stay copies.
@@ -117,7 +118,8 @@ def man(
         A function of the next block's units that builds the module.
 
     Raises:
-        LocalGradError: `decay` is outside [0, 1], `depth` below 1, neither part is wanted, or a choice is unknown.
+        LocalGradError: `decay` is outside [0, 1], `depth` below 1, neither part is wanted, the fused form is to have no
+            average, or a choice is unknown; when built, the next block begins without parameters, or in a 16-bit type.
 
     Source: Su et al., Momentum Auxiliary Network for Supervised Local Learning, ECCV 2024 (arXiv 2407.05623), section
     "EMA-based information transfer"; released code of the paper, `networks/resnetInfoPro_MAN.py`.
@@ -219,7 +221,7 @@ def _follower(source: Sequence[Unit], initial: str, decay: float) -> nn.Module:
     if coarse and 0 < decay < 1:
         raise LocalGradError(
             f"the weights after a cut are {coarse[0]}, in which an average with decay {decay} stands still: keep the "
-            "weights in float32 and compute under autocast, or give ema=False or decay=0"
+            "weights in float32 and compute under autocast, or give decay=0"
         )
     return _copy(source, initial)
 

@@ -106,10 +106,13 @@ def _complaint(run: Run, losses: Tensor, norms: Tensor, place: Place) -> str:
     skipped = f", after {state.skipped_in_a_row} batches in a row were skipped" if state.skipped_in_a_row else ""
     whose = "its" if run.config.step_each_block or run.stage else "all"
     before = ", those of the blocks before it were not" if run.config.step_each_block and index else ""
+    remedies = ["a lower --optim.lr", "--optim.clip-norm 1"]
+    if run.config.on_nonfinite == "stop" and not (run.config.step_each_block or run.stage):  # those cannot skip
+        remedies.append("--on-nonfinite skip for a rare bad batch")
     block = f"block {index + 1} of {len(run.blocks)} ({names[0]} to {names[-1]})"
     return (
         f"the {what} of {block} is {float(values[found])} at "
         f"epoch {state.epoch}, step {place.step}, learning rate {run.learning_rate:g}, in batch {place.batch} "
         f"of the epoch{skipped}; {whose} weights were left as they were before this step{before}; try "
-        "a lower --optim.lr, --optim.clip-norm 1, or --on-nonfinite skip for a rare bad batch"
+        f"{', or '.join(remedies)}"
     )

@@ -71,7 +71,8 @@ def plan(
         step_each_block: as in `local_step`.
 
     Returns:
-        Two rows a K, without and with `recompute`, in the order of K. The first row that fits has the smallest K.
+        Two rows a K, without and with `recompute`, in the order of `num_blocks`, else ascending, where the first row
+        that fits has the smallest K.
 
     Raises:
         LocalGradError: the budget is not positive, or less than any row takes (the message names the largest unit and

@@ -12,12 +12,13 @@ import json
 import logging
 import os
 import pickle
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ from localgrad.errors import LocalGradError
 from localgrad.files import atomic_write, versions
 
 logger = logging.getLogger(__name__)
+LOCK_SECONDS = 10.0
+"""How long to wait for a folder: the workers of a killed process notice its end within seconds."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,9 @@ class Result:
     precision: str
     """The precision that `auto` stood for."""
     versions: dict[str, str]
-    """Versions of localgrad, Python, torch and lightning."""
+    """Versions of localgrad, Python, torch, torchvision and lightning."""
     commit: str | None
-    """Commit of the working directory, or None outside a git repository."""
+    """Commit of localgrad's code, with `-dirty` if changed; None where it is in no repository."""
     skipped: int = 0
     """Batches skipped because a loss or gradient was not finite."""
     num_classes: int | None = None
@@ -182,9 +185,7 @@ class RunFolder:
             raise self._unusable(error) from error
         with file:
             try:
-                import fcntl
-
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, it does not pass on to workers
+                _lock(file)
             except BlockingIOError:
                 raise LocalGradError(
                     f"another process is training in {self.path}; wait for it, or give another --run-dir"
@@ -343,6 +344,24 @@ class Board:
                 if number is not None and name != "epoch":
                     self.writer.add_scalar(label, number, line["epoch"])
         self.writer.flush()
+
+
+def _lock(file: TextIO) -> None:
+    """Locks a file for as long as it is open, here or in a process that was forked from this one.
+
+    Raises:
+        BlockingIOError: another one has it.
+    """
+    import fcntl
+
+    give_up = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > give_up:
+                raise
+            time.sleep(0.1)
 
 
 class _DamagedError(LocalGradError):

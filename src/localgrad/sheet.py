@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +20,8 @@ from localgrad.objectives.infopro import infopro
 from localgrad.planning import PlanRow, plan_rows
 from localgrad.simulation import Precision
 
+LARGE_IMAGES = 96
+"""Pixels above which a network is taken for one of ImageNet's, with wide features."""
 UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
@@ -76,7 +79,7 @@ def plan_model(
         raise LocalGradError("; ".join(wrong))
     model = build_model(ModelConfig(name=name, depth=depth), num_classes)
     example = torch.empty(batch_size, 3, image_size, image_size, device="meta")
-    factory = _objective(objective, num_classes, large=image_size > 96)
+    factory = _objective(objective, num_classes, head_for(objective, image_size))
     choices = {"no momentum": None}
     if momentum != "none":
         choices[momentum] = MOMENTA[momentum]()
@@ -102,13 +105,19 @@ def plan_model(
     return sheets
 
 
-def _objective(name: str, num_classes: int, *, large: bool) -> Objective:
-    """The objective with its defaults; with the heads for wide features where images are large."""
+def head_for(objective: str, image_size: int) -> str | None:
+    """The head that is planned with, of an objective that has several: for wide features where images are large."""
+    heads = {"dgl": ("compact", "light"), "infopro": ("1c2f", "imagenet")}
+    return heads[objective][image_size > LARGE_IMAGES] if objective in heads else None
+
+
+def _objective(name: str, num_classes: int, head: Any) -> Objective:
+    """The objective with its defaults, and that head."""
     if name == "dgl":
-        return dgl(num_classes, head="light" if large else "compact")
+        return dgl(num_classes, head)
     if name == "infopro":
         half = (0.5, 0.5, 0.5)
-        return infopro(num_classes, half, half, task=(0.5, 0.5), head="imagenet" if large else "1c2f")
+        return infopro(num_classes, half, half, task=(0.5, 0.5), head=head)
     return OBJECTIVES[name](num_classes)
 
 

@@ -141,7 +141,8 @@ def _load_rows(config: DataConfig) -> tuple[datasets.Dataset, datasets.Dataset]:
         raise LocalGradError(
             f"source={config.source!r} (subset={config.subset!r}, train_split={config.train_split!r}, "
             f"test_split={config.test_split!r}) cannot be loaded: {why}; give a local folder, or a hub name and a "
-            "connection, and splits that it has (--data.train-split and --data.test-split; in evaluate --test-split)"
+            "connection, and splits that it has (--data.train-split and --data.test-split; "
+            "in evaluate and reproduce --test-split)"
         ) from error
     return train, test
 

@@ -58,7 +58,8 @@ def load_trained(
         test_split: another split to test on.
         train_limit: so many training images only; None takes the run's limit, or all of other images.
         test_limit: likewise of the test images.
-        training_images: load them; otherwise only the test split is read.
+        training_images: load them; otherwise only the test split is read, and of the run's own images on disk the
+            training labels, for a folder's classes are those of both splits.
         with_blocks: build the blocks, and load their auxiliary networks from the checkpoint.
         accelerator: `auto`, `cpu`, `cuda` or `mps`.
 

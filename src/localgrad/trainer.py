@@ -64,10 +64,9 @@ def fit(config: TrainConfig, run_dir: str | Path, *, resume: bool = False, quiet
     """
     folder = RunFolder(Path(run_dir))
     resume = resume or (restarted() and folder.is_started)
-    with noticed_losses():
-        run = set_up(with_defaults(validate(as_launched(config))), folder, resume)
-        with _started(run, resume):
-            return _fit(run, quiet or not run.fabric.is_global_zero)
+    with noticed_losses(), contextlib.ExitStack() as held:
+        run = set_up(with_defaults(validate(as_launched(config))), folder, resume, held)
+        return _fit(run, quiet or not run.fabric.is_global_zero)
 
 
 def _fit(run: Run, quiet: bool) -> Result:
@@ -88,8 +87,11 @@ def _fit(run: Run, quiet: bool) -> Result:
 # Set up
 
 
-def set_up(config: TrainConfig, folder: RunFolder, resume: bool) -> Run:
-    """Makes the objects of a run, and loads the folder's checkpoint into them when it is resumed."""
+def set_up(config: TrainConfig, folder: RunFolder, resume: bool, held: contextlib.ExitStack) -> Run:
+    """Makes the objects of a run, and loads the folder's checkpoint into them when it is resumed.
+
+    Until `held` is closed no other process can use the folder.
+    """
     fabric = make_fabric(config)
     if fabric.is_global_zero:
         folder.check(config, resume)
@@ -126,12 +128,20 @@ def set_up(config: TrainConfig, folder: RunFolder, resume: bool) -> Run:
     _check_parts(run)
     if fabric.world_size > 1:
         spread(run)
+    if fabric.is_global_zero:
+        held.enter_context(folder.locked())
+        folder.check(config, resume)  # again, for another process may have been there meanwhile
+    fabric.barrier()
     if resume and folder.has_checkpoint:
         load(run)
     _check_start(run)
     run.guard = make_guard(run)
     if config.cuda_graph:
         replay_steps(run)
+    if fabric.is_global_zero:
+        folder.start(config, run.state.lines)
+        run.board = folder.open_board(run.state.epoch) if config.tensorboard else None
+    fabric.barrier()
     return run
 
 
@@ -213,24 +223,6 @@ def _check_start(run: Run) -> None:
             f"process {run.fabric.global_rank} begins at epoch {where[0]}, batch {where[1]}, and the first one at "
             f"epoch {first[0]}, batch {first[1]}: the run folder {run.folder.path} must be the same for all processes"
         )
-
-
-@contextlib.contextmanager
-def _started(run: Run, resume: bool) -> Iterator[None]:
-    """Keeps the folder to this run until it ends, and has it hold what the loaded checkpoint knows.
-
-    Raises:
-        LocalGradError: another process trains in the folder, or has begun or finished a run there meanwhile.
-    """
-    config, folder = run.config, run.folder
-    with contextlib.ExitStack() as held:
-        if run.fabric.is_global_zero:
-            held.enter_context(folder.locked())
-            folder.check(config, resume)
-            folder.start(config, run.state.lines)
-            run.board = folder.open_board(run.state.epoch) if config.tensorboard else None
-        run.fabric.barrier()
-        yield
 
 
 def _has_batch_norm(run: Run) -> bool:
@@ -355,7 +347,8 @@ def train_step(run: Run, inputs: Tensor, targets: Tensor, features: Tensor | Non
         where the host has skipped the batch, for all blocks, because a loss or gradient was not finite.
 
     Raises:
-        LocalGradError: a loss or gradient is not finite and the batch may not be skipped; no optimizer has stepped.
+        LocalGradError: a loss or gradient is not finite and the batch may not be skipped. No optimizer of this
+            process has stepped; with `step_each_block`, none of this block and those after it.
             Where a guard looks instead of the host, it says so after the next step, which changes nothing either.
     """
     if run.graphed is not None:

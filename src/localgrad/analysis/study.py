@@ -68,7 +68,7 @@ def analyse_run(
 
     Raises:
         LocalGradError: an argument is out of range, CKA is asked for without another run, a folder holds no finished
-            run or its network other units than it can be compared with, or a file cannot be written.
+            run, the images are prepared otherwise for the other network, or a file cannot be written.
     """
     everything = not (probe or cka or pictures)
     if cka and other_run is None:
@@ -151,12 +151,12 @@ def study_pictures(
     Args:
         trained: a run with its test images.
         images: positions of the images for the maps in the test set; without any, the first of each of four classes.
-        points: number of test images to project, as many of each class.
+        points: number of test images to project, as many of each class; all of them where there are fewer.
         projection: `pca` or `tsne`.
         batch_size: images of a batch.
 
     Raises:
-        LocalGradError: there is no such image, or there are not as many.
+        LocalGradError: there is no such image, or too few to project.
     """
     every = units_of(trained)
     chosen = _evenly(len(every), MOST_PICTURES)

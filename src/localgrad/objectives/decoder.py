@@ -17,8 +17,9 @@ def decoder(channels: int, size: tuple[int, int], image: tuple[int, int], image_
     """A module from features `(N, channels, *size)` to logits `(N, image_channels, *image)`.
 
     Up to 64 channels: upsample to the image's size, 3x3 to 12, 3x3 to 3 (the released CIFAR decoder). More channels:
-    one convolution a doubling of the size, 1x1 to a quarter of the channels (192 at most), then 64 (1x1), 32, 12 and 3
-    (3x3), which is the released ImageNet decoder at 512 x 28 x 28 and 1024 x 14 x 14.
+    one convolution a doubling of the size, four at most, whose first then upsamples further: 1x1 to a quarter of the
+    channels (192 at most), then 64 (1x1), 32, 12 and 3 (3x3), which is the released ImageNet decoder at 512 x 28 x 28
+    and 1024 x 14 x 14.
     """
     if channels <= MAX_DIRECT_CHANNELS:
         return DirectDecoder(channels, size, image, image_channels)

@@ -102,8 +102,8 @@ def dgl(num_classes: int, head: Head = "compact") -> Callable[[Site], nn.Module]
     ReLU), average to 2x2, and end in an MLP. For features `(N, C, H, W)`:
 
     - `"original"` (DGL's own): C channels; three linear layers 4C to 4C with bias and batch norm, then one to classes.
-    - `"compact"` (AugLocal's, for its tables on CIFAR): C channels; two linear layers 4C to 4C
-      without bias; 9,962 parameters at C = 16 and 10 classes.
+    - `"compact"` (AugLocal's, for its tables on CIFAR): C channels; two linear layers 4C to 4C (C to C
+      where a quarter of the map is one pixel) without bias, with batch norm; 9,962 parameters at C = 16 and 10 classes.
     - `"wide"` (MAN++'s): the map is averaged to 8x8 and later to 1x1; 128 channels, then 512 features, three layers;
       635,146 parameters at C = 16 and 10 classes.
     - `"light"` (no paper's; for wide features, where the MLPs above would outweigh the network): 1x1 to C/4, 3x3 with

@@ -26,6 +26,7 @@ TaskHead = Literal["0c1f", "0c2f", "1c1f", "1c2f", "1c3f", "2c2f", "imagenet"]
 HEADS = ("0c1f", "0c2f", "1c1f", "1c2f", "1c3f", "2c2f", "imagenet")
 TEMPERATURE = 0.07
 LARGE_MAP = 32
+"""Height or width from which on a head's first convolution halves a map of 64 channels or more too; ours."""
 
 
 class InfoPro(nn.Module):
@@ -201,7 +202,8 @@ def infopro(
             `len(mean)` channels.
 
     Source: Wang et al. 2021, Revisiting Locally Supervised Learning (arXiv 2101.10832), equation 8, and released code,
-    `networks/auxiliary_nets.py`. The released MAN code takes r from the index of the stage instead of the block.
+    `networks/auxiliary_nets.py`. The default weights are the MAN code's, but for the task's last one, there 0, which
+    would leave the last local block without a loss. That code takes r from the index of the stage instead of the block.
     """
     check_num_classes(num_classes)
     check_choice("loss", loss, ("cross_entropy", "contrast"))

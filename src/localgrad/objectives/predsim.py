@@ -63,7 +63,9 @@ def similarity_matrix(features: Tensor) -> Tensor:
 
 
 def prediction_pool(channels: int, size: tuple[int, int], limit: int) -> tuple[nn.Module, tuple[int, int]]:
-    """Average pooling that leaves at most `limit` features: its kernel is doubled in height, then width, in turns.
+    """Average pooling to at most `limit` features, or one a channel where there are more channels.
+
+    Its kernel is doubled in height, then width, in turns.
 
     Returns:
         The layer, and the height and width that it leaves.
@@ -92,8 +94,8 @@ def predsim(num_classes: int, beta: float = 0.99, max_features: int = 512) -> Ca
     Args:
         num_classes: at least 2.
         beta: weight of similarity matching, from 0 to 1.
-        max_features: the map is averaged until at most so many features are left for the prediction; 512 in the
-            tables of the papers on CIFAR, 1024 to 4096 in the original.
+        max_features: the map is averaged until at most so many features are left for the prediction, or one a channel
+            where there are more channels; 512 in the tables of the papers on CIFAR, 1024 to 4096 in the original.
 
     Returns:
         A function of a site that builds the module; its head is `.classifier`, the convolution `.similarity`.

@@ -10,9 +10,10 @@ Every row is network x partition x local loss x momentum network. What the rows 
   have 160 epochs (`--epochs 160`).
 * The heads of `dgl` are the compact ones throughout, so rows of one partition differ in the momentum network alone;
   the MAN++ code has wide ones (`--objective.head wide`).
-* InfoPro has the cross-entropy task loss with the 1c2f head; its weights are those of InfoPro's published commands
-  (and AugLocal's for ResNet-110 on CIFAR-10), interpolated over the block index. Where nothing is published for a K,
-  the next smaller K's weights are taken; where nothing is published for ResNet-32 (SVHN, STL-10), ResNet-110's.
+* InfoPro has the cross-entropy task loss with the 1c2f head; its weights are those of InfoPro's published commands,
+  which are for the contrastive loss (AugLocal takes the same with cross-entropy at K=16, and publishes ResNet-110's at
+  K=55 on CIFAR-10), interpolated over the block index. Where nothing is published for a K, the next smaller K's
+  weights are taken; where nothing is published for ResNet-32 (SVHN, STL-10), ResNet-110's.
 * The MAN paper's InfoPro+MAN was trained with other settings, as far as its code tells: `-released` rows have those
   (CIFAR-10, K=16 and 55, the two that have a published command): the 2c2f head, and weights that fall from 5 and 0.5 by
   the stage of the next unit where InfoPro counts blocks, `1 - stage / (K - 2)`, so they hardly fall.

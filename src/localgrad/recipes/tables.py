@@ -18,7 +18,7 @@ class Table:
 
 
 def _main(dataset: str, depth: int, k: int) -> list[str]:
-    """End-to-end, and each local loss alone, with MAN and with MAN++."""
+    """End-to-end, and each of the papers' local losses alone, with MAN and with MAN++."""
     rows = [
         f"k{k}-{method}{momentum}" for method in ("predsim", "dgl", "infopro") for momentum in ("", "-man", "-manpp")
     ]
@@ -34,7 +34,7 @@ def _main_tables() -> dict[str, Table]:
         tables[dataset] = Table(f"{title}: the four partitions below", tuple(whole))
         for (depth, k), rows in parts.items():
             tables[f"{dataset}-k{k}"] = Table(
-                f"{title}, ResNet-{depth}, K={k}: every local loss, with MAN, MAN++", tuple(rows)
+                f"{title}, ResNet-{depth}, K={k}: PredSim, DGL and InfoPro, with MAN, MAN++", tuple(rows)
             )
     return tables
 
@@ -80,7 +80,7 @@ def _network_tables() -> dict[str, Table]:
 TABLES: dict[str, Table] = {
     "digits": Table("scikit-learn's digits, for a first try", ("digits-e2e", "digits-dgl", "digits-dgl-man")),
     "first": Table(
-        "CIFAR-10, ResNet-32, K=16: every local loss with MAN, and DGL with MAN++",
+        "CIFAR-10, ResNet-32, K=16: PredSim, DGL and InfoPro with MAN, and DGL with MAN++",
         tuple(row for row in _main("cifar10", 32, 16) if "manpp" not in row or "dgl" in row),
     ),
     **_main_tables(),
