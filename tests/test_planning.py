@@ -112,6 +112,7 @@ def test_a_planned_peak_is_that_of_the_real_step(family: str, objective: str, mo
     "frozen", ["first units", "all but norms and head", "all but the last unit", "every other unit"]
 )
 def test_frozen_layers_keep_what_they_really_keep(frozen: str, options: dict[str, Any]) -> None:
+    momentum = localgrad.man(bias=False) if "unit" in frozen else localgrad.manpp()
     model = cifar_resnet(14, NUM_CLASSES)
     trained: dict[str, Callable[[str], bool]] = {
         "first units": lambda name: name.startswith(("layer2.1", "layer3", "fc")),
@@ -122,11 +123,29 @@ def test_frozen_layers_keep_what_they_really_keep(frozen: str, options: dict[str
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trained[frozen](name))
     found = units(model, REAL)
-    profiled = profile(found, REAL, localgrad.dgl(NUM_CLASSES), **options)
+    arguments = localgrad.dgl(NUM_CLASSES), momentum
+    profiled = profile(found, REAL, *arguments, **options)
     for cuts in ([], [1], [2], [4], [1, 3], [0, 1, 2, 3, 4, 5]):
-        measured = step_peak(
-            model, REAL, [found[cut].name for cut in cuts], localgrad.dgl(NUM_CLASSES), None, **options
-        )
+        measured = step_peak(model, REAL, [found[cut].name for cut in cuts], *arguments, **options)
+        assert profiled.peak(cuts) == pytest.approx(measured, rel=0.01), cuts
+
+
+@pytest.mark.parametrize("frozen", [(), (0, 1), (0, 1, 3, 4)])
+def test_units_whose_output_is_their_input(frozen: tuple[int, ...]) -> None:
+    """A map that is changed in place, or looked at otherwise, is there once."""
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(inplace=True)),
+        *(nn.Conv2d(16, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True)),
+        *(nn.Flatten(), nn.Linear(8 * 16 * 16, NUM_CLASSES)),
+    )
+    for index in frozen:
+        model[index].requires_grad_(False)
+    names = [name for name, _ in model.named_children()]
+    found = units(model, EXAMPLE, names)
+    arguments = localgrad.classifier(NUM_CLASSES), None
+    profiled = profile(found, EXAMPLE, *arguments)
+    for cuts in ([], [2], [3], [2, 4], [5]):
+        measured = step_peak(model, EXAMPLE, [names[cut] for cut in cuts], *arguments, names)
         assert profiled.peak(cuts) == pytest.approx(measured, rel=0.01), cuts
 
 
@@ -201,7 +220,7 @@ def test_the_best_cuts_are_those_that_brute_force_finds() -> None:
             )
             for _ in range(length)
         )
-        ends = [tuple(EndProfile(*(draw.randint(0, 30) for _ in range(4))) for _ in range(length)) for _ in range(3)]
+        ends = [tuple(EndProfile(*(draw.randint(0, 30) for _ in range(6))) for _ in range(length)) for _ in range(3)]
         profiled = Profile(chain, (ends[0], ends[1], ends[2]), batch=5, step_each_block=draw.random() < 0.5)
         for count in range(1, length + 1):
             found = profiled.best_cuts(count)

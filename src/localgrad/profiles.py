@@ -74,6 +74,8 @@ class EndProfile:
         gradients: of their parameters.
         forward: the most that is alive during their forward pass beyond the features.
         backward: the most that is alive during their backward pass beyond the features.
+        forward_frozen: as `forward` where nothing before them is trained, so that the features need no gradient.
+        backward_frozen: as `backward`, likewise.
         refused: why they cannot sit, where they cannot.
     """
 
@@ -81,6 +83,8 @@ class EndProfile:
     gradients: int
     forward: int
     backward: int
+    forward_frozen: int
+    backward_frozen: int
     refused: str = ""
 
 
@@ -145,8 +149,10 @@ class Profile:
             last, before = level + here.backward_last, level + here.backward
             level += here.kept
             held = unit.output  # the block's own output stays alive while it is trained
-            at_end = level + held + max(caller + casts + end.forward, end.backward)
             gradients = self._gradients_before[position + 1]
+            frozen = gradients == self._gradients_before[start]
+            forward, back = (end.forward_frozen, end.backward_frozen) if frozen else (end.forward, end.backward)
+            at_end = level + held + max(caller + casts + forward, back)
             earlier = (peak + held - self._gradients_before[start + 1 + i] for i, peak in enumerate(backward))
             worst = max([last - gradients, *earlier]) + gradients
             backward.append(before)
@@ -202,7 +208,7 @@ class Profile:
             table = tables[ends]
             stops = [last] if blocks == num_blocks else range(blocks - 1, last)
             for stop in stops:
-                end = ends[stop] if stop < last else EndProfile(0, 0, 0, 0)
+                end = ends[stop] if stop < last else EndProfile(0, 0, 0, 0, 0, 0)
                 if end.lasting == INFINITE:
                     continue
                 left = 0 if self.step_each_block else end.gradients
@@ -287,7 +293,7 @@ def profile(
         for role in range(3):
             modules = _auxiliary(unit, following, example, role, objective, momentum) if following else []
             if isinstance(modules, str):
-                ends[role].append(EndProfile(INFINITE, 0, 0, 0, refused=modules))
+                ends[role].append(EndProfile(INFINITE, 0, 0, 0, 0, 0, refused=modules))
                 continue
             key = ("end", *setting, shape, dtype, *map(_signature, modules))
             if key not in known:
@@ -411,12 +417,14 @@ def _run_unit(
         output = result.untyped_storage().nbytes()
         rest: Any = _After.apply(result)
         held = [entry.detach()] * shared + [result.detach()] * last
+        is_input = result.untyped_storage() is entry.untyped_storage()  # changed in place, or looked at otherwise
         before = counter.current
         del result
         keeps_output = counter.current == before
         before = counter.current
         del entry
         keeps_input = counter.current == before
+        keeps_output = keeps_input if is_input else keeps_output
         kept = counter.current - rest.nbytes - size * keeps_input - output * keeps_output
         backward = 0
         if rest.requires_grad:
@@ -450,22 +458,31 @@ def _profile_end(
 ) -> EndProfile:
     """Of momentum and objective, or of the cross-entropy of the model's output where there are none."""
     modules = [simulation.place(module) for module in modules]
-    entry = torch.empty_like(features, requires_grad=True)
-    counter = PeakMemory()
-    with counter:
-        with simulation.forward_pass():
-            mixed = modules[0](entry) if len(modules) == 2 else entry
-            loss = modules[-1](mixed, targets, inputs) if modules else F.cross_entropy(mixed, targets)
-            forward = counter.peak
-        del mixed
-        counter.peak = counter.current
-        loss.backward()
     trained = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+    passes: list[int] = []
+    for needs_gradient in (True, False):
+        for parameter in trained:
+            parameter.grad = None
+        entry = torch.empty_like(features, requires_grad=needs_gradient)
+        counter = PeakMemory()
+        with counter:
+            with simulation.forward_pass():
+                mixed = modules[0](entry) if len(modules) == 2 else entry
+                loss = modules[-1](mixed, targets, inputs) if modules else F.cross_entropy(mixed, targets)
+                passes.append(counter.peak)
+            del mixed
+            counter.peak = counter.current
+            if loss.requires_grad:
+                loss.backward()
+        passes.append(counter.peak)
+    forward, backward, forward_frozen, backward_frozen = passes
     return EndProfile(
         lasting=sum(map(_lasting, modules)),
         gradients=sum(parameter.nbytes for parameter in trained),
         forward=forward,
-        backward=counter.peak,
+        backward=backward,
+        forward_frozen=forward_frozen,
+        backward_frozen=backward_frozen,
     )
 
 
