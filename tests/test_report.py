@@ -410,6 +410,50 @@ def test_rows_are_told_apart_in_pictures_and_costs(tmp_path: Path) -> None:
     assert {*table.labels} <= {*names}
 
 
+def test_sets_of_images_are_rows_of_their_own(tmp_path: Path) -> None:
+    digits, nameless = _config("digits-e2e"), replace(_config("cifar10-resnet32-e2e"), name="")
+    for config, sources in ((digits, ("digits", "my/mnist")), (nameless, ("my/cifar10", "my/svhn"))):
+        for error, source in enumerate(sources, start=4):
+            _run(tmp_path / f"{source}.json", replace(config, data=replace(config.data, source=source)), error)
+    named = _config("cifar10-resnet32-k16-dgl", seed=0)
+    for seed, source in enumerate(("here/cifar10", "there/cifar10")):
+        _run(tmp_path / f"{seed}.json", replace(named, seed=seed, data=replace(named.data, source=source)), 5.0)
+    found = _read(tmp_path)[0].runs
+    rows = [(table.title, len(row.runs)) for table in tables(found) for row in table.rows]
+    assert sorted(rows) == [
+        *(("CIFAR-10, ResNet-32", count) for count in (1, 2)),
+        *(("Digits, ResNet-14", 1),) * 2,
+        ("SVHN, ResNet-32", 1),
+    ]
+
+
+def test_what_does_not_change_the_weights_leaves_the_papers_figure(tmp_path: Path) -> None:
+    config = _config("cifar10-resnet32-k16-dgl")
+    for seed, changes in enumerate(({"keep_checkpoints": 1}, {"max_skips": 3}, {"step_each_block": True})):
+        _run(tmp_path / f"{seed}.json", replace(config, seed=seed, **changes), 4.0)
+    (table,) = tables(_read(tmp_path)[0].runs)
+    assert [(row.full_label, len(row.runs), row.paper_error) for row in table.rows] == [
+        ("DGL, 15 blocks", 2, 14.08),
+        ("DGL (block by block), 15 blocks", 1, 14.08),
+    ]
+
+
+def test_probes_of_other_trainings_are_other_curves(tmp_path: Path) -> None:
+    config = _config("cifar10-resnet32-k16-dgl")
+    decayed = replace(config, optim=replace(config.optim, weight_decay=0.1))
+    seeds = [config, replace(config, seed=1), decayed]
+    for number, (each, accuracy) in enumerate(zip(seeds, (40.0, 60.0, 90.0), strict=True)):
+        values = {"analysis": "probe", "units": UNITS, "blocks": [1, 1, 2, 3], "accuracies": [accuracy] * 4}
+        values |= _about("cifar10-resnet32-k16-dgl") | {"settings": {}}
+        values["runs"][0]["config"] = to_dict(each)
+        (tmp_path / f"{number}.json").write_text(json.dumps(values))
+    text = unescape(page(_read(tmp_path)[0], tmp_path))
+    before = f"optim.weight_decay {config.optim.weight_decay}"
+    head, first = re.findall(r"<tr>.*?</tr>", text[text.index("mean over runs") - 2000 :], re.DOTALL)[:2]
+    assert re.findall(r"DGL[^<]*", head) == [f"DGL, 15 blocks, {before}", "DGL, 15 blocks, optim.weight_decay 0.1"]
+    assert re.findall(r"\d+\.\d\d", first) == ["50.00", "90.00"]
+
+
 def test_a_seed_without_metrics_does_not_take_the_curve_of_the_others(folder: Path, tmp_path: Path) -> None:
     for seed, errors in ((0, [9.0, 4.0]), (1, [])):
         _run(tmp_path / f"{seed}.json", _config("digits-e2e", seed=seed), 4.0, test_errors=errors)

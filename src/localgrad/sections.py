@@ -184,6 +184,18 @@ def order_of(sheet: Sheet) -> tuple[Any, ...]:
     return (*place(run["config"], run["num_blocks"]), run["config"]["seed"], str(sheet.path))
 
 
+def _told_apart(runs: Sequence[dict[str, Any]]) -> list[str]:
+    """What each run trains, with the fields that differ where that is the same of several."""
+    labels = list(map(_of, runs))
+    told: list[str] = []
+    for run, label in zip(runs, labels, strict=True):
+        others = [own_fields(other["config"]) for other, same in zip(runs, labels, strict=True) if same == label]
+        own = {name: value for name, value in own_fields(run["config"]).items() if name != "name"}
+        apart = [f"{name} {value}" for name, value in own.items() if any(other[name] != value for other in others)]
+        told.append(", ".join([label, *(apart or [run["config"]["name"]] * (len(others) > 1))]))
+    return told
+
+
 def _named(run: dict[str, Any]) -> str:
     return f"{_of(run)} ({run['name']})"
 
@@ -199,10 +211,15 @@ def probes(sheets: Sequence[Sheet], pictures: Pictures) -> Iterator[str]:
     for sheet in sheets:
         grouped.setdefault(_setting(sheet), []).append(sheet)
     for group in grouped.values():
-        series: dict[str, list[list[float]]] = {}
         group = sorted({_probed(sheet): sheet for sheet in group}.values(), key=order_of)
+        trainings: dict[str, list[Sheet]] = {}  # of seeds
         for sheet in group:
-            series.setdefault(_of(sheet.values["runs"][0]), []).append(sheet.values["accuracies"])
+            run = sheet.values["runs"][0]
+            key = json.dumps([own_fields(run["config"]), run["num_blocks"]], sort_keys=True, default=str)
+            trainings.setdefault(key, []).append(sheet)
+        labels = _told_apart([same[0].values["runs"][0] for same in trainings.values()])
+        curves = ([sheet.values["accuracies"] for sheet in same] for same in trainings.values())
+        series = dict(zip(labels, curves, strict=True))
         values = group[0].values
         where, units, trained = _where(values), values["units"], values["runs"][0]["config"]["optim"]["epochs"]
         runs = "; ".join(_named(sheet.values["runs"][0]) for sheet in group)

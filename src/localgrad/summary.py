@@ -31,12 +31,16 @@ BY_THE_WAY = (
     "evaluate_every",
     "local_heads",
     "checkpoint_every",
+    "keep_checkpoints",
+    "max_skips",
     "tensorboard",
     "data.source",
     "data.streaming",
     "data.workers",
 )
 """Fields of a config that leave a run in its row."""
+SAME_WEIGHTS = ("channels_last", "recompute", "step_each_block", "cuda_graph")
+"""Fields that change time and memory, and so the row, but not what is trained: the paper's error is still its own."""
 CLASSES = {"imagenet": 1000}
 """Classes of a set of images, where they are not ten."""
 BUDGET = ("optim.epochs", "optim.batch_size", "optim.lr", "optim.warmup_epochs", "data.train_limit", "data.test_limit")
@@ -92,7 +96,7 @@ class Row:
         if self.recipe is None:
             return []
         own, published = flat(_complete(self.config)), flat(to_dict(with_defaults(self.recipe.config)))
-        aside = {*BY_THE_WAY, *BUDGET, "data.subset", "precision", "channels_last", "recompute"}
+        aside = {*BY_THE_WAY, *BUDGET, *SAME_WEIGHTS, "data.subset", "precision"}
         if published["data.source"] == "digits":  # a set of images that is nowhere else
             aside.remove("data.source")
         changed = [
@@ -204,8 +208,15 @@ def _row_key(run: FinishedRun) -> str:
     """What the runs of a row have in common."""
     result = run.result
     own = own_fields(result.config) | {"precision": result.precision}  # auto is another one on another device
-    own |= {"num_blocks": result.num_blocks, "num_classes": _num_classes(run)}
+    own |= {"num_blocks": result.num_blocks, "num_classes": _num_classes(run), "images": _images(result.config)}
     return json.dumps(own, sort_keys=True, default=str)
+
+
+def _images(config: dict[str, Any]) -> str:
+    """What tells sets of images apart: a recipe's may be in any place, but for digits, which are in one alone."""
+    make = RECIPES.get(config["name"])
+    digits = make is not None and make().config.data.source == "digits"
+    return config["data"]["source"] if digits else dataset_label(config)
 
 
 def _usual_classes(config: dict[str, Any]) -> int:
@@ -252,6 +263,8 @@ def method_label(config: dict[str, Any]) -> str:
         "random start" if momentum.get("initial") == "random" else "",
         f"depth {momentum['depth']}" if (momentum.get("depth") or 1) > 1 else "",
         "checkpointed" if config.get("recompute") else "",
+        "block by block" if config.get("step_each_block") else "",
+        "CUDA graph" if config.get("cuda_graph") else "",
     ]
     said = ", ".join(part for part in parts if part)
     return f"{name} ({said})" if said else name
