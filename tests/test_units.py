@@ -16,6 +16,7 @@ from torch import nn
 
 from localgrad import LocalGradError, units
 from localgrad.models import cifar_resnet
+from localgrad.tracing import seeded
 from localgrad.units import Unit
 
 torch.set_num_threads(1)
@@ -478,6 +479,15 @@ def test_named_units_are_compared_in_training_too() -> None:
 
     with pytest.raises(LocalGradError, match="does not compute what it did in training"):
         units(Dropped(), torch.empty(2, 3, 4, 4), names=["a", "b", "c"])
+
+
+def test_the_generator_of_metal_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: calls.append("kept") or "state")
+    monkeypatch.setattr(torch.mps, "set_rng_state", calls.append)
+    with pytest.raises(KeyError), seeded(torch.device("mps")):
+        raise KeyError
+    assert calls == ["kept", "state"]
 
 
 def test_every_generator_is_left_as_it_was() -> None:

@@ -108,7 +108,8 @@ def man(
         bias: whether there is a trained copy; of the fused form, b alone, for its copy is trained in any case.
         ema: whether there is a part that follows the next unit.
         initial: `"copy"` starts both from the next unit's values, `"random"` from independent draws (what the released
-            code does), in each layer that can reset itself; bare parameters of a unit stay copies.
+            code does), in each layer that can reset itself; bare parameters of a unit, and weights that a
+            parametrization computes (weight norm), stay copies.
         recompute: compute both branches again during the backward pass instead of keeping their activations; batch
             statistics are still counted once a step.
         depth: how many of the next block's first units are copied (fewer where it has fewer; the model's head

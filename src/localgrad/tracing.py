@@ -265,6 +265,7 @@ def seeded(device: torch.device) -> Iterator[None]:
     """Every generator that a forward pass may draw from, seeded with 0; all of them come back as they were."""
     python, arrays = random.getstate(), np.random.get_state()
     on_cpu = device.type in ("cpu", "meta")
+    on_mps = torch.mps.get_rng_state() if device.type == "mps" else None  # which fork_rng cannot keep
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if device.type == "cuda" else []):
         try:
             (torch.default_generator.manual_seed if on_cpu else torch.manual_seed)(0)  # that of other devices too
@@ -274,6 +275,8 @@ def seeded(device: torch.device) -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(arrays)
+            if on_mps is not None:
+                torch.mps.set_rng_state(on_mps)
 
 
 def _random_state(device: torch.device) -> tuple[Any, ...]:
