@@ -14,6 +14,7 @@ import localgrad
 from localgrad import LocalGradError, Site, local_step, split
 from localgrad.memory import step_peak
 from localgrad.models import cifar_resnet
+from localgrad.recompute import recomputed
 
 EXAMPLE = torch.empty(2, 3, IMAGE, IMAGE)
 DGL = localgrad.dgl(NUM_CLASSES)
@@ -279,6 +280,20 @@ def test_units_that_write_their_input_have_a_cost(balance) -> None:
     assert sum(len(block.names) for block in blocks) == 5
     rows = localgrad.plan(pre_activation_model(), example, objective=localgrad.dgl(5), num_blocks=[1, 2])
     assert {row.num_blocks for row in rows} == {1, 2}
+
+
+def test_synchronised_norms_are_recomputed() -> None:
+    """PyTorch's own, which insists on its counter of batches."""
+    torch.manual_seed(0)
+    norm, features = nn.SyncBatchNorm(4), torch.randn(6, 4, 3, 3)
+    plain = copy.deepcopy(norm)
+    for module, result in ((norm, recomputed(norm, features, norm)), (plain, plain(features))):
+        result.square().sum().backward()
+        assert module.num_batches_tracked == 1
+    for (name, value), expected in zip(norm.state_dict().items(), plain.state_dict().values(), strict=True):
+        assert torch.equal(value, expected), name
+    assert norm.weight.grad is not None
+    assert torch.equal(norm.weight.grad, plain.weight.grad)
 
 
 def test_units_that_write_their_input_are_recomputed_from_what_it_was() -> None:

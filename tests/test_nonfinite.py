@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from localgrad import data, dgl, local_step, nonfinite, plan, split, state, trainer
 from localgrad.advice import memory_advice
 from localgrad.cli import main
-from localgrad.config import ObjectiveConfig, validate
+from localgrad.config import ModelConfig, MomentumConfig, ObjectiveConfig, validate
 from localgrad.errors import LocalGradError
 from localgrad.models import cifar_resnet
 from localgrad.step import OutOfMemoryError
@@ -227,6 +227,15 @@ def test_the_suggested_cuts_take_less(objective: str) -> None:
     assert "no other cuts take less" in again
     roomy = memory_advice(config, 10, [], capacity=2**40)
     assert len(_cuts_of(roomy)) == 1, "with room for it, the fewest blocks"
+
+
+def test_a_network_that_cannot_be_made_without_values_gets_advice_too() -> None:
+    """RegNets compute their widths with tensors."""
+    images = replace(data.digits(), image_size=32)
+    config = replace(LOCAL, data=images, model=ModelConfig("torchvision:regnet_y_400mf"), cuts=())
+    advice = memory_advice(replace(config, momentum=MomentumConfig()), 10, [])
+    assert "`localgrad plan` predicts" in advice
+    assert _cuts_of(advice)
 
 
 def test_on_the_command_line_it_is_one_line(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from processes import run_ranks
 from test_trainer import LOCAL, assert_same_run, weights
@@ -21,11 +22,13 @@ import localgrad
 from localgrad import state, trainer
 from localgrad.blocks import Block
 from localgrad.build import with_defaults
-from localgrad.config import TrainConfig
+from localgrad.config import MomentumConfig, TrainConfig
+from localgrad.errors import LocalGradError
 from localgrad.evaluation import evaluate
 from localgrad.models import cifar_resnet
 from localgrad.pipeline import Stage
 from localgrad.runs import RunFolder
+from localgrad.shards import shard
 from localgrad.step import local_step
 
 CUTS = ["layer1.0", "layer2.0", "layer3.0"]
@@ -79,35 +82,41 @@ def _one_process(momentum: str, objective: str) -> tuple[dict[str, Tensor], list
     return _state(model, blocks), losses
 
 
-def _many_processes(momentum: str, objective: str, starts: list[int]) -> tuple[dict[str, Tensor], list[list[float]]]:
+def _many_processes(
+    momentum: str, objective: str, starts: list[int], ahead: bool
+) -> tuple[dict[str, Tensor], list[list[float]]]:
     model, blocks = _blocks(momentum, objective)
     stage = Stage(blocks, starts)
+    assert stage._receives_ahead, "on processors"
+    stage._receives_ahead = ahead
     optimizers = _optimizers(stage.blocks)
     losses = []
     loader = _batches(SIZES) if stage.is_first else []
     for part in (slice(0, 11), slice(11, STEPS)):  # two epochs: the receives begin anew
         for inputs, targets, features in stage.batches(loader[part], SIZES[part]):
+            assert ahead or stage._weights is None, "no receive is waiting while a batch is trained"
             losses.append([float(loss) for loss in stage.step(optimizers, inputs, targets, features)])
         stage.gather()
     return _state(model, blocks), losses
 
 
 @pytest.mark.parametrize(
-    ("momentum", "objective", "starts"),
+    ("momentum", "objective", "starts", "ahead"),
     [
-        ("none", "dgl", [0, 2]),
-        ("man", "dgl", [0, 1]),
-        ("man", "infopro", [0, 1, 3]),
-        ("fused", "dgl", [0, 1, 2]),
-        ("deep", "dgl", [0, 3]),
+        ("none", "dgl", [0, 2], True),
+        ("man", "dgl", [0, 1], False),
+        ("man", "infopro", [0, 1, 3], True),
+        ("fused", "dgl", [0, 1, 2], False),
+        ("deep", "dgl", [0, 3], True),
     ],
 )
-def test_ranks_give_the_bits_of_one_process(momentum: str, objective: str, starts: list[int]) -> None:
+def test_ranks_give_the_bits_of_one_process(momentum: str, objective: str, starts: list[int], ahead: bool) -> None:
+    """Also with receives that begin only where they are waited for, as on CUDA."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     expected, losses = _one_process(momentum, objective)
     torch.set_num_threads(threads)
-    answers = run_ranks(_many_processes, len(starts), momentum, objective, starts)
+    answers = run_ranks(_many_processes, len(starts), momentum, objective, starts, ahead)
     for found, _ in answers:
         assert found.keys() == expected.keys()
         assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
@@ -167,12 +176,23 @@ def test_synchronised_norms_see_the_whole_batch(tmp_path: Path) -> None:
 
 
 def test_shards_of_the_weights_train_like_whole_ones(tmp_path: Path) -> None:
-    run_ranks(_fit, 2, replace(LOCAL, devices=2), tmp_path / "whole", 0, False)
-    config = replace(LOCAL, devices=2, parallel="shards")
+    """MAN++ has a parameter of a single number, which is in one of the shards."""
+    local = replace(LOCAL, devices=2, momentum=MomentumConfig("manpp"))
+    run_ranks(_fit, 2, local, tmp_path / "whole", 0, False)
+    config = replace(local, parallel="shards")
     with pytest.raises(KeyboardInterrupt, match="after step 3; everything is saved"):
         run_ranks(_fit, 2, config, tmp_path / "sharded", 3, False)
     run_ranks(_fit, 2, config, tmp_path / "sharded", 0, True)
     torch.testing.assert_close(weights(tmp_path / "sharded"), weights(tmp_path / "whole"), rtol=1e-5, atol=1e-6)
+
+
+def test_weights_outside_of_layers_are_not_lost_in_shards() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=10)
+    blocks = localgrad.split(
+        model, torch.empty(2, 3, 32, 32), num_blocks=2, objective=localgrad.classifier(num_classes=10)
+    )
+    with pytest.raises(LocalGradError, match=r"the weights cls_token, pos_embed are in no layer of a unit.*--parallel"):
+        shard(model, blocks, torch.device("cpu"), 2)
 
 
 @pytest.mark.parametrize("shared", [{}, {"parallel": "shards"}, {"parallel": "blocks", "devices": 4, "replicas": 2}])

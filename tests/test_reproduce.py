@@ -248,6 +248,8 @@ def test_finished_runs_may_have_found_their_images_elsewhere(tmp_path: Path) -> 
     values = json.loads(cell.result.read_text())
     values["config"]["data"]["source"] = "another/place"
     cell.result.write_text(json.dumps(values))
+    cell.run.path.mkdir(parents=True)
+    write_json(cell.run.path / "config.json", values["config"])
     assert _cells(tmp_path)[0].state == "done"
     values["config"]["data"]["padding"] = 3
     cell.result.write_text(json.dumps(values))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cases import IMAGE, MOMENTA, NUM_CLASSES, OBJECTIVES, batch
-from torch import nn
+from torch import Tensor, nn
 
 import localgrad
 from localgrad import LocalGradError, local_step, split
@@ -258,6 +258,17 @@ def test_every_block_gets_the_batch_and_the_features_without_a_copy() -> None:
     assert all(given[1] is targets and given[2] is inputs for given in seen)
     given = [inputs, *(features for features, _, _ in seen)]
     assert [a.data_ptr() for a in received] == [a.data_ptr() for a in given]
+
+
+def test_a_gpu_that_stopped_is_not_explained_by_the_shape_of_the_inputs() -> None:
+    class Stopped(nn.Module):
+        def forward(self, features: Tensor, targets: Tensor, inputs: Tensor) -> Tensor:
+            raise RuntimeError("CUDA error: device-side assert triggered\nCUDA kernel errors might be")
+
+    blocks = localgrad.split(cifar_resnet(8), torch.empty(2, 3, 16, 16), num_blocks=2, objective=lambda site: Stopped())
+    optimizers = [torch.optim.SGD(block.trainable_parameters(), lr=0.1) for block in blocks]
+    with pytest.raises(LocalGradError, match=r"the GPU stopped in block 0 or before \(CUDA error: device-side assert"):
+        localgrad.local_step(blocks, optimizers, torch.zeros(2, 3, 16, 16), torch.zeros(2, dtype=torch.long))
 
 
 def test_batches_that_do_not_fit_an_objective_are_explained() -> None:

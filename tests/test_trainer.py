@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from localgrad import data, evaluation, state, trainer
+from localgrad import data, devices, evaluation, state, trainer
 from localgrad.config import ModelConfig, MomentumConfig, ObjectiveConfig, OptimConfig, TrainConfig
 from localgrad.devices import make_fabric, resolve_precision
 from localgrad.errors import LocalGradError
@@ -488,6 +488,15 @@ def test_auto_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) ->
     native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     assert resolve_precision(replace(auto, accelerator="cpu")) == ("bf16-mixed" if native else "32-true")
     assert resolve_precision(replace(auto, precision="bf16-mixed")) == "bf16-mixed"
+    for here, accelerator, expected in (
+        (True, "auto", "mps"),
+        (True, "mps", "mps"),
+        (True, "cpu", "cpu"),
+        (False, "auto", "cpu"),
+    ):
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda here=here: here)
+        (plugin,) = devices._precision_plugins(replace(auto, precision="bf16-mixed", accelerator=accelerator))
+        assert plugin.device == expected, "where the forward pass runs under autocast"
 
 
 def test_mixed_precision_keeps_the_weights_in_full_precision(tmp_path: Path) -> None:

@@ -31,18 +31,17 @@ def memory_advice(config: TrainConfig, num_classes: int, cuts: list[str], capaci
     whole = config.step_each_block or config.parallel == "blocks"  # which take no batch in parts
     fewer = "a smaller --optim.batch-size" if whole else f"--optim.accumulate {2 * config.optim.accumulate}"
     smaller = f"fewer images at once, as {fewer}, would take less too"
-    with torch.device("meta"):
-        model = build_model(config.model, num_classes)
-        example = torch.empty(images, 3, config.data.image_size, config.data.image_size)
     try:
+        model = build_model(config.model, num_classes).to("meta")
+        example = torch.empty(images, 3, config.data.image_size, config.data.image_size, device="meta")
         each = config.step_each_block
         now = step_peak(model, example, cuts, objective, momentum, recompute=config.recompute, step_each_block=each)
         most = len(units(model, example))
         counts = [count for count in (2, 4, 8, 16, 32) if count < most] + [most]
         local = objective or dgl(num_classes)
         rows = plan(model, example, objective=local, momentum=momentum, num_blocks=counts, step_each_block=each)
-    except LocalGradError as error:
-        return f"no plan could be made ({error}); {smaller}"
+    except (LocalGradError, RuntimeError) as error:
+        return f"no plan could be made ({str(error).partition(chr(10))[0]}); {smaller}"
     rows = [row for row in rows if row.recompute is config.recompute]
     least = min(rows, key=lambda row: row.peak)
     best = next((row for row in rows if capacity is not None and row.peak <= capacity), least)

@@ -102,8 +102,9 @@ def _precision_plugins(config: TrainConfig) -> list[Any]:
 
     if resolve_precision(config) == "32-true":
         return [Precision()]
-    on_cuda = config.accelerator in ("auto", "cuda") and torch.cuda.is_available()
-    return [MixedPrecision(precision="bf16-mixed", device="cuda" if on_cuda else "cpu")]
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    device = next((kind for kind, here in present.items() if here and config.accelerator in ("auto", kind)), "cpu")
+    return [MixedPrecision(precision="bf16-mixed", device=device)]
 
 
 def resolve_precision(config: TrainConfig) -> Any:

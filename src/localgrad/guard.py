@@ -118,7 +118,8 @@ class Guard:
 
 def make_guard(run: Run) -> Guard | None:
     """A guard for devices that compute beside the host, None elsewhere and for optimizers that cannot be told."""
-    return Guard(run) if run.fabric.device.type == "cuda" and run.config.parallel != "shards" else None
+    in_shards = run.config.parallel == "shards" and run.fabric.world_size > 1
+    return Guard(run) if run.fabric.device.type == "cuda" and not in_shards else None
 
 
 def _with_momentum(optimizer: torch.optim.Optimizer) -> None:

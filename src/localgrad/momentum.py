@@ -186,7 +186,7 @@ def manpp(
         source = _source(following, depth)
         follower = _follower(source, initial, decay).requires_grad_(False)
         like = next(source[0].module.parameters())
-        scale = nn.Parameter(torch.ones((), dtype=like.dtype, device=like.device))
+        scale = nn.Parameter(torch.ones(1, dtype=like.dtype, device=like.device))  # FSDP2 takes no scalar
         return MomentumAuxiliary(source, _copy(source, initial), follower, scale, decay, recompute)
 
     return build

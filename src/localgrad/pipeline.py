@@ -84,12 +84,17 @@ class Stage:
         self.blocks = self._all[self.own.start : self.own.stop]
         self._before = rank - 1 if self.index > 0 else None
         self._after = rank + 1 if self.index < num_stages - 1 else None
-        # traffic of each direction has a group of its own, so that neither waits behind the other
-        self._forward, self._back = _group(), _group()
+        device = next(self._all[0].parameters()).device
+        # NCCL's receives hold up whatever waits for the whole device, which would then wait for the rank itself
+        self._receives_ahead = device.type != "cuda"
         self._ranks = [range(n * num_stages, (n + 1) * num_stages) for n in range(replicas)]
         self._pipeline = [_group(ranks) for ranks in self._ranks][self.replica]
         self._control = [_group(ranks, "gloo") for ranks in self._ranks][self.replica]
-        self._first_ranks: Any = None
+        # traffic of each two ranks and direction has a group of its own, so that none waits behind another
+        edges_of_ranks = [pair for ranks in self._ranks for pair in pairwise(ranks)]
+        self._down = {pair: _group(pair) for pair in edges_of_ranks}
+        self._up = {pair: _group(pair) for pair in edges_of_ranks}
+        self._agreement: Any = None
         self.replica_group: Any = None
         self.wrapped: list[nn.Module] = list(self.blocks)
         if replicas > 1:
@@ -98,7 +103,8 @@ class Stage:
             self.wrapped = [
                 nn.parallel.DistributedDataParallel(block, process_group=self.replica_group) for block in self.blocks
             ]
-            self._first_ranks = _group(sides[0], "gloo")
+            # one a stage, though only the first ranks' is used: NCCL wants each rank to be in as many groups as others
+            self._agreement = [_group(side, "gloo") for side in sides][self.index]
         self._layouts: list[_Layout] = []  # of what the rank before sends, known from its first batch on
         self._announced = False
         self._sends: list[tuple[Any, Tensor]] = []
@@ -128,7 +134,7 @@ class Stage:
             `(N, ...)`, which are the inputs on the first rank.
         """
         source = iter(loader)
-        posted = self._post(sizes[0]) if sizes else []
+        posted = self._post(sizes[0]) if sizes and self._receives_ahead else []
         self.is_last_batch = False
         for number, size in enumerate(sizes):
             self._wait_for_sends()
@@ -143,7 +149,8 @@ class Stage:
                     work.wait()
                 features, inputs, targets = (tensor for _, tensor in posted)
                 self.is_last_batch = self._receive_flag()
-            if number + 1 < len(sizes) and not self.is_last_batch:
+            posted = []
+            if self._receives_ahead and number + 1 < len(sizes) and not self.is_last_batch:
                 posted = self._post(sizes[number + 1])
             self._batch = inputs, targets
             self._start_weights()
@@ -177,18 +184,19 @@ class Stage:
             dist.send_object_list([[_Layout.of(tensor) for tensor in tensors]], self._after, group=self._control)
             self._announced = True
         for tensor in tensors:
-            self._sends.append((dist.isend(_flat(tensor), self._after, group=self._forward), tensor))
+            group = self._down[dist.get_rank(), self._after]
+            self._sends.append((dist.isend(_flat(tensor), self._after, group=group), tensor))
         flag = torch.tensor([self.is_last_batch])
         self._sends.append((dist.isend(flag, self._after, group=self._control), flag))
 
     def take_weights(self) -> None:
         """Put the weights that the next rank began this batch with where this rank's last EMA reads them."""
-        if self._weights is None:
+        followed = self._followed(self.own.stop - 1) if self._after is not None else []
+        if not followed:
             return
-        work, received = self._weights
+        work, received = self._weights or self._receive_weights(followed)
         work.wait()
         self._weights = None
-        followed = self._followed(self.own.stop - 1)
         with torch.no_grad():
             for parameter, value in zip(followed, received.split([p.numel() for p in followed]), strict=True):
                 parameter.copy_(value.view_as(parameter))
@@ -215,18 +223,23 @@ class Stage:
     def _start_weights(self) -> None:
         if self._before is not None and (followed := self._followed(self.own.start - 1)):
             now = torch.cat([parameter.detach().reshape(-1) for parameter in followed])
-            self._sends.append((dist.isend(now, self._before, group=self._back), now))
-        if self._after is not None and (followed := self._followed(self.own.stop - 1)):
-            received = followed[0].new_empty(sum(parameter.numel() for parameter in followed))
-            work = dist.irecv(received, self._after, group=self._back)
-            assert work is not None
-            self._weights = work, received
+            group = self._up[self._before, dist.get_rank()]
+            self._sends.append((dist.isend(now, self._before, group=group), now))
+        if self._after is not None and (followed := self._followed(self.own.stop - 1)) and self._receives_ahead:
+            self._weights = self._receive_weights(followed)
+
+    def _receive_weights(self, followed: Sequence[nn.Parameter]) -> tuple[Any, Tensor]:
+        assert self._after is not None
+        received = followed[0].new_empty(sum(parameter.numel() for parameter in followed))
+        return dist.irecv(received, self._after, group=self._up[dist.get_rank(), self._after]), received
 
     def _post(self, size: int) -> list[tuple[Any, Tensor]]:
         """Receives for a batch of `size` samples; none on the first rank, or as long as its layouts are not known."""
-        device = next(self.blocks[0].parameters()).device
+        if self._before is None:
+            return []
+        device, group = next(self.blocks[0].parameters()).device, self._down[self._before, dist.get_rank()]
         tensors = [layout.empty(size, device) for layout in self._layouts]
-        return [(dist.irecv(_flat(tensor), self._before, group=self._forward), tensor) for tensor in tensors]
+        return [(dist.irecv(_flat(tensor), self._before, group=group), tensor) for tensor in tensors]
 
     def _receive_layouts(self) -> list[Any]:
         received: list[Any] = [None]
@@ -235,10 +248,10 @@ class Stage:
 
     def _agreed(self, stop: bool) -> bool:
         """Whether any pipeline's first rank is asked to stop."""
-        if self._first_ranks is None:
+        if self._agreement is None:
             return stop
         flag = torch.tensor([int(stop)])
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._first_ranks)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._agreement)
         return bool(flag)
 
     def _receive_flag(self) -> bool:

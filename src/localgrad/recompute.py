@@ -47,7 +47,8 @@ def _as_it_was(norms: Sequence[Any], begun: Sequence[tuple[nn.Module, str, Tenso
     for module, name, value in begun:
         module._buffers[name] = value
     for norm in norms:  # with factor 0 a running average stays; without one, fewer tensors would be saved than before
-        norm.momentum, norm.num_batches_tracked = 0.0, None
+        counted = norm.num_batches_tracked
+        norm.momentum, norm.num_batches_tracked = 0.0, None if counted is None else counted.clone()
     try:
         yield
     finally:

@@ -123,7 +123,9 @@ def _check_settings(name: str, changes: dict[str, Any], output: Path) -> None:
     """
     for row in table(name).rows:
         finished = {path: _load(path)["config"] for path in _results(output, row)}
-        started = {path: read_json(path) for path in sorted(output.glob(f"runs/{row}-seed*/config.json"))}
+        done = {path.stem for path in finished}
+        begun = sorted(output.glob(f"runs/{row}-seed*/config.json"))
+        started = {path: read_json(path) for path in begun if path.parent.name not in done}
         saved = finished | started
         for path, values in saved.items():
             try:

@@ -5,20 +5,37 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
 from localgrad.blocks import Block
+from localgrad.errors import LocalGradError
 
 
-def shard(blocks: Sequence[Block], device: torch.device, world_size: int) -> None:
+def shard(model: nn.Module, blocks: Sequence[Block], device: torch.device, world_size: int) -> None:
     """Give each process its part of the weights of every block, auxiliary networks included, in place.
 
     Parameters become DTensors, so optimizers are made afterwards. An EMA and the unit that it follows have the same
     shapes, so the same shards, and the average needs no communication.
+
+    Raises:
+        LocalGradError: a module that is in no unit holds parameters itself, which would stay as they are in the model.
     """
+    in_blocks = {module for block in blocks for module in block.modules()}
+    outside = [
+        ".".join(filter(None, (path, name)))
+        for path, module in model.named_modules()
+        if module not in in_blocks
+        for name, _ in module.named_parameters(recurse=False)
+    ]
+    if outside:
+        raise LocalGradError(
+            f"the weights {', '.join(outside[:3])} are in no layer of a unit, and FSDP2 shares out those of layers "
+            "only: use --parallel data or --parallel blocks"
+        )
     mesh = init_device_mesh(device.type, (world_size,))
     for block in blocks:
         block.to(memory_format=torch.contiguous_format)  # FSDP2 takes no channels-last weights; features may be so

@@ -196,6 +196,11 @@ def _explained(
         return LocalGradError(
             f"inputs are {tuple(inputs.shape)} and targets {tuple(targets.shape)}: give one target a sample"
         )
+    if "CUDA error" in text:  # every later call fails too, so that nothing can be found out
+        return LocalGradError(
+            f"the GPU stopped in block {index} or before ({text}); most often a class in targets is not below the "
+            "number of classes: CUDA_LAUNCH_BLOCKING=1 shows the place, and the process has to be started again"
+        )
     weight = next(block.parameters(), inputs)
     for name, tensor in (("inputs", inputs), ("targets", targets)):
         if tensor.device != weight.device:

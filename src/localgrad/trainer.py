@@ -171,7 +171,7 @@ def spread(run: Run) -> None:
     if config.parallel == "shards":
         for block in run.blocks if config.sync_batchnorm else ():
             synchronise(block)
-        shard(run.blocks, fabric.device, fabric.world_size)
+        shard(run.model, run.blocks, fabric.device, fabric.world_size)
         run.optimizers = build_optimizers(config.optim, run.blocks, fused=False)
         return
     num_stages = config.devices // config.replicas
