@@ -265,7 +265,9 @@ def test_a_gpu_that_stopped_is_not_explained_by_the_shape_of_the_inputs() -> Non
         def forward(self, features: Tensor, targets: Tensor, inputs: Tensor) -> Tensor:
             raise RuntimeError("CUDA error: device-side assert triggered\nCUDA kernel errors might be")
 
-    blocks = localgrad.split(cifar_resnet(8), torch.empty(2, 3, 16, 16), num_blocks=2, objective=lambda site: Stopped())
+    blocks = localgrad.split(
+        cifar_resnet(8), torch.empty(2, 3, 16, 16), cuts=["layer1.0"], objective=lambda site: Stopped()
+    )
     optimizers = [torch.optim.SGD(block.trainable_parameters(), lr=0.1) for block in blocks]
     with pytest.raises(LocalGradError, match=r"the GPU stopped in block 0 or before \(CUDA error: device-side assert"):
         localgrad.local_step(blocks, optimizers, torch.zeros(2, 3, 16, 16), torch.zeros(2, dtype=torch.long))

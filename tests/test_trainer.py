@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -488,13 +489,9 @@ def test_auto_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) ->
     native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     assert resolve_precision(replace(auto, accelerator="cpu")) == ("bf16-mixed" if native else "32-true")
     assert resolve_precision(replace(auto, precision="bf16-mixed")) == "bf16-mixed"
-    for here, accelerator, expected in (
-        (True, "auto", "mps"),
-        (True, "mps", "mps"),
-        (True, "cpu", "cpu"),
-        (False, "auto", "cpu"),
-    ):
-        monkeypatch.setattr(torch.backends.mps, "is_available", lambda here=here: here)
+    cases = ((True, "auto", "mps"), (True, "mps", "mps"), (True, "cpu", "cpu"), (False, "auto", "cpu"))
+    for here, accelerator, expected in cases:
+        monkeypatch.setattr(torch.backends.mps, "is_available", cache(lambda here=here: here))
         (plugin,) = devices._precision_plugins(replace(auto, precision="bf16-mixed", accelerator=accelerator))
         assert plugin.device == expected, "where the forward pass runs under autocast"
 
