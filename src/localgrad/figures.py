@@ -124,7 +124,7 @@ def learning_curves(table: Table) -> Figure | None:
             axes.fill_between(epochs, values.min(0), values.max(0), color=look["color"], alpha=0.18, linewidth=0)
         drawn += 1
     axes.set(xlabel="epoch", ylabel="test error (%)")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.05 * axes.dataLim.y1 if drawn else None)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return with_legend(figure, axes, drawn) if drawn else None
 
@@ -148,7 +148,7 @@ def local_heads(table: Table) -> Figure | None:
         axes.plot(range(1, row.num_blocks + 1), values.mean(0), label=label, **look_of(position))
         drawn += 1
     axes.set(xlabel="block", ylabel="test error of its head (%)")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.05 * axes.dataLim.y1 if drawn else None)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return with_legend(figure, axes, drawn) if drawn else None
 

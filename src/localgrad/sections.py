@@ -147,8 +147,9 @@ def costs(grouped: Sequence[Table], pictures: Pictures) -> Iterator[str]:
             yield f"<h3>{escape(table.title)}</h3>"
             yield f'<p class="soft">{escape(_sentence(table.budget))} On {escape(device)}.</p>'
             yield html_table(head, rows, escape(note))
-            drawn = figures.trade_off(table, device)
-            yield pictures.grid(iter([(drawn, caption, _paths(list(chosen.values())))]))
+            if len(chosen) > 1:
+                drawn = figures.trade_off(table, device)
+                yield pictures.grid(iter([(drawn, caption, _paths(list(chosen.values())))]))
 
 
 def _parameters(row: Row) -> str:
