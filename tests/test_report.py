@@ -19,7 +19,7 @@ from localgrad.build import with_defaults
 from localgrad.cli import main
 from localgrad.config import TrainConfig, to_dict
 from localgrad.errors import LocalGradError
-from localgrad.figures import learning_curves
+from localgrad.figures import learning_curves, trade_off
 from localgrad.recipes import recipe
 from localgrad.report import page
 from localgrad.results import Results, read_results
@@ -452,6 +452,16 @@ def test_probes_of_other_trainings_are_other_curves(tmp_path: Path) -> None:
     head, first = re.findall(r"<tr>.*?</tr>", text[text.index("mean over runs") - 2000 :], re.DOTALL)[:2]
     assert re.findall(r"DGL[^<]*", head) == [f"DGL, 15 blocks, {before}", "DGL, 15 blocks, optim.weight_decay 0.1"]
     assert re.findall(r"\d+\.\d\d", first) == ["50.00", "90.00"]
+
+
+def test_the_trade_off_has_the_errors_of_the_table(tmp_path: Path) -> None:
+    """Costs of two devices cannot be compared, errors can."""
+    for number, (name, device) in enumerate((("dgl", DEVICE), ("dgl", "another"), ("dgl-man", DEVICE))):
+        config = _config(f"cifar10-resnet32-k16-{name}", seed=number)
+        _run(tmp_path / f"{number}.json", config, 10.0 * (number + 1), device=device)
+    (table,) = tables(_read(tmp_path)[0].runs)
+    drawn = trade_off(table, DEVICE).axes[0].collections
+    assert [float(points.get_offsets()[0][1]) for points in drawn if hasattr(points, "get_sizes")] == [15.0, 30.0]  # pyright: ignore
 
 
 def test_a_seed_without_metrics_does_not_take_the_curve_of_the_others(folder: Path, tmp_path: Path) -> None:

@@ -155,19 +155,23 @@ def local_heads(table: Table) -> Figure | None:
 
 @styled
 def trade_off(table: Table, device: str) -> Figure:
-    """Memory of a step against test error; the area of a point is the time of a step; a line joins the best ones."""
+    """Memory of a step against test error; the area of a point is the time of a step; a line joins the best ones.
+
+    Memory and time are those on one device, the error is that of all runs, as in the table of errors.
+    """
     figure = new_figure(3.2)
     axes = figure.subplots()
     rows = table.on(device)
     seconds = {position: row.seconds_per_step or 0.0 for position, row in rows.items()}
-    points = {p: (row.mean("peak_memory_bytes") / 2**20, row.mean("test_error")) for p, row in rows.items()}
+    errors = {position: table.rows[position].mean("test_error") for position in rows}
+    points = {p: (row.mean("peak_memory_bytes") / 2**20, errors[p]) for p, row in rows.items()}
     best = sorted(point for point in points.values() if not any(_beats(other, point) for other in points.values()))
     axes.plot(*zip(*best, strict=True), color="#808080", linewidth=1, linestyle=":", zorder=1)
-    for position, row in rows.items():
+    for position in rows:
         label = table.labels[position] + (f", {seconds[position]:.3g} s" if seconds[position] else "")
         size = 30 + 130 * seconds[position] / (max(seconds.values()) or 1)
         axes.scatter(*points[position], s=size, alpha=0.85, linewidth=0, label=label, **look_of(position))
-        deviation = row.deviation("test_error")
+        deviation = table.rows[position].deviation("test_error")
         if deviation is not None:
             axes.errorbar(*points[position], yerr=deviation, color=look_of(position)["color"], linewidth=1, capsize=2)
     axes.set(xlabel="peak memory of a step (MiB)", ylabel="test error (%)")

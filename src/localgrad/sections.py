@@ -136,9 +136,9 @@ def costs(grouped: Sequence[Table], pictures: Pictures) -> Iterator[str]:
                 for position, row in chosen.items()
             ]
             caption = (
-                f"Test error against the peak memory of a step: {_told(table)}, on {device}. The area of a point is "
-                "the time of a step, which the legend has in seconds; the dotted line joins the points that no other "
-                "beats in both."
+                f"Test error of all runs against the peak memory of a step on {device}: {_told(table)}. The area of a "
+                "point is the time of a step, which the legend has in seconds; the dotted line joins the points that "
+                "no other beats in both."
             )
             note = (
                 "Memory: the most that a step held in tensors beyond what was there before it. Hours: training and "
