@@ -80,7 +80,7 @@ def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
         return made[-1]
 
     @contextlib.contextmanager
-    def recording(graph: Tape, pool: Any) -> Iterator[None]:
+    def recording(graph: Tape, pool: Any, capture_error_mode: str) -> Iterator[None]:
         with graph:
             yield
         graph.put_back()
