@@ -1,10 +1,11 @@
-"""Files that are written whole or not at all, and the versions that they had before."""
+"""Files that are written whole or not at all, the versions that they had before, and locks."""
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 from localgrad.errors import LocalGradError
 
@@ -60,6 +61,24 @@ def versions(path: Path) -> dict[int, Path]:
     if os.path.lexists(path):
         found[0] = path
     return dict(sorted(found.items()))
+
+
+def lock(file: TextIO, seconds: float = 0.0) -> None:
+    """Locks a file for as long as it is open, here or in a process that inherited it.
+
+    Raises:
+        BlockingIOError: another one still has it after so many seconds.
+    """
+    import fcntl
+
+    give_up = time.monotonic() + seconds
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > give_up:
+                raise
+            time.sleep(0.1)
 
 
 def _sync(folder: Path) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 from localgrad.build import with_defaults
 from localgrad.config import TrainConfig, closest, differences, from_dict, to_dict, validate
 from localgrad.errors import LocalGradError
+from localgrad.files import lock
 from localgrad.interrupts import InterruptedRun, noted_interrupts
 from localgrad.progress import TableDisplay
 from localgrad.recipes import recipe
@@ -201,7 +202,7 @@ def run_cells(cells: Sequence[Cell], *, jobs: int = 1) -> dict[str, str]:
     running: dict[str, tuple[Cell, subprocess.Popen[bytes]]] = {}
     places: dict[str, int] = {}
     output, num_done = waiting[0].output, len(cells) - len(waiting) - len(failures)
-    with _locked(output) as lock, noted_interrupts() as interrupted, TableDisplay(len(cells), num_done) as display:
+    with _locked(output) as held, noted_interrupts() as interrupted, TableDisplay(len(cells), num_done) as display:
         try:
             while (waiting or running) and not interrupted.is_set():
                 while waiting and len(running) < jobs:
@@ -211,7 +212,7 @@ def run_cells(cells: Sequence[Cell], *, jobs: int = 1) -> dict[str, str]:
                         display.ended(cell.name, f"failed: {failures[cell.name]}")
                         continue
                     places[cell.name] = min(set(range(jobs)) - {places[name] for name in running})
-                    running[cell.name] = cell, _start(cell, share(cell.config, places[cell.name], jobs), lock)
+                    running[cell.name] = cell, _start(cell, share(cell.config, places[cell.name], jobs), held)
                 time.sleep(POLL_SECONDS)
                 for name, (cell, process) in list(running.items()):
                     if process.poll() is None:
@@ -251,7 +252,7 @@ def share(config: TrainConfig, place: int, jobs: int) -> dict[str, str]:
     return variables
 
 
-def _start(cell: Cell, variables: dict[str, str], lock: int) -> "subprocess.Popen[bytes]":
+def _start(cell: Cell, variables: dict[str, str], held: int) -> "subprocess.Popen[bytes]":
     command = [sys.executable, "-m", "localgrad", *cell.command, "--run-dir", str(cell.run.path)]
     try:
         with cell.log.open("ab") as log:
@@ -262,7 +263,7 @@ def _start(cell: Cell, variables: dict[str, str], lock: int) -> "subprocess.Pope
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **variables},
                 start_new_session=True,  # Ctrl-C comes to this process alone, which passes it on once
-                pass_fds=(lock,),
+                pass_fds=(held,),
             )
     except OSError as error:
         raise LocalGradError(f"{cell.name} cannot be started: {error.strerror or error}") from error
@@ -294,8 +295,6 @@ def _locked(output: Path) -> Iterator[int]:
     Raises:
         LocalGradError: another process holds it, or the folder cannot be written.
     """
-    import fcntl
-
     path = output / "runs" / "lock"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -304,7 +303,7 @@ def _locked(output: Path) -> Iterator[int]:
         raise LocalGradError(f"the folder {output} cannot be written: {error.strerror or error}") from error
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file)
         except BlockingIOError:
             raise LocalGradError(f"runs of {output} are going on; wait for them, or give another --output") from None
         yield file.fileno()

@@ -12,20 +12,19 @@ import json
 import logging
 import os
 import pickle
-import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from localgrad.config import TrainConfig, differences, from_dict, to_dict
 from localgrad.errors import LocalGradError
-from localgrad.files import atomic_write, versions
+from localgrad.files import atomic_write, lock, versions
 
 logger = logging.getLogger(__name__)
 LOCK_SECONDS = 10.0
@@ -185,7 +184,7 @@ class RunFolder:
             raise self._unusable(error) from error
         with file:
             try:
-                _lock(file)
+                lock(file, LOCK_SECONDS)
             except BlockingIOError:
                 raise LocalGradError(
                     f"another process is training in {self.path}; wait for it, or give another --run-dir"
@@ -344,24 +343,6 @@ class Board:
                 if number is not None and name != "epoch":
                     self.writer.add_scalar(label, number, line["epoch"])
         self.writer.flush()
-
-
-def _lock(file: TextIO) -> None:
-    """Locks a file for as long as it is open, here or in a process that was forked from this one.
-
-    Raises:
-        BlockingIOError: another one has it.
-    """
-    import fcntl
-
-    give_up = time.monotonic() + LOCK_SECONDS
-    while True:
-        try:
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > give_up:
-                raise
-            time.sleep(0.1)
 
 
 class _DamagedError(LocalGradError):

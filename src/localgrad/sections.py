@@ -149,7 +149,7 @@ def costs(grouped: Sequence[Table], pictures: Pictures) -> Iterator[str]:
             yield html_table(head, rows, escape(note))
             if len(chosen) > 1:
                 drawn = figures.trade_off(table, device)
-                yield pictures.grid(iter([(drawn, caption, _paths(list(chosen.values())))]))
+                yield pictures.grid(iter([(drawn, caption, _paths([table.rows[position] for position in chosen]))]))
 
 
 def _parameters(row: Row) -> str:
@@ -192,7 +192,7 @@ def _told_apart(runs: Sequence[dict[str, Any]]) -> list[str]:
     for run, label in zip(runs, labels, strict=True):
         others = [own_fields(other["config"]) for other, same in zip(runs, labels, strict=True) if same == label]
         own = {name: value for name, value in own_fields(run["config"]).items() if name != "name"}
-        apart = [f"{name} {value}" for name, value in own.items() if any(other[name] != value for other in others)]
+        apart = [f"{name} {value}" for name, value in own.items() if any(other.get(name) != value for other in others)]
         told.append(", ".join([label, *(apart or [run["config"]["name"]] * (len(others) > 1))]))
     return told
 

@@ -197,6 +197,8 @@ def _explained(
             f"inputs are {tuple(inputs.shape)} and targets {tuple(targets.shape)}: give one target a sample"
         )
     if "CUDA error" in text:  # every later call fails too, so that nothing can be found out
+        if "device-side assert" not in text:
+            return None
         return LocalGradError(
             f"the GPU stopped in block {index} or before ({text}); most often a class in targets is not below the "
             "number of classes: CUDA_LAUNCH_BLOCKING=1 shows the place, and the process has to be started again"
