@@ -198,7 +198,8 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "a budget beyond numbers": (["plan", "cifar_resnet", "--budget", "9" * 400 + "GiB"], "give a size with its unit"),
     "a budget of nothing": (["plan", "cifar_resnet", "--budget", "0GiB"], "give a size with its unit"),
     "a demo of no epoch": (["demo", "--epochs", "0"], "epochs is 0: it must be at least 1"),
-    "a demo of no seed": (["demo", "--seed", "-1"], "seed is -1, it must be from 0"),
+    "a demo of no seed": (["demo", "--seeds", "-1"], "seed is -1, it must be from 0"),
+    "a demo of one seed twice": (["demo", "--seeds", "1", "1"], "seeds are (1, 1): give one or more different ones"),
 }
 
 

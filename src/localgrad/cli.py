@@ -76,13 +76,14 @@ Example:
   localgrad report results/ --output report.html
 """
 
-DEMO_HELP = """Train one small ResNet on scikit-learn's digits end-to-end, with DGL, and with DGL+MAN.
+DEMO_HELP = """Train one small ResNet on scikit-learn's digits end-to-end, with DGL, and with DGL+MAN, three seeds each.
 
 Prints a table, and writes it (table.json) and the learning curves (curves.png). No download, under three minutes on
 two cores.
 
 Example:
   localgrad demo --run-dir runs/demo
+  localgrad demo --seeds 0 --epochs 3
 """
 
 UNITS_HELP = """List the units of a network: where it may be cut, and what each costs.
@@ -418,19 +419,19 @@ def demo(arguments: Sequence[str]) -> int:
     @dataclass(frozen=True)
     class Demo:
         run_dir: Path = Path("runs/demo")
-        """Folder for the three runs, the plot and the table; what is finished in it is not run again."""
+        """Folder for the runs, the plot and the table; what is finished in it is not run again."""
         epochs: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
         """Passes over the images; the recipes' own unless given."""
         train_limit: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
         """Train on so many images only, evenly from each class."""
-        seed: int = 0
-        """Decides initial weights, order of the images and augmentation."""
+        seeds: tuple[int, ...] = (0, 1, 2)
+        """Seeds, three runs each; a seed decides initial weights, order of the images and augmentation."""
 
     options = _parse(Demo, arguments, "localgrad demo", DEMO_HELP)
     from localgrad.demo import main as run
 
     try:
-        run(options.run_dir, epochs=options.epochs, train_limit=options.train_limit, seed=options.seed)
+        run(options.run_dir, epochs=options.epochs, train_limit=options.train_limit, seeds=options.seeds)
     except KeyboardInterrupt as interruption:
         said = str(interruption) or "interrupted"
         print(f"localgrad: {said}; the same command goes on from there", file=sys.stderr)

@@ -1,133 +1,117 @@
 """The demo: one small network, trained end-to-end, by blocks, and by blocks with momentum, side by side."""
 
 import json
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from localgrad.build import with_defaults
 from localgrad.config import TrainConfig, to_dict
 from localgrad.errors import LocalGradError
 from localgrad.recipes import recipe
+from localgrad.reproduce import check_seeds, mean_std
+from localgrad.results import FinishedRun, read_results
 from localgrad.runs import RunFolder
+from localgrad.summary import Row, Table, network_label, tables
 
-ROWS = {"digits-e2e": "end-to-end", "digits-dgl": "DGL", "digits-dgl-man": "DGL+MAN"}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One finished run of the demo, as its result file has it."""
-
-    label: str
-    result: dict[str, Any]
-    metrics: list[dict[str, Any]]
+RECIPES = ("digits-e2e", "digits-dgl", "digits-dgl-man")
 
 
-def run_demo(folder: Path, *, epochs: int | None, train_limit: int | None, seed: int) -> list[Row]:
-    """Train the three rows, each in its folder; what is finished there is kept, what is half done goes on.
+def run_demo(folder: Path, *, epochs: int | None, train_limit: int | None, seeds: Sequence[int]) -> Table:
+    """Train the three rows with every seed; what is finished in the folder is kept, what is half done goes on.
 
     Args:
-        folder: for the three run folders and the plot.
+        folder: for the run folders, `digits-dgl-seed0` and so on.
         epochs: instead of the recipes' own.
         train_limit: train on so many images only.
-        seed: for all three.
+        seeds: one run each, of every row.
 
     Returns:
-        One row a run, in order.
+        The three rows, with a run for each seed.
 
     Raises:
         LocalGradError: the folder holds a demo of other settings.
         KeyboardInterrupt: interrupted; the same call goes on from the checkpoint.
     """
+    runs = [
+        _finished(folder / f"{name}-seed{seed}", _config(name, epochs, train_limit, seed))
+        for seed in seeds
+        for name in RECIPES
+    ]
+    return Table(tuple(row for table in tables(runs) for row in table.rows))
+
+
+def _config(name: str, epochs: int | None, train_limit: int | None, seed: int) -> TrainConfig:
+    config = recipe(name).config
+    data = replace(config.data, train_limit=train_limit or config.data.train_limit)
+    return replace(config, seed=seed, data=data, optim=replace(config.optim, epochs=epochs or config.optim.epochs))
+
+
+def _finished(folder: Path, config: TrainConfig) -> FinishedRun:
+    """The run in this folder, trained to its end first where it is not."""
     from localgrad.trainer import fit
 
-    rows = []
-    for name, label in ROWS.items():
-        config = recipe(name).config
-        config = replace(
-            config,
-            seed=seed,
-            data=replace(config.data, train_limit=train_limit or config.data.train_limit),
-            optim=replace(config.optim, epochs=epochs or config.optim.epochs),
-        )
-        run = RunFolder(folder / name)
-        if not _is_done(run, config):
-            fit(config, run.path, resume=(run.path / "config.json").exists())
-        metrics = [json.loads(line) for line in run.metrics.read_text().splitlines()]
-        rows.append(Row(label, json.loads(run.result.read_text()), metrics))
-    return rows
-
-
-def _is_done(run: RunFolder, config: TrainConfig) -> bool:
+    run = RunFolder(folder)
     if not run.is_finished:
-        return False
-    if to_dict(run.config()) != to_dict(with_defaults(config)):
-        raise LocalGradError(f"{run.path} holds a demo of other settings; give another --run-dir, or remove it")
-    return True
+        fit(config, folder, resume=(folder / "config.json").exists())
+    elif to_dict(run.config()) != to_dict(with_defaults(config)):
+        raise LocalGradError(f"{folder} holds a demo of other settings; give another --run-dir, or remove it")
+    return read_results(folder, lambda problem: print(f"localgrad: {problem}", file=sys.stderr)).runs[0]
 
 
-def show(rows: Sequence[Row]) -> None:
+def show(table: Table) -> None:
     """Print the table."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Table as Grid
 
     console = Console()
-    table = Table(title="scikit-learn's digits, the same ResNet-14 three times", title_justify="left")
-    headings = ["training", "blocks", "test error", "peak memory", "s/step", "parameters"]
-    shown = [0, 2, 3] if console.width < 72 else range(len(headings))  # figures whole, at any width
+    grid = Grid(
+        title=f"scikit-learn's digits, the same {network_label(table.config)} three times", title_justify="left"
+    )
+    headings = ["training", "blocks", "test error %", "peak memory", "s/step", "parameters"]
+    shown = [0, 2, 3] if console.width < 80 else range(len(headings))  # figures whole, at any width
     for column in shown:
-        table.add_column(headings[column], justify="right" if column else "left", overflow="fold")
-    for row in rows:
-        result = row.result
-        auxiliary = result["parameters"]["auxiliary"]
-        cells = (
-            row.label,
-            str(result["num_blocks"]),
-            f"{result['test_error']:.2f}%",
-            f"{result['peak_memory_bytes'] / 2**20:.1f} MiB",
-            "-" if result["seconds_per_step"] is None else f"{result['seconds_per_step']:.3f}",
-            f"{result['parameters']['backbone'] / 1e3:.0f}k" + (f" + {auxiliary / 1e3:.0f}k" if auxiliary else ""),
-        )
-        table.add_row(*(cells[column] for column in shown))
-    console.print(table)
+        grid.add_column(headings[column], justify="right" if column else "left", overflow="fold")
+    for row in table.rows:
+        cells = _cells(row)
+        grid.add_row(*(cells[column] for column in shown))
+    console.print(grid)
     console.print(
-        "Peak memory: tensors that one step makes, activations for the most part. Parameters: of the network, + of "
-        "auxiliary networks, which are only there during training.",
+        "Test error: mean ± standard deviation (number of seeds). Peak memory: tensors that one step makes, mostly "
+        "activations. Parameters: of the network, + of auxiliary networks, which are only there during training.",
         style="dim",
     )
 
 
-def plot(rows: Sequence[Row], path: Path) -> None:
-    """Draw the learning curves: test error over epochs."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.ticker import MaxNLocator
-
-    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
-    for row, style in zip(rows, ("o-", "s--", "^-"), strict=False):
-        points = [(line["epoch"], line["test_error"]) for line in row.metrics if line["test_error"] is not None]
-        blocks = row.result["num_blocks"]
-        name = row.label if blocks == 1 else f"{row.label}, {blocks} blocks"
-        axes.plot(*zip(*points, strict=True), style, label=f"{name}: {row.result['test_error']:.1f} %")
-    axes.set(xlabel="epoch", ylabel="test error (%)", title="Digits, ResNet-14: test error of the whole network")
-    axes.set_ylim(bottom=0)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+def _cells(row: Row) -> tuple[str, ...]:
+    first = row.runs[0].result
+    seconds, auxiliary = row.seconds_per_step, first.parameters["auxiliary"]
+    return (
+        row.label,
+        str(row.num_blocks),
+        mean_std([run.result.test_error for run in row.runs]),
+        f"{row.mean('peak_memory_bytes') / 2**20:.1f} MiB",
+        "-" if seconds is None else f"{seconds:.3f}",
+        f"{first.parameters['backbone'] / 1e3:.0f}k" + (f" + {auxiliary / 1e3:.0f}k" if auxiliary else ""),
+    )
 
 
-def main(folder: Path, *, epochs: int | None = None, train_limit: int | None = None, seed: int = 0) -> None:
+def main(
+    folder: Path, *, epochs: int | None = None, train_limit: int | None = None, seeds: Sequence[int] = (0, 1, 2)
+) -> None:
     """Train, print the table, write `curves.png` and `table.json` into the folder."""
     for name, value in (("epochs", epochs), ("train_limit", train_limit)):
         if value is not None and value < 1:
             raise LocalGradError(f"{name} is {value}: it must be at least 1")
-    rows = run_demo(folder, epochs=epochs, train_limit=train_limit, seed=seed)
-    plot(rows, folder / "curves.png")
-    (folder / "table.json").write_text(json.dumps({row.label: row.result for row in rows}, indent=2) + "\n")
-    show(rows)
+    check_seeds(seeds)
+    from localgrad.figures import learning_curves
+
+    table = run_demo(folder, epochs=epochs, train_limit=train_limit, seeds=seeds)
+    results = {row.label: [asdict(run.result) for run in row.runs] for row in table.rows}
+    (folder / "table.json").write_text(json.dumps(results, indent=2) + "\n")
+    if figure := learning_curves(table):
+        figure.axes[0].set_title(table.title)
+        figure.savefig(folder / "curves.png", dpi=200)
+    show(table)
     print(f"learning curves: {folder / 'curves.png'}")

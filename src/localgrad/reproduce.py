@@ -95,11 +95,16 @@ def plan_cells(
             raise LocalGradError(
                 f"table {name} has no row {row!r}{closest(row, listed)}; its rows: {', '.join(listed)}"
             )
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise LocalGradError(f"seeds are {tuple(seeds)}: give one or more different ones, as --seeds 0 1 2")
+    check_seeds(seeds)
     cells = [_cell(row, seed, changes, output) for seed in seeds for row in listed if row in (rows or listed)]
     _check_settings(name, changes, output)
     return cells
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Refuse none, or one twice."""
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise LocalGradError(f"seeds are {tuple(seeds)}: give one or more different ones, as --seeds 0 1 2")
 
 
 def _cell(row: str, seed: int, changes: dict[str, Any], output: Path) -> Cell:
