@@ -139,6 +139,7 @@ def features_table(folder: Path) -> str:
 DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 TABLES = {
     "runs": lambda: runs_table([ROOT / "results" / f"cifar10-{epochs}-epochs" for epochs in ("five", "ten")]),
+    "imagenette": lambda: runs_table([ROOT / "results" / "imagenette-three-epochs"]),
     "features": lambda: features_table(ROOT / "results" / "cifar10-ten-epochs" / "analysis"),
     "ranks": lambda: ranks_table(ROOT / "results" / "pipeline.json"),
     "plan": lambda: plan_table(ROOT / "results" / "plan-resnet101" / "plan.json"),
