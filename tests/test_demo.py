@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import statistics
 from pathlib import Path
 
@@ -58,6 +59,19 @@ def test_other_settings_do_not_go_into_its_folder(folder: Path, capsys: pytest.C
     assert main(["demo", "--run-dir", str(folder), "--seeds", "0", "--epochs", "2", "--train-limit", "40"]) == 2
     said = capsys.readouterr().err
     assert "digits-e2e-seed0 holds a demo of other settings; give another --run-dir, or remove it" in said
+
+
+def test_a_damaged_result_is_said(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damaged = tmp_path / "demo"
+    shutil.copytree(folder, damaged)
+    result = damaged / "digits-e2e-seed0" / "result.json"
+    (result.parent / "analysis").mkdir()
+    (result.parent / "analysis" / "speed.json").write_text('{"rows": [{"row": "a", "seconds_per_step": 1.0}]}')
+    result.write_text("{")
+    assert main(["demo", "--run-dir", str(damaged), "--seeds", "0", *FAST]) == 2
+    said = capsys.readouterr().err
+    assert "result.json is not readable as JSON" in said
+    assert "digits-e2e-seed0 has no result that can be read; remove it, or give another --run-dir" in said
 
 
 @pytest.mark.parametrize("columns", [40, 60, 100])

@@ -57,7 +57,10 @@ def _finished(folder: Path, config: TrainConfig) -> FinishedRun:
         fit(config, folder, resume=(folder / "config.json").exists())
     elif to_dict(run.config()) != to_dict(with_defaults(config)):
         raise LocalGradError(f"{folder} holds a demo of other settings; give another --run-dir, or remove it")
-    return read_results(folder, lambda problem: print(f"localgrad: {problem}", file=sys.stderr)).runs[0]
+    found = read_results(folder, lambda problem: print(f"localgrad: {problem}", file=sys.stderr)).runs
+    if not found:
+        raise LocalGradError(f"{folder} has no result that can be read; remove it, or give another --run-dir")
+    return found[0]
 
 
 def show(table: Table) -> None:
