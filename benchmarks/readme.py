@@ -100,7 +100,8 @@ def runs_table(folders: list[Path]) -> str:
         runs: dict[str, list[dict[str, Any]]] = {}
         for path in sorted(folder.glob("*-seed*.json")):
             run = json.loads(path.read_text())
-            runs.setdefault(run["config"]["name"], []).append(run)
+            recomputed = " --recompute" if run["config"].get("recompute") else ""
+            runs.setdefault(run["config"]["name"] + recomputed, []).append(run)
         budgets.append(runs)
     epochs = [next(iter(runs.values()))[0]["config"]["optim"]["epochs"] for runs in budgets]
     heads = [f"error after {number} epochs" for number in epochs]

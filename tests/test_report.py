@@ -150,7 +150,7 @@ def test_the_tables_hold_the_figures_of_the_files(text: str) -> None:
     assert main_row == ["15|K=16", f"{mean:.2f} ± {deviation:.2f}|n = 3", f"{mean - 0.5:.2f}", "9.11"]
     assert rows["End-to-end|cifar10-resnet32-e2e"] == ["1|E2E", "20.12|n = 1", "19.62", "6.37"]
     assert rows["DGL|digits-dgl"] == ["6|K=6", "5.50|n = 1", "5.00"], "no paper has it, so its table has no such column"
-    assert rows["DGL + MAN, 15 blocks"] == ["1.7", "1.5", "1.00", "467k + 123k"]
+    assert rows["DGL + MAN, 15 blocks"] == ["1.7", "1.50", "1.00", "467k + 123k"]
     assert rows["layer1.0"] == ["51.23"]
     assert rows["DGL + MAN, 15 blocks|cifar10-resnet32-k16-dgl-man-seed0"][-1] == "0.432"
 

@@ -168,7 +168,7 @@ def trade_off(table: Table, device: str) -> Figure:
     best = sorted(point for point in points.values() if not any(_beats(other, point) for other in points.values()))
     axes.plot(*zip(*best, strict=True), color="#808080", linewidth=1, linestyle=":", zorder=1)
     for position in rows:
-        label = table.labels[position] + (f", {seconds[position]:.3g} s" if seconds[position] else "")
+        label = table.labels[position] + (f", {rows[position].time} s" if seconds[position] else "")
         size = 30 + 130 * seconds[position] / (max(seconds.values()) or 1)
         axes.scatter(*points[position], s=size, alpha=0.85, linewidth=0, label=label, **look_of(position))
         deviation = table.rows[position].deviation("test_error")

@@ -129,7 +129,7 @@ def costs(grouped: Sequence[Table], pictures: Pictures) -> Iterator[str]:
                 [
                     escape(table.labels[position]),
                     f"{row.mean('peak_memory_bytes') / 2**20:,.1f}",
-                    "-" if row.seconds_per_step is None else f"{row.seconds_per_step:.3g}",
+                    row.time,
                     f"{row.mean('wall_seconds') / 3600:.2f}",
                     _parameters(row),
                 ]

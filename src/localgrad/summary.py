@@ -117,6 +117,11 @@ class Row:
         seconds = [run.result.seconds_per_step for run in self.runs]
         return None if None in seconds else statistics.fmean(each for each in seconds if each is not None)
 
+    @property
+    def time(self) -> str:
+        """Seconds a step to three digits, zeros at their end too; a dash where a run was too short to tell."""
+        return "-" if self.seconds_per_step is None else f"{self.seconds_per_step:#.3g}".removesuffix(".")
+
     def deviation(self, name: str) -> float | None:
         """Standard deviation over the runs (n - 1); None for a single one."""
         return statistics.stdev(getattr(run.result, name) for run in self.runs) if len(self.runs) > 1 else None
