@@ -242,7 +242,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("results/pipeline.json"))
     options = parser.parse_args()
     measured = [measure(options, world_size) for world_size in options.ranks]
-    settings = {name: str(value) for name, value in vars(options).items() if name not in ("output", "data")}
+    settings = {name: value for name, value in vars(options).items() if name not in ("output", "data")}
     write(options.output, {"settings": settings, "measured": measured, **environment()})
 
 

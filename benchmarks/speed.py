@@ -136,7 +136,7 @@ def main() -> None:
         measure = resnet32 if options.network == "resnet32" else resnet50
         title, rows, seconds = measure(options, Path(folder))
     print_table(f"{title}, batch {options.batch_size}, {options.threads} thread(s)", rows)
-    settings = {name: str(value) for name, value in vars(options).items() if name not in ("output", "data")}
+    settings = {name: value for name, value in vars(options).items() if name not in ("output", "data")}
     write(options.output, {"settings": settings, "rows": rows, "seconds": seconds, **environment()})
 
 

@@ -267,6 +267,12 @@ def test_the_results_of_this_repository_make_a_page() -> None:
     assert "Time of a step" in page(found, RESULTS)
 
 
+def test_a_time_is_shown_with_its_settings_and_without_those_that_were_not_set(text: str) -> None:
+    settings = json.loads((RESULTS / "speed.json").read_text())["settings"]
+    assert settings["rows"] is None
+    assert f"network resnet32, batch size 128, rounds {settings['rounds']}, threads {settings['threads']}." in text
+
+
 # What cannot be read
 
 

@@ -220,7 +220,7 @@ def step_times(values: dict[str, Any]) -> Figure:
     axes = figure.subplots()
     seconds = [row["seconds_per_step"] for row in rows]
     bars = axes.barh([row["row"] for row in rows], seconds, color=COLORS[0], height=0.62)
-    axes.bar_label(bars, [f"{value:.2f}" if value >= 0.1 else f"{value:.3g}" for value in seconds], padding=3)
+    axes.bar_label(bars, [f"{value:.2f}" if value >= 0.1 else f"{value:.2g}" for value in seconds], padding=3)
     axes.invert_yaxis()
     axes.margins(x=0.14)
     axes.set(xlabel="seconds a step")

@@ -321,14 +321,18 @@ def plans(sheets: Sequence[Sheet]) -> Iterator[Captioned]:
 def speeds(sheets: Sequence[Sheet]) -> Iterator[Captioned]:
     """A picture of seconds a step for each table of them."""
     for sheet in sheets:
-        settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in _settings(sheet.values))
+        settings = ", ".join(f"{name.replace('_', ' ')} {_words(value)}" for name, value in _settings(sheet.values))
         caption = f"Seconds of one training step, side by side on {sheet.values.get('device', 'one machine')}"
         yield figures.step_times(sheet.values), f"{caption}: {settings}." if settings else f"{caption}.", [sheet.path]
 
 
 def _settings(values: dict[str, Any]) -> list[tuple[str, Any]]:
     settings = values.get("settings")
-    return list(settings.items()) if isinstance(settings, dict) else []
+    return [each for each in settings.items() if each[1] is not None] if isinstance(settings, dict) else []
+
+
+def _words(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def files(found: Results, folder: Path) -> str:
