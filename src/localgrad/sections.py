@@ -137,12 +137,13 @@ def costs(grouped: Sequence[Table], pictures: Pictures) -> Iterator[str]:
             ]
             caption = (
                 f"Test error of all runs against the peak memory of a step on {device}: {_told(table)}. The area of a "
-                "point is the time of a step, which the legend has in seconds; the dotted line joins the points that "
-                "no other beats in both."
+                "point is the time of a step, which the legend has in seconds, slowed by whatever else ran beside it; "
+                "the dotted line joins the points that no other beats in both."
             )
             note = (
-                "Memory: the most that a step held in tensors beyond what was there before it. Hours: training and "
-                "evaluation. Parameters: of the network, and of auxiliary networks, which are there in training only."
+                "Memory: the most that a step held in tensors beyond what was there before it. Seconds: median of the "
+                "steps of the last epoch, slowed by whatever else ran beside them. Hours: training and evaluation. "
+                "Parameters: of the network, and of auxiliary networks, which are there in training only."
             )
             yield f"<h3>{escape(table.title)}</h3>"
             yield f'<p class="soft">{escape(_sentence(table.budget))} On {escape(device)}.</p>'
