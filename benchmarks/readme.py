@@ -93,8 +93,11 @@ def ranks_table(path: Path) -> str:
     return "\n".join(lines)
 
 
-def runs_table(folders: list[Path]) -> str:
-    """Test errors at several budgets, a column each, as mean and deviation over seeds, and memory: a Markdown table."""
+def runs_table(folders: list[Path], *, timed: bool = False) -> str:
+    """Test errors at several budgets, a column each, as mean and deviation over seeds, and memory: a Markdown table.
+
+    With `timed` also seconds a step, of runs that were made under the same load.
+    """
     budgets: list[dict[str, list[dict[str, Any]]]] = []
     for folder in folders:
         runs: dict[str, list[dict[str, Any]]] = {}
@@ -105,11 +108,13 @@ def runs_table(folders: list[Path]) -> str:
         budgets.append(runs)
     epochs = [next(iter(runs.values()))[0]["config"]["optim"]["epochs"] for runs in budgets]
     heads = [f"error after {number} epochs" for number in epochs]
-    lines = [f"| run | blocks | {' | '.join(heads)} | peak memory of a step |", f"|---|{'--:|' * (len(heads) + 2)}"]
+    heads += ["peak memory of a step", *(["seconds a step"] if timed else [])]
+    lines = [f"| run | blocks | {' | '.join(heads)} |", f"|---|{'--:|' * (len(heads) + 1)}"]
     for name, seeds in sorted(budgets[-1].items(), key=lambda item: _mean_error(item[1])):
         errors = [_errors(runs.get(name, [])) for runs in budgets]
-        memory = f"{seeds[0]['peak_memory_bytes'] / 2**20:.0f} MiB"
-        lines.append(f"| `{name}` | {seeds[0]['num_blocks']} | {' | '.join(errors)} | {memory} |")
+        costs = [f"{seeds[0]['peak_memory_bytes'] / 2**20:.0f} MiB"]
+        costs += [f"{seeds[0]['seconds_per_step']:.2f}"] if timed else []
+        lines.append(f"| `{name}` | {seeds[0]['num_blocks']} | {' | '.join(errors + costs)} |")
     return "\n".join(lines)
 
 
@@ -140,7 +145,7 @@ def features_table(folder: Path) -> str:
 DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 TABLES = {
     "runs": lambda: runs_table([ROOT / "results" / f"cifar10-{epochs}-epochs" for epochs in ("five", "ten")]),
-    "imagenette": lambda: runs_table([ROOT / "results" / "imagenette-three-epochs"]),
+    "imagenette": lambda: runs_table([ROOT / "results" / "imagenette-three-epochs"], timed=True),
     "features": lambda: features_table(ROOT / "results" / "cifar10-ten-epochs" / "analysis"),
     "ranks": lambda: ranks_table(ROOT / "results" / "pipeline.json"),
     "plan": lambda: plan_table(ROOT / "results" / "plan-resnet101" / "plan.json"),
