@@ -446,6 +446,17 @@ def test_a_part_without_gradients_is_refused() -> None:
     assert model.training and model.layers[0].weight.grad is None
 
 
+@pytest.mark.parametrize("number", [1, 2, 5])
+@pytest.mark.parametrize("names", [None, ["0", "1", "2", "3", "4", "5"]])
+def test_examples_of_any_number_of_samples(number: int, names: list[str] | None) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 5)
+    )
+    found = units(model, torch.empty(number, 3, 8, 8), names)
+    assert found[-1].features == (number, 5)
+    assert model[3].num_batches_tracked == 0
+
+
 def _sometimes(model: Root, x: torch.Tensor) -> torch.Tensor:
     for layer in model.layers:
         if not (model.training and random.random() < 0.001):

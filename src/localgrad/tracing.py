@@ -4,7 +4,7 @@ import inspect
 import operator
 import random
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
@@ -163,9 +163,10 @@ def traced(model: nn.Module, example: Tensor) -> list[tuple[str, nn.Module]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         evaluating = _trace(model)
+    samples = two_samples(example)
     try:
         shapes = _Shapes(model, evaluating)
-        shapes.run(example)
+        shapes.run(samples)
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         if example.is_meta:
@@ -179,7 +180,7 @@ def traced(model: nn.Module, example: Tensor) -> list[tuple[str, nn.Module]]:
         ) from error
     training_shapes = _Shapes(model, training)
     with seeded(example.device):
-        training_shapes.run(example)
+        training_shapes.run(samples)
     segments, training_segments = _segments(model, evaluating, shapes), _segments(model, training, training_shapes)
     if [name for name, _ in segments] != [name for name, _ in training_segments]:
         raise LocalGradError(
@@ -201,7 +202,7 @@ def check_composition(model: nn.Module, pieces: Sequence[tuple[str, nn.Module]],
     """
     if example.is_meta:
         return
-    inputs = torch.cat([example, example])  # batch norm needs more than one value
+    inputs = two_samples(example)
     before = [buffer.clone() for buffer in model.buffers()]
 
     def composed(features: Tensor) -> Tensor:
@@ -210,14 +211,16 @@ def check_composition(model: nn.Module, pieces: Sequence[tuple[str, nn.Module]],
         return features
 
     for training in (False, True):
-        outcomes, draws = [], []
+        outcomes, draws, reached = [], [], []
         for run in (model, composed):
             for module in (model, *(module for _, module in pieces)):
                 module.train(training)
-            with seeded(example.device):
+            with seeded(example.device), torch.set_grad_enabled(training):
                 output = run(inputs.clone())
                 draws.append(_random_state(example.device))
-            outcomes.append([output, *(buffer.clone() for buffer in model.buffers())])
+            reached.append(_reached(output))
+            values = output.detach() if isinstance(output, Tensor) else output
+            outcomes.append([values, *(buffer.clone() for buffer in model.buffers())])
             for buffer, value in zip(model.buffers(), before, strict=True):
                 buffer.copy_(value)
         # auxiliary heads, which are left out, may draw too
@@ -229,22 +232,23 @@ def check_composition(model: nn.Module, pieces: Sequence[tuple[str, nn.Module]],
                 "or branches outside of a torch.nn layer; move that into a submodule of an nn.Sequential, or name the "
                 "submodules: units(model, example, names=[...])"
             )
-    reached = [_reached(run, inputs[:2]) for run in (model, composed)]
-    if reached[0] != reached[1]:
-        names = [name for name, parameter in model.named_parameters() if (id(parameter) in reached[0] ^ reached[1])]
-        raise LocalGradError(
-            f"{type(model).__name__}, cut into units, would train other parameters than it did ({', '.join(names[:3])}"
-            f"{', ...' if len(names) > 3 else ''}): its forward pass has torch.no_grad() outside of a torch.nn layer, "
-            "which tracing cannot see; give these parameters requires_grad_(False) instead"
-        )
-    for buffer, value in zip(model.buffers(), before, strict=True):
-        buffer.copy_(value)
+        if training and reached[0] != reached[1]:
+            names = [name for name, parameter in model.named_parameters() if id(parameter) in reached[0] ^ reached[1]]
+            raise LocalGradError(
+                f"{type(model).__name__}, cut into units, would train other parameters than it did "
+                f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}): its forward pass has torch.no_grad() "
+                "outside of a torch.nn layer, which tracing cannot see; give these parameters requires_grad_(False) "
+                "instead"
+            )
 
 
-def _reached(run: Callable[[Tensor], Any], inputs: Tensor) -> set[int]:
-    """Ids of the parameters that the output would send a gradient to, in training."""
-    with torch.enable_grad(), seeded(inputs.device):
-        output = run(inputs.clone())
+def two_samples(batch: Tensor) -> Tensor:
+    """The first two samples of a batch, or its only one twice: batch norm needs more than one value."""
+    return torch.cat([batch[:2], batch[:1]])[:2]
+
+
+def _reached(output: Any) -> set[int]:
+    """Ids of the parameters that an output would send a gradient to."""
     output = output[0] if isinstance(output, tuple | list) else output
     found: set[int] = set()
     seen: set[Any] = set()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from localgrad.errors import LocalGradError
-from localgrad.tracing import check_composition, seeded, traced
+from localgrad.tracing import check_composition, seeded, traced, two_samples
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,12 +87,12 @@ def _measured(pieces: Sequence[tuple[str, nn.Module]], features: Tensor) -> list
 
 def _writes_input(module: nn.Module, features: Tensor) -> bool:
     """Whether the unit changes its input in place while training; found by running it, on copies of its buffers."""
-    doubled = torch.cat([features, features])  # batch norm needs more than one value
-    version = doubled._version
+    inputs = two_samples(features)
+    version = inputs._version
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     with seeded(features.device):
-        torch.func.functional_call(module.train(), buffers, doubled)
-    return doubled._version != version
+        torch.func.functional_call(module.train(), buffers, inputs)
+    return inputs._version != version
 
 
 def check_model(model: nn.Module) -> None:
