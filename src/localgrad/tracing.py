@@ -219,12 +219,13 @@ def check_composition(model: nn.Module, pieces: Sequence[tuple[str, nn.Module]],
                 output = run(inputs.clone())
                 draws.append(_random_state(example.device))
             reached.append(_reached(output))
-            values = output.detach() if isinstance(output, Tensor) else output
+            values = output.detach() if isinstance(output, Tensor) else None
+            del output  # its graph goes before the next run makes another
             outcomes.append([values, *(buffer.clone() for buffer in model.buffers())])
             for buffer, value in zip(model.buffers(), before, strict=True):
                 buffer.copy_(value)
         # auxiliary heads, which are left out, may draw too
-        compared = isinstance(outcomes[0][0], Tensor)
+        compared = outcomes[0][0] is not None
         if compared and not (all(map(_same, *outcomes)) and draws[0] == draws[1]):
             raise LocalGradError(
                 f"{type(model).__name__}, cut into units, does not compute what it did in "
