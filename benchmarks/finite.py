@@ -9,6 +9,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,13 @@ from localgrad.recipes import recipe
 from localgrad.runs import RunFolder
 
 
-def measure(batch_size: int, rounds: int, run_dir: Path) -> dict[str, Any]:
+def measure(batch_size: int, rounds: int, run_dir: Path, held: ExitStack) -> dict[str, Any]:
     """Median seconds of a step with and without the gradients' norms, and of the norms alone."""
     config = recipe("cifar10-resnet32-k16-dgl-man").config
     config = replace(
         config, data=data.digits(), optim=replace(config.optim, batch_size=batch_size), precision="32-true"
     )
-    run = trainer.set_up(config, RunFolder(run_dir), resume=False)
+    run = trainer.set_up(config, RunFolder(run_dir), False, held)
     inputs, targets = torch.randn(batch_size, 3, 32, 32), torch.arange(batch_size) % 10
     without = torch.zeros(len(run.blocks))
     seconds: dict[str, list[float]] = {"checked": [], "unchecked": [], "norms": []}
@@ -59,8 +60,8 @@ if __name__ == "__main__":
     options = parser.parse_args()
     rows = []
     for batch_size in (16, 128):
-        with tempfile.TemporaryDirectory() as scratch:
-            rows.append(measure(batch_size, options.rounds, Path(scratch) / "run"))
+        with tempfile.TemporaryDirectory() as scratch, ExitStack() as held:
+            rows.append(measure(batch_size, options.rounds, Path(scratch) / "run", held))
     print_table("Gradient check, seconds", rows)
     if options.output:
         write(options.output, {"rows": rows, **environment()})

@@ -89,7 +89,7 @@ def on_one_rank(options: argparse.Namespace, data: Iterator[tuple[Tensor, Tensor
 def by_blocks(options: argparse.Namespace, data: Iterator[tuple[Tensor, Tensor]], momentum: bool) -> Steps:
     """Local learning with the blocks on all ranks, placed by measured cost."""
     blocks = local_blocks(options, momentum)
-    seconds = [block_seconds(blocks, *next(data))] if dist.get_rank() == 0 else [None]
+    seconds: list[list[float] | None] = [block_seconds(blocks, *next(data)) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(seconds)
     assert seconds[0] is not None
     stage = Stage(blocks, place(seconds[0], dist.get_world_size()))
@@ -252,7 +252,7 @@ def measure(options: argparse.Namespace, world_size: int) -> dict[str, Any]:
         free.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
     answers = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(work, (address, world_size, options, answers), nprocs=world_size)
+    mp.spawn(work, (address, world_size, options, answers), nprocs=world_size)  # pyright: ignore[reportPrivateImportUsage]
     seconds, link, blocks = answers.get()
     rows = []
     for label, times in seconds.items():

@@ -12,7 +12,7 @@ step each, and a row's time is the median.
 
 import argparse
 import statistics
-import tempfile
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 from report import environment, print_table, write
-from speed import Step, of_recipe, operations, take_turns, trainer_step
+from speed import of_recipe, operations
 
 from localgrad.config import TrainConfig
+from localgrad.timing import Step, take_turns, timed_step
 
 METHODS = {"DGL": "cifar10-resnet32-k16-dgl", "DGL+MAN": "cifar10-resnet32-k16-dgl-man"}
 SWEEPS: dict[str, list[int]] = {"blocks": [1, 2, 4, 8, 16], "depth": [20, 32, 44, 56], "batch": [32, 64, 128, 256]}
@@ -34,9 +35,9 @@ FIXED = {
 """What the other two are in each sweep."""
 
 
-def config_at(method: str, *, blocks: int, depth: int, batch: int) -> TrainConfig:
+def config_at(method: str, data: str, *, blocks: int, depth: int, batch: int) -> TrainConfig:
     """One point of a sweep."""
-    config = of_recipe(METHODS[method], batch)
+    config = of_recipe(METHODS[method], batch, data)
     if blocks == 1:
         config = replace(config, objective=type(config.objective)(), momentum=type(config.momentum)())
     model = replace(config.model, depth=depth)
@@ -58,11 +59,10 @@ def sweep(name: str, method: str, options: argparse.Namespace) -> tuple[list[dic
     """The rows of one sweep, and the two lines through them."""
     values = SWEEPS[name]
     points = {value: {**FIXED[name], name: value} for value in values}
-    with tempfile.TemporaryDirectory() as folder:
+    with ExitStack() as held:
         steps: dict[str, Step] = {}
         for value, point in points.items():
-            config = config_at(method, **point)
-            steps[str(value)], _ = trainer_step(config, options.data, Path(folder) / str(value))
+            steps[str(value)], _ = timed_step(config_at(method, options.data, **point), held)
         counted = [operations(step) for step in steps.values()]
         seconds = [statistics.median(times) for times in take_turns(steps, options.rounds).values()]
     rows = [

@@ -16,9 +16,8 @@ the rounds of a row's time over the reference's time in the same round.
 
 import argparse
 import statistics
-import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,9 +36,7 @@ from localgrad.memory import measure_peak
 from localgrad.models import CifarResNet, cifar_resnet
 from localgrad.planning import plan
 from localgrad.recipes import recipe
-from localgrad.runs import RunFolder
-from localgrad.state import Run
-from localgrad.trainer import set_up, train_step
+from localgrad.timing import Step, endless_batches, ratio, take_turns, timed_step
 
 ROWS = {
     "end-to-end, localgrad": "cifar10-resnet32-e2e",
@@ -50,11 +47,10 @@ ROWS = {
     "InfoPro+MAN, 15 blocks": "cifar10-resnet32-k16-infopro-man",
 }
 LEAN = ("e2e", "k4-dgl", "k4-dgl-man")
-Step = Callable[[], Any]
 Measured = tuple[str, list[dict[str, Any]], dict[str, list[float]]]
 
 
-def plain_step(batches: Iterator[tuple[Tensor, Tensor]], *, dtype: torch.dtype, channels_last: bool) -> Step:
+def plain_step(batches: Iterator[tuple[Tensor, ...]], *, dtype: torch.dtype, channels_last: bool) -> Step:
     """A hand-written end-to-end step."""
     torch.manual_seed(0)
     model = cifar_resnet(32)
@@ -73,7 +69,7 @@ def plain_step(batches: Iterator[tuple[Tensor, Tensor]], *, dtype: torch.dtype, 
     return step
 
 
-def checkpointed_step(batches: Iterator[tuple[Tensor, Tensor]]) -> Step:
+def checkpointed_step(batches: Iterator[tuple[Tensor, ...]]) -> Step:
     """End-to-end with every residual unit computed again in the backward pass; channels last, float32."""
     torch.manual_seed(0)
     model = cifar_resnet(32).to(memory_format=torch.channels_last)
@@ -97,31 +93,13 @@ def checkpointed(model: CifarResNet, inputs: Tensor) -> Tensor:
     return model.fc(model.avgpool(features).flatten(1))
 
 
-def trainer_step(config: TrainConfig, data: str, folder: Path) -> tuple[Step, Run]:
-    """A step of the trainer, as `localgrad train` does it; also the run."""
-    config = replace(
-        config, data=replace(config.data, source=data, train_limit=16 * config.optim.batch_size, test_limit=100)
-    )
-    run = set_up(config, RunFolder(folder), resume=False)
-    batches = forever(run, config.optim.batch_size, channels_last=True)
-    return lambda: train_step(run, *next(batches)), run
-
-
-def of_recipe(name: str, batch_size: int) -> TrainConfig:
-    """A recipe with another batch size."""
+def of_recipe(name: str, batch_size: int, data: str) -> TrainConfig:
+    """A recipe with another batch size, and its images in this place."""
     config = recipe(name).config
-    return replace(config, optim=replace(config.optim, batch_size=batch_size))
+    return replace(config, optim=replace(config.optim, batch_size=batch_size), data=replace(config.data, source=data))
 
 
-def forever(run: Any, batch_size: int, *, channels_last: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """Augmented training batches without end."""
-    epoch = 0
-    while True:
-        epoch += 1
-        yield from run.train.batches(batch_size, train=True, epoch=epoch, channels_last=channels_last)
-
-
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", choices=["resnet32", "resnet50"], default="resnet32")
     parser.add_argument("--data", default="uoft-cs/cifar10", help="the network's images, a hub name or a folder")
@@ -130,24 +108,25 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", help="only the rows of resnet32 whose names have one of these in them")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("-o", "--output", type=Path, default=Path("results/speed.json"))
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    with tempfile.TemporaryDirectory() as folder:
-        measure = resnet32 if options.network == "resnet32" else resnet50
-        title, rows, seconds = measure(options, Path(folder))
+    measure = resnet32 if options.network == "resnet32" else resnet50
+    with ExitStack() as held:
+        title, rows, seconds = measure(options, held)
     print_table(f"{title}, batch {options.batch_size}, {options.threads} thread(s)", rows)
     settings = {name: value for name, value in vars(options).items() if name not in ("output", "data")}
     write(options.output, {"settings": settings, "rows": rows, "seconds": seconds, **environment()})
 
 
-def resnet32(options: argparse.Namespace, folder: Path) -> Measured:
+def resnet32(options: argparse.Namespace, held: ExitStack) -> Measured:
     """ResNet-32 on CIFAR-10: every method, plain loops, and checkpointing."""
-    runs = {
-        label: trainer_step(of_recipe(name, options.batch_size), options.data, folder / name)
-        for label, name in ROWS.items()
-    }
-    steps: dict[str, Step] = {label: step for label, (step, _) in runs.items()}
-    run = next(run for _, run in runs.values())
+    wanted = options.rows or [""]
+    steps: dict[str, Step] = {}
+    run: Any = None
+    for label, name in ROWS.items():
+        if run is None or any(part in label for part in wanted):  # the first one's images are all steps'
+            step, made = timed_step(of_recipe(name, options.batch_size, options.data), held)
+            run, steps[label] = run or made, step
     native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     best = torch.bfloat16 if native else torch.float32
     loops = {
@@ -155,12 +134,11 @@ def resnet32(options: argparse.Namespace, folder: Path) -> Measured:
         f"plain loop, {'bfloat16' if native else 'float32'} channels last": (best, True),
     }
     for label, (dtype, channels_last) in loops.items():
-        batches = forever(run, options.batch_size, channels_last=channels_last)
+        batches = endless_batches(run, channels_last=channels_last)
         steps[label] = plain_step(batches, dtype=dtype, channels_last=channels_last)
-    batches = forever(run, options.batch_size, channels_last=True)
+    batches = endless_batches(run, channels_last=True)
     steps["end-to-end, every unit checkpointed"] = checkpointed_step(batches)
     reference, same = list(loops)
-    wanted = options.rows or [""]
     steps = {
         label: step
         for label, step in steps.items()
@@ -181,9 +159,9 @@ def resnet32(options: argparse.Namespace, folder: Path) -> Measured:
     return "ResNet-32, 32 px", rows, seconds
 
 
-def resnet50(options: argparse.Namespace, folder: Path) -> Measured:
+def resnet50(options: argparse.Namespace, held: ExitStack) -> Measured:
     """ResNet-50 on Imagenette: end-to-end, checkpointed, and DGL+MAN at the planned cuts."""
-    whole, dgl, man = (of_recipe(f"imagenette-resnet50-{name}", options.batch_size) for name in LEAN)
+    whole, dgl, man = (of_recipe(f"imagenette-resnet50-{name}", options.batch_size, options.data) for name in LEAN)
     lean, single, fused = (
         replace(man, momentum=replace(man.momentum, **option))
         for option in ({"recompute": True}, {"bias": False}, {"form": "fused"})
@@ -198,7 +176,7 @@ def resnet50(options: argparse.Namespace, folder: Path) -> Measured:
         "DGL+MAN, 4 blocks, EMA branch alone": planned(single, 4),
         "DGL+MAN, 4 blocks, one branch for both": planned(fused, 4),
     }
-    runs = {label: trainer_step(config, options.data, folder / label) for label, config in configs.items()}
+    runs = {label: timed_step(config, held) for label, config in configs.items()}
     peaks = {label: measure_peak(step)[1] for label, (step, _) in runs.items() for _ in range(2)}  # the second counts
     counted = {label: operations(step) for label, (step, _) in runs.items()}
     seconds = take_turns({label: step for label, (step, _) in runs.items()}, options.rounds)
@@ -232,23 +210,6 @@ def operations(step: Step) -> int:
     with FlopCounterMode(display=False) as counter:
         step()
     return counter.get_total_flops()
-
-
-def take_turns(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each step, round by round, after two rounds that are not counted."""
-    seconds: dict[str, list[float]] = {label: [] for label in steps}
-    for number in range(rounds + 2):
-        for label, step in steps.items():
-            begin = time.perf_counter()
-            step()
-            if number >= 2:
-                seconds[label].append(time.perf_counter() - begin)
-    return seconds
-
-
-def ratio(times: list[float], reference: list[float]) -> float:
-    """Median over the rounds of one time over the other."""
-    return statistics.median(a / b for a, b in zip(times, reference, strict=True))
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ little, or in some shapes only, is not worth its code.
 
 import argparse
 import statistics
-import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from report import environment, print_table, write
-from speed import of_recipe, ratio, take_turns, trainer_step
+from speed import of_recipe
 from torch import Tensor, nn
 
 import localgrad
@@ -29,6 +29,7 @@ from localgrad.models import BasicBlock, cifar_resnet
 from localgrad.objectives.decoder import UpsampledConv, in_layout
 from localgrad.objectives.features import MeanOverSpace
 from localgrad.objectives.infopro import binary_cross_entropy
+from localgrad.timing import ratio, take_turns, timed_step
 
 BATCH = 128
 WHOLE = "cifar10-resnet32-e2e"
@@ -166,8 +167,8 @@ def compiled() -> Pair:
 
 def heap(data: str, rounds: int) -> dict[str, list[float]]:
     """Seconds of the trainer's step with the C library's defaults, then with freed memory kept, which stays so."""
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(trainer, "keep_freed_memory"):
-        step, _ = trainer_step(of_recipe(WHOLE, BATCH), data, Path(folder) / "run")
+    with ExitStack() as held, mock.patch.object(trainer, "keep_freed_memory"):
+        step, _ = timed_step(of_recipe(WHOLE, BATCH, data), held)
         given_back = take_turns({"first": step}, rounds)
         keep_freed_memory()
         return given_back | take_turns({"second": step}, rounds)

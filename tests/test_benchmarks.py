@@ -1,4 +1,4 @@
-"""The benchmarks run: every part of the one for a GPU, on a small network of a processor."""
+"""The benchmarks run: every part of the one for a GPU, on a small network of a processor, and that of the step."""
 
 import json
 from pathlib import Path
@@ -44,6 +44,25 @@ def test_a_training_that_the_time_does_not_allow_is_saved_for_the_next_call(
     assert "the same command goes on from here" in capsys.readouterr().out
     assert (tmp_path / "runs" / "digits-dgl-man" / "checkpoint.pt").exists()
     assert not (tmp_path / "gpu.json").exists()
+
+
+def test_the_speed_benchmark_compares_the_trainer_with_the_loops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import speed
+
+    output = tmp_path / "speed.json"
+    arguments = ["--data", "digits", "--batch-size", "4", "--rounds", "2", "--rows", "EMA branch", "-o", str(output)]
+    speed.main(arguments)
+    rows = {row.pop("row"): row for row in json.loads(output.read_text())["rows"]}
+    first, *loops = rows
+    assert first == "DGL+MAN, 15 blocks, EMA branch alone"
+    assert len(loops) == 2
+    reference = rows["plain loop, float32 NCHW"]
+    assert (reference["ratio_to_float32_nchw"], reference["ratio_of_operations"]) == (1.0, 1.0)
+    assert rows[first]["ratio_of_operations"] > 1.2
+    assert all(row["seconds_per_step"] > 0 for row in rows.values())
 
 
 def test_pairs_in_the_wrong_order_are_counted_where_they_differ(monkeypatch: pytest.MonkeyPatch) -> None:

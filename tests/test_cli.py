@@ -58,7 +58,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"localgrad {localgrad.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "analyse", "report", "recipes", "reproduce"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "analyse", "time", "report", "recipes", "reproduce"])
 def test_help_of_a_command_teaches_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     try:
         assert main([command, "--help"]) == 0

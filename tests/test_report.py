@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from html import unescape
 from html.parser import HTMLParser
@@ -293,6 +293,7 @@ def _damaged(folder: Path) -> dict[str, str]:
             {"title": "x", "rows": [{"peak": None, "training": "", "num_blocks": 1, "recompute": 0}]}
         ),
     }
+    texts["times.json"] = json.dumps({"rows": [{"row": "x", "seconds_per_step": 1.0, "config": {"name": ""}}]})
     for name, text in texts.items():
         (folder / name).write_text(text)
     (folder / "bytes.json").write_bytes(b"\xff\xfe{}")
@@ -305,6 +306,7 @@ def _damaged(folder: Path) -> dict[str, str]:
         "probe.json": "accuracies must be a list of 4",
         "kind.json": "it has no 'umap'",
         "plan.json": "peak is None, not a number",
+        "times.json": "it has no 'num_blocks'",
         "bytes.json": "is not readable as JSON",
         "large.json": "test_error is far too large",
         "heads.json": "local_errors must be a list of 1",
@@ -466,8 +468,64 @@ def test_the_trade_off_has_the_errors_of_the_table(tmp_path: Path) -> None:
         config = _config(f"cifar10-resnet32-k16-{name}", seed=number)
         _run(tmp_path / f"{number}.json", config, 10.0 * (number + 1), device=device)
     (table,) = tables(_read(tmp_path)[0].runs)
-    drawn = trade_off(table, DEVICE).axes[0].collections
+    drawn = trade_off(table, DEVICE, {0: 0.5, 1: None}).axes[0].collections
     assert [float(points.get_offsets()[0][1]) for points in drawn if hasattr(points, "get_sizes")] == [15.0, 30.0]  # pyright: ignore
+
+
+def _times(path: Path, configs: Sequence[tuple[TrainConfig, float]], device: str = DEVICE) -> None:
+    """A file of step times as `time` writes it."""
+    rows = [
+        {
+            "row": f"row {number}",
+            "seconds_per_step": seconds,
+            "ratio_to_first": 1.0,
+            "num_blocks": len(config.cuts or ()) + 1,
+            "precision": "32-true",
+            "config": to_dict(config),
+        }
+        for number, (config, seconds) in enumerate(configs)
+    ]
+    path.write_text(json.dumps({"settings": {"rounds": 3}, "rows": rows, "seconds": {}, "device": device}))
+
+
+def test_times_that_were_measured_in_turns_stand_instead_of_the_runs_own(tmp_path: Path) -> None:
+    """They are those of the same steps in any budget, but for all rows of a table or for none, and on its device."""
+    whole, man = _config("cifar10-resnet32-e2e"), _config("cifar10-resnet32-k16-dgl-man")
+    _run(tmp_path / "whole.json", whole, 20.0)
+    _run(tmp_path / "man.json", man, 30.0)
+    _run(tmp_path / "man1.json", replace(man, seed=1), 30.0)
+
+    def shown() -> tuple[str, list[str], str]:
+        found, warnings = _read(tmp_path)
+        assert warnings == []
+        text = unescape(page(found, tmp_path))
+        text = text[text.index("<h2>Memory, error and time") : text.index("<h2>Local heads")]
+        rows = {row[0]: row[2] for row in Cells(text).rows}
+        return text, [rows["End-to-end"], rows["DGL + MAN, 15 blocks"]], text[text.rindex("From ") :]
+
+    longer = replace(whole, seed=5, optim=replace(whole.optim, epochs=99, lr=0.3))
+    other_batch = replace(man, optim=replace(man.optim, batch_size=7))
+    checkpointed = replace(man, recompute=True)
+    for configs, device in (
+        ([(longer, 0.25)], DEVICE),
+        ([(longer, 0.25), (other_batch, 0.75)], DEVICE),
+        ([(longer, 0.25), (checkpointed, 0.75)], DEVICE),
+        ([(longer, 0.25), (replace(man, devices=2), 0.75)], DEVICE),
+        ([(longer, 0.25), (man, 0.75)], "another"),
+    ):
+        _times(tmp_path / "step-times.json", configs, device)
+        text, seconds, origin = shown()
+        assert seconds == ["0.100", "1.50"]
+        assert "slowed by whatever else ran beside" in text
+        assert "step-times.json" not in origin
+    _times(tmp_path / "step-times.json", [(longer, 0.25), (man, 0.75)])
+    text, seconds, origin = shown()
+    assert seconds == ["0.250", "0.750"]
+    assert "median of steps that took turns, from step-times.json" in text
+    assert "measured in turns with those of the others" in text
+    assert "step-times.json" in origin
+    assert "0.750 s" in text
+    assert "1.50 s" not in text
 
 
 def test_a_seed_without_metrics_does_not_take_the_curve_of_the_others(folder: Path, tmp_path: Path) -> None:

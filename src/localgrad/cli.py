@@ -21,6 +21,7 @@ localgrad trains a network as gradient-isolated blocks, each with a local loss o
   localgrad evaluate RUN_FOLDER        test the weights that a run left
   localgrad reproduce [TABLE]          run all rows of a table, for any seeds, and compare with the paper
   localgrad analyse RUN_FOLDER         probes, CKA and pictures of what it learnt
+  localgrad time RESULTS               seconds of a step of every row, measured in turns
   localgrad report RESULTS             all results on one page, beside the papers' values
   localgrad units MODEL                the units of a network, where it can be cut
   localgrad plan MODEL                 the memory that a step would take, and the best cuts
@@ -66,6 +67,17 @@ Examples:
   localgrad analyse runs/first
   localgrad analyse runs/first runs/end-to-end --cka
   localgrad analyse runs/first --pictures --projection tsne --images 3 17 42
+"""
+
+TIME_HELP = """Measure how long a step takes of every training that has a finished run below a folder, in turns.
+
+Runs that were made at different times, or beside others, cannot be compared by their seconds. Here the trainings take
+turns, a step each, so that whatever else the machine does hits all alike. All networks are in memory at once. Writes
+step-times.json into the folder, from which `localgrad report` then takes the seconds.
+
+Examples:
+  localgrad time results/first
+  OMP_NUM_THREADS=1 localgrad time results/first --data path/to/cifar10 --rounds 30
 """
 
 REPORT_HELP = """Write one page with all results below a folder: tables beside the papers' values, curves, pictures.
@@ -279,6 +291,41 @@ def analyse(arguments: Sequence[str]) -> int:
 
     for path in analyse_run(**vars(options)):
         print(f"wrote {path}")
+    return 0
+
+
+def time(arguments: Sequence[str]) -> int:
+    """`localgrad time RESULTS`."""
+    import tyro
+
+    @dataclass(frozen=True)
+    class Time:
+        results: tyro.conf.Positional[Path]
+        """Folder with results, in any subfolders."""
+        data: str | None = None
+        """Other images: a hub name or a folder; those of the runs unless given."""
+        rounds: int = 15
+        """Steps of each training that count."""
+        accelerator: str = "auto"
+        """Device: auto, cpu, cuda or mps."""
+        output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+        """The file; step-times.json in the folder of the results unless given."""
+
+    options = _parse(Time, arguments, "localgrad time", TIME_HELP)
+    from localgrad.runs import write_json
+    from localgrad.timing import show_times, time_results
+
+    found = time_results(
+        options.results,
+        data=options.data,
+        rounds=options.rounds,
+        accelerator=options.accelerator,
+        warn=lambda text: print(f"localgrad: {text}", file=sys.stderr),
+    )
+    show_times(found)
+    path = options.output or options.results / "step-times.json"
+    write_json(path, found)
+    print(f"wrote {path}")
     return 0
 
 
@@ -533,6 +580,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "evaluate": evaluate,
     "reproduce": reproduce,
     "analyse": analyse,
+    "time": time,
     "report": report,
     "units": units,
     "plan": plan,

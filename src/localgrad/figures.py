@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from localgrad.summary import Table
+from localgrad.summary import Table, told_seconds
 
 WIDTH = 4.1
 """Inches; at the width of a phone's screen the letters stay readable."""
@@ -154,22 +154,28 @@ def local_heads(table: Table) -> Figure | None:
 
 
 @styled
-def trade_off(table: Table, device: str) -> Figure:
+def trade_off(table: Table, device: str, seconds: Mapping[int, float | None]) -> Figure:
     """Memory of a step against test error; the area of a point is the time of a step; a line joins the best ones.
 
-    Memory and time are those on one device, the error is that of all runs, as in the table of errors.
+    Memory is that on one device, and the error that of all runs, as in the table of errors.
+
+    Args:
+        table: the rows.
+        device: name of the device.
+        seconds: of a step on it, by the position of the row; None where nothing is known.
     """
     figure = new_figure(3.2)
     axes = figure.subplots()
     rows = table.on(device)
-    seconds = {position: row.seconds_per_step or 0.0 for position, row in rows.items()}
+    longest = max((each for each in seconds.values() if each), default=1.0)
     errors = {position: table.rows[position].mean("test_error") for position in rows}
     points = {p: (row.mean("peak_memory_bytes") / 2**20, errors[p]) for p, row in rows.items()}
     best = sorted(point for point in points.values() if not any(_beats(other, point) for other in points.values()))
     axes.plot(*zip(*best, strict=True), color="#808080", linewidth=1, linestyle=":", zorder=1)
     for position in rows:
-        label = table.labels[position] + (f", {rows[position].time} s" if seconds[position] else "")
-        size = 30 + 130 * seconds[position] / (max(seconds.values()) or 1)
+        known = seconds[position]
+        label = table.labels[position] + (f", {told_seconds(known)} s" if known else "")
+        size = 30 + 130 * (known or 0.0) / longest
         axes.scatter(*points[position], s=size, alpha=0.85, linewidth=0, label=label, **look_of(position))
         deviation = table.rows[position].deviation("test_error")
         if deviation is not None:

@@ -68,7 +68,7 @@ def page(found: Results, folder: Path) -> str:
     bodies = {
         "Test errors": "".join(sections.errors(table) for table in grouped),
         "Learning curves": pictures.grid(sections.curves(grouped)),
-        "Memory, error and time": "".join(sections.costs(grouped, pictures)),
+        "Memory, error and time": "".join(sections.costs(grouped, found.speeds, pictures)),
         "Local heads": pictures.grid(sections.local_heads(grouped)),
         "Linear separability": "".join(sections.probes(found.probes, pictures)),
         "Similarity of features (CKA)": sections.alignments(sorted(found.alignments, key=sections.order_of), pictures),

@@ -141,6 +141,11 @@ def _checked_rows(values: dict[str, Any], *names: str) -> dict[str, Any]:
     for row in values["rows"]:
         for name in names:
             number(row[name], name)
+        if "config" in row:
+            number(row["num_blocks"], "num_blocks")
+            if not isinstance(row["precision"], str):
+                raise ValueError(f"precision is {row['precision']!r}, not a text")
+            _check_config(row["config"])
     return values
 
 

@@ -1,7 +1,7 @@
 """The sections of the report: what the tables say, and what is drawn with which caption."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from itertools import count
 from pathlib import Path
@@ -13,7 +13,18 @@ from localgrad import figures
 from localgrad.analysis import drawings
 from localgrad.config import flat
 from localgrad.results import Results, Sheet
-from localgrad.summary import BUDGET, Row, Table, dataset_label, network_label, own_fields, place, run_label
+from localgrad.summary import (
+    BUDGET,
+    Row,
+    Table,
+    dataset_label,
+    network_label,
+    own_fields,
+    place,
+    run_label,
+    step_key,
+    told_seconds,
+)
 
 Captioned = tuple[Figure | None, str, Sequence[Path]]
 """A picture, what it shows, and the files that it was drawn from."""
@@ -119,17 +130,36 @@ def curves(grouped: Sequence[Table]) -> Iterator[Captioned]:
         yield figures.learning_curves(table), caption, [run.path for run in runs]
 
 
-def costs(grouped: Sequence[Table], pictures: Pictures) -> Iterator[str]:
-    """HTML of memory, error and time of each table, with the picture that sets them against each other."""
+def costs(grouped: Sequence[Table], speeds: Sequence[Sheet], pictures: Pictures) -> Iterator[str]:
+    """HTML of memory, error and time of each table, with the picture that sets them against each other.
+
+    Times are those of steps that took turns, where one of the files of step times has all rows of the table; the runs'
+    own are of different moments.
+    """
     head = ["training", "memory, MiB", "s a step", "hours", "parameters"]
     for table in grouped:
         for device in table.devices:
             chosen = table.on(device)
+            sources = _paths(list(chosen.values()))
+            sheet = next((sheet for sheet in speeds if _covers(sheet, chosen, device)), None)
+            if sheet is None:
+                seconds = {position: row.seconds_per_step for position, row in chosen.items()}
+                timed = "slowed by whatever else ran beside it"
+                origin = (
+                    "median of the steps of the last epoch, slowed by whatever else ran beside them (<code>localgrad "
+                    "time</code> measures such rows in turns)"
+                )
+            else:
+                measured = _measured(sheet)
+                seconds = {position: measured[_step(row)] for position, row in chosen.items()}
+                timed = "measured in turns with those of the others"
+                origin = f"median of steps that took turns, from {escape(str(sheet.path.relative_to(pictures.folder)))}"
+                sources.append(sheet.path)
             rows = [
                 [
                     escape(table.labels[position]),
                     f"{row.mean('peak_memory_bytes') / 2**20:,.1f}",
-                    row.time,
+                    told_seconds(seconds[position]),
                     f"{row.mean('wall_seconds') / 3600:.2f}",
                     _parameters(row),
                 ]
@@ -137,20 +167,37 @@ def costs(grouped: Sequence[Table], pictures: Pictures) -> Iterator[str]:
             ]
             caption = (
                 f"Test error of all runs against the peak memory of a step on {device}: {_told(table)}. The area of a "
-                "point is the time of a step, which the legend has in seconds, slowed by whatever else ran beside it; "
-                "the dotted line joins the points that no other beats in both."
+                f"point is the time of a step, which the legend has in seconds, {timed}; the dotted line joins the "
+                "points that no other beats in both."
             )
             note = (
-                "Memory: the most that a step held in tensors beyond what was there before it. Seconds: median of the "
-                "steps of the last epoch, slowed by whatever else ran beside them. Hours: training and evaluation. "
-                "Parameters: of the network, and of auxiliary networks, which are there in training only."
+                f"Memory: the most that a step held in tensors beyond what was there before it. Seconds: {origin}. "
+                "Hours: training and evaluation, slowed by whatever else ran beside them. Parameters: of the network, "
+                "and of auxiliary networks, which are there in training only."
             )
             yield f"<h3>{escape(table.title)}</h3>"
             yield f'<p class="soft">{escape(_sentence(table.budget))} On {escape(device)}.</p>'
-            yield html_table(head, rows, escape(note))
+            yield html_table(head, rows, note)
             if len(chosen) > 1:
-                drawn = figures.trade_off(table, device)
-                yield pictures.grid(iter([(drawn, caption, _paths([table.rows[position] for position in chosen]))]))
+                yield pictures.grid(iter([(figures.trade_off(table, device, seconds), caption, sources)]))
+
+
+def _covers(sheet: Sheet, rows: Mapping[int, Row], device: str) -> bool:
+    """Whether a file of step times has those of all rows, on that device."""
+    return sheet.values.get("device") == device and {_step(row) for row in rows.values()} <= {*_measured(sheet)}
+
+
+def _measured(sheet: Sheet) -> dict[str, float]:
+    """Seconds of the steps that `localgrad time` measured, by `step_key`; none of another benchmark's."""
+    return {
+        step_key(row["config"], row["num_blocks"], row["precision"]): row["seconds_per_step"]
+        for row in sheet.values["rows"]
+        if "config" in row
+    }
+
+
+def _step(row: Row) -> str:
+    return step_key(row.config, row.num_blocks, row.precision)
 
 
 def _parameters(row: Row) -> str:

@@ -45,6 +45,8 @@ CLASSES = {"imagenet": 1000}
 """Classes of a set of images, where they are not ten."""
 BUDGET = ("optim.epochs", "optim.batch_size", "optim.lr", "optim.warmup_epochs", "data.train_limit", "data.test_limit")
 """Fields that a table says once for all of its rows."""
+SAME_STEP = ({*BUDGET} - {"optim.batch_size"}) | {"name", "data.subset", "data.train_split", "data.test_split"}
+"""Fields that leave a step what it is, besides those that leave a run in its row."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,11 @@ class Row:
     @property
     def num_blocks(self) -> int:
         return self.runs[0].result.num_blocks
+
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """What the rows of a table are sorted by."""
+        return (*place(self.config, self.num_blocks), self.name)
 
     @property
     def precision(self) -> str:
@@ -116,11 +123,6 @@ class Row:
         """Mean over the runs; None where one was too short to tell."""
         seconds = [run.result.seconds_per_step for run in self.runs]
         return None if None in seconds else statistics.fmean(each for each in seconds if each is not None)
-
-    @property
-    def time(self) -> str:
-        """Seconds a step to three digits, zeros at their end too; a dash where a run was too short to tell."""
-        return "-" if self.seconds_per_step is None else f"{self.seconds_per_step:#.3g}".removesuffix(".")
 
     def deviation(self, name: str) -> float | None:
         """Standard deviation over the runs (n - 1); None for a single one."""
@@ -192,10 +194,7 @@ def tables(runs: Sequence[FinishedRun]) -> list[Table]:
         key: tuple[Any, ...] = (dataset_label(row.config), network_label(row.config), row.precision)
         key += tuple(values.get(name) for name in BUDGET)
         grouped.setdefault(key, []).append(row)
-    found = [
-        Table(tuple(sorted(group, key=lambda row: (*place(row.config, row.num_blocks), row.name))))
-        for group in grouped.values()
-    ]
+    found = [Table(tuple(sorted(group, key=lambda row: row.place))) for group in grouped.values()]
     return sorted(found, key=lambda table: (table.title, -table.config["optim"]["epochs"], table.budget))
 
 
@@ -232,6 +231,18 @@ def _usual_classes(config: dict[str, Any]) -> int:
 def _num_classes(run: FinishedRun) -> int:
     """Classes of the images; results of the first versions do not say."""
     return run.result.num_classes or _usual_classes(run.result.config)
+
+
+def step_key(config: dict[str, Any], num_blocks: int, precision: str) -> str:
+    """What runs have in common whose steps take the same time on one kind of device."""
+    own = {name: value for name, value in own_fields(config).items() if name not in SAME_STEP}
+    own |= {"num_blocks": num_blocks, "precision": precision, "devices": config.get("devices", 1)}
+    return json.dumps(own, sort_keys=True, default=str)
+
+
+def told_seconds(seconds: float | None) -> str:
+    """To three digits, zeros at their end too; a dash where a run was too short to tell."""
+    return "-" if seconds is None else f"{seconds:#.3g}".removesuffix(".")
 
 
 def own_fields(config: dict[str, Any]) -> dict[str, Any]:

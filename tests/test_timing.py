@@ -1,0 +1,187 @@
+"""Step times: trainings take turns, and what is measured is a step of the trainer that changes no weight."""
+
+import json
+import statistics
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from localgrad import timing
+from localgrad.build import with_defaults
+from localgrad.cli import main
+from localgrad.config import ModelConfig, TrainConfig, to_dict
+from localgrad.recipes import recipe
+from localgrad.runs import Result
+from localgrad.timing import take_turns, timed_step
+
+MAN = with_defaults(recipe("digits-dgl-man").config)
+MAN = replace(
+    MAN,
+    model=ModelConfig(depth=8),
+    cuts=("layer1.0",),
+    data=replace(MAN.data, image_size=8, padding=1),
+    optim=replace(MAN.optim, batch_size=4, epochs=2),
+)
+END_TO_END = with_defaults(
+    replace(
+        MAN, name="digits-e2e", cuts=(), objective=type(MAN.objective)(), momentum=type(MAN.momentum)(), recompute=True
+    )
+)
+
+
+def _finished(path: Path, config: TrainConfig, **added: Any) -> None:
+    """A result file as `train` leaves it; with fields that its config has besides."""
+    result = Result(
+        config={**to_dict(config), **added},
+        test_error=5.0,
+        best_test_error=5.0,
+        best_epoch=1,
+        local_errors=None,
+        cuts=list(config.cuts or ()),
+        num_blocks=len(config.cuts or ()) + 1,
+        parameters={"backbone": 1000, "auxiliary": 0, "trainable": 1000},
+        peak_memory_bytes=2**20,
+        seconds_per_step=123.0,
+        wall_seconds=1.0,
+        device="a processor",
+        precision="32-true",
+        versions={},
+        commit=None,
+    )
+    path.write_text(json.dumps(asdict(result)))
+
+
+def test_steps_take_turns_and_the_first_two_rounds_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, order = [0.0], []
+
+    def step(name: str, seconds: list[float]) -> Any:
+        def run() -> None:
+            order.append(name)
+            now[0] += seconds.pop(0)
+
+        return run
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    steps = {"a": step("a", [100.0, 50.0, 1.0, 3.0]), "b": step("b", [9.0, 9.0, 2.0, 2.5])}
+    seconds = take_turns(steps, 2)
+    assert order == ["a", "b"] * 4
+    assert seconds["a"] == pytest.approx([1.0, 3.0])
+    assert seconds["b"] == pytest.approx([2.0, 2.5])
+
+
+def test_a_ratio_is_that_of_the_same_round() -> None:
+    assert timing.ratio([2.0, 30.0, 4.0], [1.0, 10.0, 4.0]) == 2.0
+
+
+def test_a_timed_step_is_one_of_the_trainer_and_moves_no_trained_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, original = [], timing.train_step
+    monkeypatch.setattr(
+        timing, "train_step", lambda run, *batch: (sizes.append(len(batch[0])), original(run, *batch))[1]
+    )
+    with ExitStack() as held:
+        step, run = timed_step(replace(MAN, data=replace(MAN.data, train_limit=10)), held)
+        before = {name: value.clone() for name, value in run.model.named_parameters()}
+        folder = run.folder.path
+        losses = [step() for _ in range(5)]
+        assert folder.exists()
+    assert not folder.exists()
+    assert sizes == [4] * 5  # of ten images, two in a batch that is left out
+    assert all(isinstance(each, torch.Tensor) and each.shape == (2,) and bool((each > 0).all()) for each in losses)
+    buffers = [state["momentum_buffer"] for optimizer in run.optimizers for state in optimizer.state.values()]
+    assert len(buffers) == sum(len(block.trainable_parameters()) for block in run.blocks)
+    assert all(bool(buffer.any()) for buffer in buffers)
+    assert all(torch.equal(before[name], value) for name, value in run.model.named_parameters())
+
+
+def test_time_measures_each_kind_of_step_once_and_says_what_it_leaves_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _finished(tmp_path / "man.json", MAN)
+    _finished(tmp_path / "man-1.json", replace(MAN, seed=1))
+    _finished(tmp_path / "longer.json", replace(MAN, optim=replace(MAN.optim, epochs=9, lr=0.5)))
+    _finished(tmp_path / "whole.json", END_TO_END)
+    _finished(tmp_path / "two.json", replace(MAN, devices=2, seed=2, optim=replace(MAN.optim, weight_decay=0.5)))
+    _finished(tmp_path / "later.json", replace(MAN, seed=3), invented=1)
+    output = tmp_path / "times.json"
+    assert main(["time", str(tmp_path), "--rounds", "3", "--accelerator", "cpu", "-o", str(output)]) == 0
+    said = capsys.readouterr()
+    assert said.out.splitlines()[-1] == f"wrote {output}"
+    errors = said.err.splitlines()
+    assert len(errors) == 2
+    assert all(line.startswith("localgrad: left out: ") for line in errors)
+    assert any("two.json is a run on 2 devices" in line for line in errors)
+    assert any("later.json" in line and "invented" in line for line in errors)
+
+    found = json.loads(output.read_text())
+    whole, man = found["rows"]
+    assert (whole["row"], man["row"]) == ("End-to-end (checkpointed)", "DGL + MAN, 2 blocks")
+    assert (whole["num_blocks"], man["num_blocks"]) == (1, 2)
+    assert whole["config"] == to_dict(END_TO_END)
+    assert {*found["seconds"]} == {whole["row"], man["row"]}
+    for row in (whole, man):
+        times = found["seconds"][row["row"]]
+        assert len(times) == 3
+        assert row["seconds_per_step"] == statistics.median(times)
+    pairs = zip(found["seconds"][man["row"]], found["seconds"][whole["row"]], strict=True)
+    assert man["ratio_to_first"] == statistics.median(a / b for a, b in pairs)
+    assert f"{man['ratio_to_first']:.2f}" in said.out
+    assert "thread(s)" in found["device"]
+
+
+def test_rows_of_several_networks_and_batches_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deeper = replace(END_TO_END, model=ModelConfig(depth=14))
+    _finished(tmp_path / "shallow.json", END_TO_END)
+    _finished(tmp_path / "deep.json", deeper)
+    _finished(tmp_path / "large.json", replace(deeper, optim=replace(deeper.optim, batch_size=8)))
+    monkeypatch.setattr(timing, "timed_step", lambda config, held: (lambda: None, _Made(config)))
+    found = timing.time_results(tmp_path, rounds=1, warn=pytest.fail)
+    assert [row["row"] for row in found["rows"]] == [
+        "Digits, ResNet-14, End-to-end (checkpointed), batch size 4",
+        "Digits, ResNet-14, End-to-end (checkpointed), batch size 8",
+        "Digits, ResNet-8, End-to-end (checkpointed), batch size 4",
+    ]
+
+
+class _Made:
+    """As much of a run as is read after its steps were measured."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config, self.blocks = config, [None]
+        self.fabric = type("Fabric", (), {"device": torch.device("cpu")})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--rounds", "0"], "rounds is 0; give 1 or more"),
+        (["--data", "no/such/folder/anywhere"], "no/such/folder/anywhere"),
+        (["--accelerator", "abacus"], "abacus"),
+    ],
+)
+def test_what_cannot_be_timed_is_said_in_a_line(
+    arguments: list[str],
+    reason: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    _finished(tmp_path / "whole.json", END_TO_END)
+    assert main(["time", str(tmp_path), *arguments]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("localgrad: ")
+    assert said.count("\n") == 1
+    assert reason in said
+    assert not (tmp_path / "step-times.json").exists()
+
+
+def test_a_folder_without_a_run_that_can_be_timed_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _finished(tmp_path / "two.json", replace(MAN, devices=2))
+    assert main(["time", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith("has no finished run that can be timed here")
