@@ -93,29 +93,34 @@ def ranks_table(path: Path) -> str:
     return "\n".join(lines)
 
 
-def runs_table(folders: list[Path], *, timed: bool = False) -> str:
-    """Test errors at several budgets, a column each, as mean and deviation over seeds, and memory: a Markdown table.
+def runs_table(folders: list[Path]) -> str:
+    """Test errors at several budgets, a column each, as mean and deviation over seeds: a Markdown table.
 
-    With `timed` also seconds a step, of runs that were made under the same load.
+    Memory is that of the first seed's run, and seconds a step are those of the last folder's `step-times.json`.
     """
     budgets: list[dict[str, list[dict[str, Any]]]] = []
     for folder in folders:
         runs: dict[str, list[dict[str, Any]]] = {}
         for path in sorted(folder.glob("*-seed*.json")):
             run = json.loads(path.read_text())
-            recomputed = " --recompute" if run["config"].get("recompute") else ""
-            runs.setdefault(run["config"]["name"] + recomputed, []).append(run)
+            runs.setdefault(_command_name(run["config"]), []).append(run)
         budgets.append(runs)
     epochs = [next(iter(runs.values()))[0]["config"]["optim"]["epochs"] for runs in budgets]
     heads = [f"error after {number} epochs" for number in epochs]
-    heads += ["peak memory of a step", *(["seconds a step"] if timed else [])]
+    heads += ["peak memory of a step", "seconds a step"]
+    timed = json.loads((folders[-1] / "step-times.json").read_text())["rows"]
+    seconds = {_command_name(row["config"]): row["seconds_per_step"] for row in timed}
     lines = [f"| run | blocks | {' | '.join(heads)} |", f"|---|{'--:|' * (len(heads) + 1)}"]
     for name, seeds in sorted(budgets[-1].items(), key=lambda item: _mean_error(item[1])):
         errors = [_errors(runs.get(name, [])) for runs in budgets]
-        costs = [f"{seeds[0]['peak_memory_bytes'] / 2**20:.0f} MiB"]
-        costs += [f"{seeds[0]['seconds_per_step']:.2f}"] if timed else []
+        costs = [f"{seeds[0]['peak_memory_bytes'] / 2**20:.0f} MiB", f"{seconds[name]:.2f}"]
         lines.append(f"| `{name}` | {seeds[0]['num_blocks']} | {' | '.join(errors + costs)} |")
     return "\n".join(lines)
+
+
+def _command_name(config: dict[str, Any]) -> str:
+    """The recipe, with the flag of a row that is checkpointed."""
+    return config["name"] + (" --recompute" if config.get("recompute") else "")
 
 
 def _mean_error(seeds: list[dict[str, Any]]) -> float:
@@ -145,7 +150,7 @@ def features_table(folder: Path) -> str:
 DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 TABLES = {
     "runs": lambda: runs_table([ROOT / "results" / f"cifar10-{epochs}-epochs" for epochs in ("five", "ten")]),
-    "imagenette": lambda: runs_table([ROOT / "results" / "imagenette-three-epochs"], timed=True),
+    "imagenette": lambda: runs_table([ROOT / "results" / "imagenette-three-epochs"]),
     "features": lambda: features_table(ROOT / "results" / "cifar10-ten-epochs" / "analysis"),
     "ranks": lambda: ranks_table(ROOT / "results" / "pipeline.json"),
     "plan": lambda: plan_table(ROOT / "results" / "plan-resnet101" / "plan.json"),

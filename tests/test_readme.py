@@ -44,7 +44,9 @@ def test_importing_localgrad_imports_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("word", ["demo", "train", "evaluate", "analyse", "report", "units", "recipes", "reproduce"])
+@pytest.mark.parametrize(
+    "word", ["demo", "train", "evaluate", "analyse", "report", "time", "units", "recipes", "reproduce"]
+)
 def test_every_command_of_the_readme_exists(word: str) -> None:
     from localgrad.cli import COMMANDS
 

@@ -130,6 +130,8 @@ def test_time_measures_each_kind_of_step_once_and_says_what_it_leaves_out(
     assert man["ratio_to_first"] == statistics.median(a / b for a, b in pairs)
     assert f"{man['ratio_to_first']:.2f}" in said.out
     assert "thread(s)" in found["device"]
+    assert found["settings"] == {"network": "Digits, ResNet-8", "batch_size": 4, "rounds": 3}
+    assert said.out.startswith(f"Digits, ResNet-8, batch size 4, median of 3 rounds, on {found['device']}\n")
 
 
 def test_rows_of_several_networks_and_batches_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,6 +146,7 @@ def test_rows_of_several_networks_and_batches_are_told_apart(tmp_path: Path, mon
         "Digits, ResNet-14, End-to-end (checkpointed), batch size 8",
         "Digits, ResNet-8, End-to-end (checkpointed), batch size 4",
     ]
+    assert found["settings"] == {"network": None, "batch_size": None, "rounds": 1}
 
 
 class _Made:

@@ -61,7 +61,7 @@ def time_results(
     Returns:
         What `step-times.json` holds: `rows` with `row`, `seconds_per_step` (median over the rounds), `ratio_to_first`
         (median of the ratios of a round), `num_blocks`, `precision` and `config`; `seconds` of every round by row;
-        `settings`; device, versions and commit.
+        `settings` (network and batch size where all have the same); device, versions and commit.
 
     Raises:
         LocalGradError: there is nothing to time in the folder, or images or device cannot be had.
@@ -71,10 +71,12 @@ def time_results(
     chosen = _chosen(tables(read_results(folder, warn).runs), warn)
     if not chosen:
         raise LocalGradError(f"{folder} has no finished run that can be timed here")
+    shared = _shared(chosen)
+    configs = _labelled(chosen, shared)
     with contextlib.ExitStack() as held:
         runs: dict[str, Run] = {}
         steps: dict[str, Step] = {}
-        for label, config in chosen.items():
+        for label, config in configs.items():
             images = config.data if data is None else replace(config.data, source=data)
             steps[label], runs[label] = timed_step(replace(config, data=images, accelerator=accelerator), held)
         seconds = take_turns(steps, rounds)
@@ -86,16 +88,16 @@ def time_results(
                 "ratio_to_first": ratio(times, first),
                 "num_blocks": len(runs[label].blocks),
                 "precision": resolve_precision(runs[label].config),
-                "config": to_dict(chosen[label]),
+                "config": to_dict(configs[label]),
             }
             for label, times in seconds.items()
         ]
         device = next(iter(runs.values())).fabric.device
-    return {"settings": {"rounds": rounds}, "rows": rows, "seconds": seconds, **provenance(device)}
+    return {"settings": {**shared, "rounds": rounds}, "rows": rows, "seconds": seconds, **provenance(device)}
 
 
-def _chosen(grouped: Sequence[Table], warn: Callable[[str], None]) -> dict[str, TrainConfig]:
-    """A config for each training whose step is another, by what a table calls it, in the order of a table's rows."""
+def _chosen(grouped: Sequence[Table], warn: Callable[[str], None]) -> list[tuple[Table, str, TrainConfig]]:
+    """A config for each training whose step is another, its table and label, in the order of a table's rows."""
     chosen: dict[str, tuple[Table, str, TrainConfig]] = {}
     rows = [(table, label, row) for table in grouped for label, row in zip(table.labels, table.rows, strict=True)]
     rows.sort(key=lambda each: (each[0].title, each[2].config["optim"]["batch_size"], *each[2].place))
@@ -110,17 +112,32 @@ def _chosen(grouped: Sequence[Table], warn: Callable[[str], None]) -> dict[str, 
             warn(f"left out: {path} is a run on {config.devices} devices, and these are timed on one")
             continue
         chosen.setdefault(step_key(row.config, row.num_blocks, config.precision), (table, label, config))
-    titles = {table.title for table, _, _ in chosen.values()}
-    batches = {config.optim.batch_size for _, _, config in chosen.values()}
+    return list(chosen.values())
+
+
+def _shared(chosen: Sequence[tuple[Table, str, TrainConfig]]) -> dict[str, Any]:
+    """The network and batch size of all of them; None where these differ."""
+    titles = {table.title for table, _, _ in chosen}
+    batches = {config.optim.batch_size for _, _, config in chosen}
+    return {
+        "network": titles.pop() if len(titles) == 1 else None,
+        "batch_size": batches.pop() if len(batches) == 1 else None,
+    }
+
+
+def _labelled(chosen: Sequence[tuple[Table, str, TrainConfig]], shared: dict[str, Any]) -> dict[str, TrainConfig]:
+    """The configs by labels that tell them apart."""
     told = [
         ", ".join(
-            [table.title] * (len(titles) > 1) + [label] + [f"batch size {config.optim.batch_size}"] * (len(batches) > 1)
+            [table.title] * (shared["network"] is None)
+            + [label]
+            + [f"batch size {config.optim.batch_size}"] * (shared["batch_size"] is None)
         )
-        for table, label, config in chosen.values()
+        for table, label, config in chosen
     ]
     twice = {label for label, count in Counter(told).items() if count > 1}
     labels = [f"{label} ({number})" if label in twice else label for number, label in enumerate(told, start=1)]
-    return {label: config for label, (_, _, config) in zip(labels, chosen.values(), strict=True)}
+    return {label: config for label, (_, _, config) in zip(labels, chosen, strict=True)}
 
 
 def timed_step(config: TrainConfig, held: contextlib.ExitStack) -> tuple[Step, Run]:
@@ -189,7 +206,10 @@ def show_times(found: dict[str, Any]) -> None:
         for row in found["rows"]
     ]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    print(f"Median of {found['settings']['rounds']} round(s), on {found['device']}")
+    settings = found["settings"]
+    parts = [settings["network"], settings["batch_size"] and f"batch size {settings['batch_size']}"]
+    parts += [f"median of {settings['rounds']} round{'s' * (settings['rounds'] > 1)}", f"on {found['device']}"]
+    print(", ".join(filter(None, parts)))
     for first, *cells in lines:
         told = (f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
         print(f"{first:{widths[0]}}  {'  '.join(told)}")

@@ -324,7 +324,8 @@ def _calls(graph: fx.Graph) -> list[fx.Node]:
 def _segments(model: nn.Module, graph: fx.Graph, shapes: _Shapes) -> list[tuple[str, fx.Graph]]:
     """Cut a graph into named pieces."""
     calls = _calls(graph)
-    starts = _starts(model, graph, calls, [shapes.shapes.get(node) for node in calls])
+    weighted = [i for i, node in enumerate(calls) if _has_weight(model, node)]
+    starts = _starts(model, graph, calls, weighted, [shapes.shapes.get(node) for node in calls])
     pieces = []
     value = next(node for node in graph.nodes if node.op == "placeholder" and node.users)
     for start, stop in zip(starts, [*starts[1:], len(calls)], strict=True):
@@ -337,7 +338,7 @@ def _segments(model: nn.Module, graph: fx.Graph, shapes: _Shapes) -> list[tuple[
             copies[node] = piece.node_copy(node, lambda needed, copies=copies: copies[needed])
         value = _alive(graph, calls, stop)[0]
         piece.output(copies[value])
-        pieces.append((_name(model, calls, start, stop), piece))
+        pieces.append((_name(calls, weighted, start, stop), piece))
     return pieces
 
 
@@ -348,9 +349,10 @@ def _alive(graph: fx.Graph, calls: list[fx.Node], position: int) -> list[fx.Node
     return [node for node in graph.nodes if node in before and any(user in after for user in node.users)]
 
 
-def _starts(model: nn.Module, graph: fx.Graph, calls: list[fx.Node], sizes: list[torch.Size | None]) -> list[int]:
+def _starts(
+    model: nn.Module, graph: fx.Graph, calls: list[fx.Node], weighted: list[int], sizes: list[torch.Size | None]
+) -> list[int]:
     """Positions in `calls` at which a unit starts."""
-    weighted = [i for i, node in enumerate(calls) if _has_weight(model, node)]
     inputs = {node for node in graph.nodes if node.op == "placeholder"}
     place = {node: position for position, node in enumerate(calls)}  # an output is used after all calls
     last_use = [max((place.get(user, len(calls)) for user in node.users), default=-1) for node in calls]
@@ -395,12 +397,12 @@ def _first_reduction(sizes: list[torch.Size | None], previous: int, following: i
     return following
 
 
-def _name(model: nn.Module, calls: list[fx.Node], start: int, stop: int) -> str:
+def _name(calls: list[fx.Node], weighted: list[int], start: int, stop: int) -> str:
     """The deepest submodule that holds all weights of the unit and nothing else, or else the first with a weight."""
-    inside = [cast(str, node.target) for node in calls[start:stop] if _has_weight(model, node)]
+    inside = [cast(str, calls[i].target) for i in weighted if start <= i < stop]
     if not inside:
         return next((str(node.target) for node in calls[start:stop] if node.op == "call_module"), calls[start].name)
-    others = [cast(str, n.target) for n in [*calls[:start], *calls[stop:]] if _has_weight(model, n)]
+    others = [cast(str, calls[i].target) for i in weighted if not start <= i < stop]
     common = inside[0].split(".")
     for name in inside[1:]:
         parts = name.split(".")
