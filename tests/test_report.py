@@ -503,7 +503,7 @@ def test_times_that_were_measured_in_turns_stand_instead_of_the_runs_own(tmp_pat
         rows = {row[0]: row[2] for row in Cells(text).rows}
         return text, [rows["End-to-end"], rows["DGL + MAN, 15 blocks"]], text[text.rindex("From ") :]
 
-    longer = replace(whole, seed=5, optim=replace(whole.optim, epochs=99, lr=0.3))
+    longer = replace(whole, seed=5, optim=replace(whole.optim, epochs=99, lr=0.3, first_epoch=0))
     other_batch = replace(man, optim=replace(man.optim, batch_size=7))
     checkpointed = replace(man, recompute=True)
     for configs, device in (
@@ -517,6 +517,7 @@ def test_times_that_were_measured_in_turns_stand_instead_of_the_runs_own(tmp_pat
         text, seconds, origin = shown()
         assert seconds == ["0.100", "1.50"]
         assert "slowed by whatever else ran beside" in text
+        assert ">hours<" in text
         assert "step-times.json" not in origin
     _times(tmp_path / "step-times.json", [(longer, 0.25), (man, 0.75)])
     text, seconds, origin = shown()
@@ -524,6 +525,7 @@ def test_times_that_were_measured_in_turns_stand_instead_of_the_runs_own(tmp_pat
     assert "median of steps that took turns, from step-times.json" in text
     assert "measured in turns with those of the others" in text
     assert "step-times.json" in origin
+    assert ">hours<" not in text  # which are of the runs
     assert "0.750 s" in text
     assert "1.50 s" not in text
 

@@ -133,21 +133,21 @@ def curves(grouped: Sequence[Table]) -> Iterator[Captioned]:
 def costs(grouped: Sequence[Table], speeds: Sequence[Sheet], pictures: Pictures) -> Iterator[str]:
     """HTML of memory, error and time of each table, with the picture that sets them against each other.
 
-    Times are those of steps that took turns, where one of the files of step times has all rows of the table; the runs'
-    own are of different moments.
+    Times are those of steps that took turns, where one of the files of step times has all rows of the table. The runs'
+    own seconds and hours are of different moments, and stand there only without such a file.
     """
-    head = ["training", "memory, MiB", "s a step", "hours", "parameters"]
     for table in grouped:
         for device in table.devices:
             chosen = table.on(device)
             sources = _paths(list(chosen.values()))
+            hours = {position: f"{row.mean('wall_seconds') / 3600:.2f}" for position, row in chosen.items()}
             sheet = next((sheet for sheet in speeds if _covers(sheet, chosen, device)), None)
             if sheet is None:
                 seconds = {position: row.seconds_per_step for position, row in chosen.items()}
                 timed = "slowed by whatever else ran beside it"
                 origin = (
                     "median of the steps of the last epoch, slowed by whatever else ran beside them (<code>localgrad "
-                    "time</code> measures such rows in turns)"
+                    "time</code> measures such rows in turns). Hours: training and evaluation, slowed likewise"
                 )
             else:
                 measured = _measured(sheet)
@@ -155,12 +155,14 @@ def costs(grouped: Sequence[Table], speeds: Sequence[Sheet], pictures: Pictures)
                 timed = "measured in turns with those of the others"
                 origin = f"median of steps that took turns, from {escape(str(sheet.path.relative_to(pictures.folder)))}"
                 sources.append(sheet.path)
+                hours.clear()
+            head = ["training", "memory, MiB", "s a step", *(["hours"] if hours else []), "parameters"]
             rows = [
                 [
                     escape(table.labels[position]),
                     f"{row.mean('peak_memory_bytes') / 2**20:,.1f}",
                     told_seconds(seconds[position]),
-                    f"{row.mean('wall_seconds') / 3600:.2f}",
+                    *([hours[position]] if hours else []),
                     _parameters(row),
                 ]
                 for position, row in chosen.items()
@@ -172,8 +174,7 @@ def costs(grouped: Sequence[Table], speeds: Sequence[Sheet], pictures: Pictures)
             )
             note = (
                 f"Memory: the most that a step held in tensors beyond what was there before it. Seconds: {origin}. "
-                "Hours: training and evaluation, slowed by whatever else ran beside them. Parameters: of the network, "
-                "and of auxiliary networks, which are there in training only."
+                "Parameters: of the network, and of auxiliary networks, which are there in training only."
             )
             yield f"<h3>{escape(table.title)}</h3>"
             yield f'<p class="soft">{escape(_sentence(table.budget))} On {escape(device)}.</p>'

@@ -45,7 +45,13 @@ CLASSES = {"imagenet": 1000}
 """Classes of a set of images, where they are not ten."""
 BUDGET = ("optim.epochs", "optim.batch_size", "optim.lr", "optim.warmup_epochs", "data.train_limit", "data.test_limit")
 """Fields that a table says once for all of its rows."""
-SAME_STEP = ({*BUDGET} - {"optim.batch_size"}) | {"name", "data.subset", "data.train_split", "data.test_split"}
+SAME_STEP = ({*BUDGET} - {"optim.batch_size"}) | {
+    "name",
+    "optim.first_epoch",
+    "data.subset",
+    "data.train_split",
+    "data.test_split",
+}
 """Fields that leave a step what it is, besides those that leave a run in its row."""
 
 
