@@ -1,5 +1,6 @@
 """Step times: trainings take turns, and what is measured is a step of the trainer that changes no weight."""
 
+import itertools
 import json
 import statistics
 from contextlib import ExitStack
@@ -16,7 +17,7 @@ from localgrad.cli import main
 from localgrad.config import ModelConfig, TrainConfig, to_dict
 from localgrad.recipes import recipe
 from localgrad.runs import Result
-from localgrad.timing import take_turns, timed_step
+from localgrad.timing import endless_batches, take_turns, timed_step
 
 MAN = with_defaults(recipe("digits-dgl-man").config)
 MAN = replace(
@@ -95,6 +96,17 @@ def test_a_timed_step_is_one_of_the_trainer_and_moves_no_trained_weight(monkeypa
     assert len(buffers) == sum(len(block.trainable_parameters()) for block in run.blocks)
     assert all(bool(buffer.any()) for buffer in buffers)
     assert all(torch.equal(before[name], value) for name, value in run.model.named_parameters())
+
+
+def test_a_set_smaller_than_the_batches_that_are_wanted_is_taken_whole() -> None:
+    with ExitStack() as held:
+        whole = replace(END_TO_END, optim=replace(MAN.optim, batch_size=1024))
+        _, run = timed_step(whole, held)
+        assert len(run.train) == 1437
+        assert [len(batch[0]) for batch in itertools.islice(endless_batches(run, channels_last=True), 2)] == [1024] * 2
+        limited = replace(END_TO_END, data=replace(MAN.data, train_limit=7), optim=replace(MAN.optim, batch_size=1024))
+        _, run = timed_step(limited, held)
+        assert [len(batch[0]) for batch in itertools.islice(endless_batches(run, channels_last=True), 2)] == [7] * 2
 
 
 def test_time_measures_each_kind_of_step_once_and_says_what_it_leaves_out(

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,13 @@ from torch import Tensor
 
 from localgrad.build import with_defaults
 from localgrad.config import TrainConfig, from_dict, to_dict, validate
+from localgrad.data import DataConfig
 from localgrad.devices import provenance, resolve_precision
 from localgrad.errors import LocalGradError
+from localgrad.images import ImageSet
 from localgrad.results import read_results
 from localgrad.runs import RunFolder
+from localgrad.sources import load_images
 from localgrad.state import Run
 from localgrad.summary import Table, step_key, tables, told_seconds
 from localgrad.trainer import set_up, train_step
@@ -147,15 +151,23 @@ def timed_step(config: TrainConfig, held: contextlib.ExitStack) -> tuple[Step, R
         config: the run; its learning rate is left aside.
         held: closed when the step is no longer needed.
     """
-    batch_size = config.optim.batch_size
-    limit = min(BATCHES * batch_size, config.data.train_limit or BATCHES * batch_size)
-    config = replace(config, data=replace(config.data, train_limit=limit, test_limit=1))
+    images = _few_images(config.data, BATCHES * config.optim.batch_size)
     scratch = held.enter_context(tempfile.TemporaryDirectory())
-    run = set_up(config, RunFolder(Path(scratch)), False, held)
+    run = set_up(config, RunFolder(Path(scratch)), False, held, images)
     for optimizer in run.optimizers:
         optimizer.param_groups[0]["lr"] = 0.0 if run.rate is None else run.rate  # which is 0 too
     batches = endless_batches(run, channels_last=config.channels_last)
     return lambda: train_step(run, *next(batches)), run
+
+
+@lru_cache(maxsize=1)  # the trainings of a table have the same ones
+def _few_images(config: DataConfig, count: int) -> tuple[ImageSet, ImageSet]:
+    """So many training images, or all where there are fewer, and one to test on."""
+    few = replace(config, train_limit=min(count, config.train_limit or count), test_limit=1)
+    try:
+        return load_images(few)
+    except LocalGradError:  # the set is smaller than that, or cannot be had, which the whole one says
+        return load_images(replace(few, train_limit=config.train_limit))
 
 
 def endless_batches(run: Run, *, channels_last: bool) -> Iterator[tuple[Tensor, ...]]:

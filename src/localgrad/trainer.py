@@ -87,10 +87,17 @@ def _fit(run: Run, quiet: bool) -> Result:
 # Set up
 
 
-def set_up(config: TrainConfig, folder: RunFolder, resume: bool, held: contextlib.ExitStack) -> Run:
+def set_up(
+    config: TrainConfig,
+    folder: RunFolder,
+    resume: bool,
+    held: contextlib.ExitStack,
+    images: tuple[ImageSet, ImageSet] | None = None,
+) -> Run:
     """Makes the objects of a run, and loads the folder's checkpoint into them when it is resumed.
 
-    Until `held` is closed no other process can use the folder.
+    Until `held` is closed no other process can use the folder. `images`, those to train and to test on, are loaded as
+    the config says unless given.
     """
     fabric = make_fabric(config)
     if fabric.is_global_zero:
@@ -104,7 +111,7 @@ def set_up(config: TrainConfig, folder: RunFolder, resume: bool, held: contextli
         torch.backends.cudnn.benchmark = True
     elif fabric.device.type == "cpu":
         keep_freed_memory()
-    train, test = load_images(config.data)
+    train, test = images or load_images(config.data)
     torch.manual_seed(config.seed)
     model = build_model(config.model, train.num_classes)
     blocks = build_blocks(config, model, train.num_classes)
