@@ -178,10 +178,12 @@ def traced(model: nn.Module, example: Tensor) -> list[tuple[str, nn.Module]]:
             f"{type(model).__name__} does not run on the example of shape {tuple(example.shape)} ({reason}); "
             "give an example of the size, dtype and device that the model takes"
         ) from error
-    training_shapes = _Shapes(model, training)
-    with seeded(example.device):
-        training_shapes.run(samples)
-    segments, training_segments = _segments(model, evaluating, shapes), _segments(model, training, training_shapes)
+    segments = training_segments = _segments(model, evaluating, shapes)
+    if str(training) != str(evaluating):
+        training_shapes = _Shapes(model, training)
+        with seeded(example.device):
+            training_shapes.run(samples)
+        training_segments = _segments(model, training, training_shapes)
     if [name for name, _ in segments] != [name for name, _ in training_segments]:
         raise LocalGradError(
             f"{type(model).__name__} runs different modules in training and in evaluation; name the submodules "
