@@ -19,7 +19,7 @@ from localgrad.build import with_defaults
 from localgrad.cli import main
 from localgrad.config import TrainConfig, to_dict
 from localgrad.errors import LocalGradError
-from localgrad.figures import learning_curves, trade_off
+from localgrad.figures import learning_curves, step_times, trade_off
 from localgrad.recipes import recipe
 from localgrad.report import page
 from localgrad.results import Results, read_results
@@ -480,6 +480,7 @@ def _times(path: Path, configs: Sequence[tuple[TrainConfig, float]], device: str
             "seconds_per_step": seconds,
             "ratio_to_first": 1.0,
             "num_blocks": len(config.cuts or ()) + 1,
+            "num_classes": 10,
             "precision": "32-true",
             "config": to_dict(config),
         }
@@ -511,6 +512,7 @@ def test_times_that_were_measured_in_turns_stand_instead_of_the_runs_own(tmp_pat
         ([(longer, 0.25), (other_batch, 0.75)], DEVICE),
         ([(longer, 0.25), (checkpointed, 0.75)], DEVICE),
         ([(longer, 0.25), (replace(man, devices=2), 0.75)], DEVICE),
+        ([(longer, 0.25), (replace(man, data=replace(man.data, train_limit=5)), 0.75)], DEVICE),
         ([(longer, 0.25), (man, 0.75)], "another"),
     ):
         _times(tmp_path / "step-times.json", configs, device)
@@ -528,6 +530,14 @@ def test_times_that_were_measured_in_turns_stand_instead_of_the_runs_own(tmp_pat
     assert ">hours<" not in text  # which are of the runs
     assert "0.750 s" in text
     assert "1.50 s" not in text
+
+
+def test_a_long_name_leaves_room_for_its_bar() -> None:
+    name = "Digits, ResNet-14, DGL + MAN (bias only, fused, depth 2), 15 blocks, optim.weight_decay 0.01, batch size 8"
+    figure = step_times({"rows": [{"row": name, "seconds_per_step": 1.0}, {"row": "e2e", "seconds_per_step": 0.5}]})
+    figure.canvas.draw()
+    assert figure.axes[0].get_position().width > 0.4
+    assert " ".join(figure.axes[0].get_yticklabels()[0].get_text().split()) == name
 
 
 def test_a_seed_without_metrics_does_not_take_the_curve_of_the_others(folder: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from localgrad import timing
 from localgrad.build import with_defaults
@@ -56,7 +57,7 @@ def _finished(path: Path, config: TrainConfig, **added: Any) -> None:
     path.write_text(json.dumps(asdict(result)))
 
 
-def test_steps_take_turns_and_the_first_two_rounds_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_take_turns_and_the_first_three_rounds_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     now, order = [0.0], []
 
     def step(name: str, seconds: list[float]) -> Any:
@@ -67,9 +68,9 @@ def test_steps_take_turns_and_the_first_two_rounds_do_not_count(monkeypatch: pyt
         return run
 
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
-    steps = {"a": step("a", [100.0, 50.0, 1.0, 3.0]), "b": step("b", [9.0, 9.0, 2.0, 2.5])}
+    steps = {"a": step("a", [100.0, 50.0, 8.0, 1.0, 3.0]), "b": step("b", [9.0, 9.0, 9.0, 2.0, 2.5])}
     seconds = take_turns(steps, 2)
-    assert order == ["a", "b"] * 4
+    assert order == ["a", "b"] * 5
     assert seconds["a"] == pytest.approx([1.0, 3.0])
     assert seconds["b"] == pytest.approx([2.0, 2.5])
 
@@ -122,9 +123,11 @@ def test_time_measures_each_kind_of_step_once_and_says_what_it_leaves_out(
     assert main(["time", str(tmp_path), "--rounds", "3", "--accelerator", "cpu", "-o", str(output)]) == 0
     said = capsys.readouterr()
     assert said.out.splitlines()[-1] == f"wrote {output}"
-    errors = said.err.splitlines()
+    *errors, device = said.err.splitlines()
     assert len(errors) == 2
     assert all(line.startswith("localgrad: left out: ") for line in errors)
+    assert device.startswith("localgrad: timed on ")
+    assert "while runs are of a processor: the report takes times for runs of the same device only" in device
     assert any("two.json is a run on 2 devices" in line for line in errors)
     assert any("later.json" in line and "invented" in line for line in errors)
 
@@ -152,9 +155,13 @@ def test_rows_of_several_networks_and_batches_are_told_apart(tmp_path: Path, mon
     _finished(tmp_path / "deep.json", deeper)
     _finished(tmp_path / "large.json", replace(deeper, optim=replace(deeper.optim, batch_size=8)))
     monkeypatch.setattr(timing, "timed_step", lambda config, held: (lambda: None, _Made(config)))
+    _finished(tmp_path / "adam.json", replace(deeper, optim=replace(deeper.optim, name="adamw", nesterov=False)))
+    monkeypatch.setattr(timing, "_compare_devices", lambda *given: None)
     found = timing.time_results(tmp_path, rounds=1, warn=pytest.fail)
     assert [row["row"] for row in found["rows"]] == [
-        "Digits, ResNet-14, End-to-end (checkpointed), batch size 4",
+        "Digits, ResNet-14, End-to-end (checkpointed), data.image_size 8, optim.name adamw, optim.nesterov False, "
+        "batch size 4",
+        "Digits, ResNet-14, End-to-end (checkpointed), data.image_size 8, batch size 4",
         "Digits, ResNet-14, End-to-end (checkpointed), batch size 8",
         "Digits, ResNet-8, End-to-end (checkpointed), batch size 4",
     ]
@@ -166,6 +173,7 @@ class _Made:
 
     def __init__(self, config: TrainConfig) -> None:
         self.config, self.blocks = config, [None]
+        self.train = type("Images", (), {"num_classes": 10})
         self.fabric = type("Fabric", (), {"device": torch.device("cpu")})
 
 
@@ -175,6 +183,8 @@ class _Made:
         (["--rounds", "0"], "rounds is 0; give 1 or more"),
         (["--data", "no/such/folder/anywhere"], "no/such/folder/anywhere"),
         (["--accelerator", "abacus"], "abacus"),
+        (["--output", "no/such/folder/times.json"], "no/such/folder/times.json cannot be a file"),
+        (["--output", "."], ". cannot be a file"),
     ],
 )
 def test_what_cannot_be_timed_is_said_in_a_line(
@@ -188,8 +198,7 @@ def test_what_cannot_be_timed_is_said_in_a_line(
     _finished(tmp_path / "whole.json", END_TO_END)
     assert main(["time", str(tmp_path), *arguments]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("localgrad: ")
-    assert said.count("\n") == 1
+    assert all(line.startswith("localgrad: ") for line in said.splitlines())
     assert reason in said
     assert not (tmp_path / "step-times.json").exists()
 
@@ -200,3 +209,68 @@ def test_a_folder_without_a_run_that_can_be_timed_is_an_error(
     _finished(tmp_path / "two.json", replace(MAN, devices=2))
     assert main(["time", str(tmp_path)]) == 2
     assert capsys.readouterr().err.splitlines()[-1].endswith("has no finished run that can be timed here")
+
+
+def test_a_run_that_cannot_be_timed_does_not_keep_the_others_from_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _finished(tmp_path / "whole.json", END_TO_END)
+    gone = replace(END_TO_END, data=replace(MAN.data, source="no/such/folder/anywhere"), step_each_block=True)
+    _finished(tmp_path / "gone.json", gone)
+    assert main(["time", str(tmp_path), "--rounds", "1"]) == 0
+    said = capsys.readouterr()
+    assert f"localgrad: left out: {tmp_path / 'gone.json'}: source='no/such/folder/anywhere'" in said.err
+    assert [row["row"] for row in json.loads((tmp_path / "step-times.json").read_text())["rows"]] == [
+        "End-to-end (checkpointed)"
+    ]
+
+
+def test_steps_of_other_sizes_are_other_rows_and_need_images_of_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for limit in (20, 40):
+        config = replace(END_TO_END, optim=replace(MAN.optim, batch_size=512))
+        _finished(tmp_path / f"{limit}.json", replace(config, data=replace(MAN.data, train_limit=limit)))
+    found = timing.time_results(tmp_path, rounds=1, warn=lambda text: None)
+    assert [row["row"] for row in found["rows"]] == [
+        f"End-to-end (checkpointed), batch size {size}" for size in (20, 40)
+    ]
+    _few_classes(tmp_path / "few")
+    assert main(["time", str(tmp_path), "--rounds", "1", "--data", str(tmp_path / "few")]) == 0
+    said = capsys.readouterr().err
+    assert f"40.json: a step takes 40 images, and {tmp_path / 'few'} has 24: give --data with more" in said
+    (row,) = json.loads((tmp_path / "step-times.json").read_text())["rows"]
+    assert row["num_classes"] == 2
+    assert row["config"]["data"]["train_limit"] == 20
+
+
+def _few_classes(folder: Path) -> None:
+    """Two classes of twelve training images each."""
+    for split, count in (("train", 12), ("test", 1)):
+        for label in ("a", "b"):
+            (folder / split / label).mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / split / label / f"{number}.png")
+
+
+def test_images_that_a_run_streams_are_in_memory_before_they_are_timed(tmp_path: Path) -> None:
+    _few_classes(tmp_path / "few")
+    images = replace(
+        MAN.data, source=str(tmp_path / "few"), streaming=True, workers=2, crop="resized", resize=8, image_size=8
+    )
+    with ExitStack() as held:
+        _, run = timed_step(replace(END_TO_END, data=images), held)
+        assert not run.train.config.streaming
+        assert next(endless_batches(run, channels_last=True))[0].shape == (4, 3, 8, 8)
+
+
+def test_networks_that_do_not_fit_together_are_said_in_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(config: TrainConfig, held: ExitStack) -> Any:
+        raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+
+    monkeypatch.setattr(timing, "timed_step", full)
+    _finished(tmp_path / "whole.json", END_TO_END)
+    assert main(["time", str(tmp_path)]) == 2
+    assert "do not fit into the memory together (tried to allocate 2 GiB)" in capsys.readouterr().err

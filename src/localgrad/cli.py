@@ -73,7 +73,8 @@ TIME_HELP = """Measure how long a step takes of every training that has a finish
 
 Runs that were made at different times, or beside others, cannot be compared by their seconds. Here the trainings take
 turns, a step each, so that whatever else the machine does hits all alike. All networks are in memory at once. Writes
-step-times.json into the folder, from which `localgrad report` then takes the seconds.
+step-times.json into the folder. From there `localgrad report` takes the seconds of each table of which all rows are in
+it, for runs of the same device (a processor's number of threads counts).
 
 Examples:
   localgrad time results/first
@@ -312,6 +313,9 @@ def time(arguments: Sequence[str]) -> int:
         """The file; step-times.json in the folder of the results unless given."""
 
     options = _parse(Time, arguments, "localgrad time", TIME_HELP)
+    path = options.output or options.results / "step-times.json"
+    if path.is_dir() or (options.output is not None and not path.parent.is_dir()):  # before minutes of work
+        raise LocalGradError(f"{path} cannot be a file: give --output with another name, in a folder that is there")
     from localgrad.runs import write_json
     from localgrad.timing import show_times, time_results
 
@@ -323,7 +327,6 @@ def time(arguments: Sequence[str]) -> int:
         warn=lambda text: print(f"localgrad: {text}", file=sys.stderr),
     )
     show_times(found)
-    path = options.output or options.results / "step-times.json"
     write_json(path, found)
     print(f"wrote {path}")
     return 0

@@ -2,6 +2,7 @@
 
 import io
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -222,10 +223,12 @@ def planned_peaks(values: dict[str, Any]) -> Figure:
 def step_times(values: dict[str, Any]) -> Figure:
     """Seconds a step as bars, with their figures."""
     rows = values["rows"]
-    figure = new_figure(0.6 + 0.32 * len(rows))
+    labels = [textwrap.fill(row["row"], 36) for row in rows]
+    lines = sum(1 + label.count("\n") for label in labels)
+    figure = new_figure(0.6 + 0.12 * len(rows) + 0.2 * lines)
     axes = figure.subplots()
     seconds = [row["seconds_per_step"] for row in rows]
-    bars = axes.barh([row["row"] for row in rows], seconds, color=COLORS[0], height=0.62)
+    bars = axes.barh(range(len(rows)), seconds, tick_label=labels, color=COLORS[0], height=0.62)
     axes.bar_label(bars, [f"{value:.2f}" if value >= 0.1 else f"{value:.2g}" for value in seconds], padding=3)
     axes.invert_yaxis()
     axes.margins(x=0.14)

@@ -142,7 +142,8 @@ def _checked_rows(values: dict[str, Any], *names: str) -> dict[str, Any]:
         for name in names:
             number(row[name], name)
         if "config" in row:
-            number(row["num_blocks"], "num_blocks")
+            for name in ("num_blocks", "num_classes"):
+                number(row[name], name)
             if not isinstance(row["precision"], str):
                 raise ValueError(f"precision is {row['precision']!r}, not a text")
             _check_config(row["config"])

@@ -191,14 +191,14 @@ def _covers(sheet: Sheet, rows: Mapping[int, Row], device: str) -> bool:
 def _measured(sheet: Sheet) -> dict[str, float]:
     """Seconds of the steps that `localgrad time` measured, by `step_key`; none of another benchmark's."""
     return {
-        step_key(row["config"], row["num_blocks"], row["precision"]): row["seconds_per_step"]
+        step_key(row["config"], row["num_blocks"], row["num_classes"], row["precision"]): row["seconds_per_step"]
         for row in sheet.values["rows"]
         if "config" in row
     }
 
 
 def _step(row: Row) -> str:
-    return step_key(row.config, row.num_blocks, row.precision)
+    return step_key(row.config, row.num_blocks, row.num_classes, row.precision)
 
 
 def _parameters(row: Row) -> str:

@@ -85,6 +85,10 @@ class Row:
         return self.runs[0].result.num_blocks
 
     @property
+    def num_classes(self) -> int:
+        return _num_classes(self.runs[0])
+
+    @property
     def place(self) -> tuple[Any, ...]:
         """What the rows of a table are sorted by."""
         return (*place(self.config, self.num_blocks), self.name)
@@ -117,8 +121,7 @@ class Row:
             for name, value in own.items()
             if name not in aside and name in published and value != published[name]
         ]
-        classes = _num_classes(self.runs[0])
-        return changed + [f"{classes} classes"] * (classes != _usual_classes(self.config))
+        return changed + [f"{self.num_classes} classes"] * (self.num_classes != _usual_classes(self.config))
 
     def mean(self, name: str) -> float:
         """Mean over the runs of a field of their results."""
@@ -239,10 +242,13 @@ def _num_classes(run: FinishedRun) -> int:
     return run.result.num_classes or _usual_classes(run.result.config)
 
 
-def step_key(config: dict[str, Any], num_blocks: int, precision: str) -> str:
+def step_key(config: dict[str, Any], num_blocks: int, num_classes: int, precision: str) -> str:
     """What runs have in common whose steps take the same time on one kind of device."""
     own = {name: value for name, value in own_fields(config).items() if name not in SAME_STEP}
-    own |= {"num_blocks": num_blocks, "precision": precision, "devices": config.get("devices", 1)}
+    own |= {"num_blocks": num_blocks, "num_classes": num_classes, "precision": precision}
+    own |= {"devices": config.get("devices", 1)}
+    if limit := config["data"].get("train_limit"):
+        own["optim.batch_size"] = min(config["optim"]["batch_size"], limit)
     return json.dumps(own, sort_keys=True, default=str)
 
 
