@@ -152,10 +152,10 @@ class _Shapes(fx.Interpreter):
 
 
 def traced(model: nn.Module, example: Tensor) -> list[tuple[str, nn.Module]]:
-    """Pieces of the model by name, in order; composed they are the model, which is checked in both modes.
+    """Pieces of the model by name, in order; composed they are the model, as far as tracing sees it.
 
     Raises:
-        LocalGradError: the model cannot be traced or run on the example, or the pieces do not compute what it does.
+        LocalGradError: the model cannot be traced or run on the example.
     """
     model.train()
     training = _trace(model)
@@ -189,27 +189,36 @@ def traced(model: nn.Module, example: Tensor) -> list[tuple[str, nn.Module]]:
             f"{type(model).__name__} runs different modules in training and in evaluation; name the submodules "
             "that make it up: units(model, example, names=[...])"
         )
-    pieces = [
+    return [
         (name, _one_module(model, segment, training_segment))
         for (name, segment), (_, training_segment) in zip(segments, training_segments, strict=True)
     ]
-    check_composition(model, pieces, example)
-    return pieces
 
 
-def check_composition(model: nn.Module, pieces: Sequence[tuple[str, nn.Module]], example: Tensor) -> None:
+def check_composition(model: nn.Module, pieces: Sequence[tuple[str, nn.Module]], example: Tensor) -> list[bool] | None:
     """Compare the pieces with the model in both modes: their outputs, what they draw at random, what they train.
 
     Tracing freezes what it cannot see, and what a forward pass does between named submodules is not in them.
+
+    Returns:
+        Whether each piece changes its input in place while training; None where there is no data to run on.
+
+    Raises:
+        LocalGradError: the pieces do not compute what the model does.
     """
     if example.is_meta:
-        return
+        return None
     inputs = two_samples(example)
     before = [buffer.clone() for buffer in model.buffers()]
 
+    writes: list[bool] = []
+
     def composed(features: Tensor) -> Tensor:
+        writes.clear()
         for _, module in pieces:
-            features = module(features)
+            given, version = features, features._version
+            features = module(given)
+            writes.append(given._version != version)
         return features
 
     for training in (False, True):
@@ -243,6 +252,7 @@ def check_composition(model: nn.Module, pieces: Sequence[tuple[str, nn.Module]],
                 "outside of a torch.nn layer, which tracing cannot see; give these parameters requires_grad_(False) "
                 "instead"
             )
+    return writes
 
 
 def two_samples(batch: Tensor) -> Tensor:

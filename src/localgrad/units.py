@@ -60,7 +60,7 @@ def units(model: nn.Module, example: Tensor, names: Sequence[str] | None = None)
         if not example.is_meta:
             inputs = torch.randn(example.shape, generator=torch.Generator().manual_seed(0)).to(example)
         pieces = traced(model, inputs) if names is None else _named(model, inputs, names)
-        found = _measured(pieces, inputs)
+        found = _measured(pieces, inputs, check_composition(model, pieces, inputs))
     match_mode((unit.module for unit in found), model)
     return found
 
@@ -73,12 +73,12 @@ def match_mode(wrappers: Iterable[nn.Module], model: nn.Module) -> None:
             module.training = model.training
 
 
-def _measured(pieces: Sequence[tuple[str, nn.Module]], features: Tensor) -> list[Unit]:
-    """Run the pieces in evaluation mode and note what each gives."""
+def _measured(pieces: Sequence[tuple[str, nn.Module]], features: Tensor, writes: Sequence[bool] | None) -> list[Unit]:
+    """Run the pieces in evaluation mode and note what each gives; `writes` says which change their input in place."""
     found = []
     for position, (name, module) in enumerate(pieces):
         following = pieces[position + 1][1] if position + 1 < len(pieces) else None
-        writes_input = _writes_input(module, features)
+        writes_input = _writes_input(module, features) if writes is None else writes[position]
         features = module.eval()(features)
         channel_dim = _channel_dim(features.shape, module, following)
         found.append(Unit(name, module, features.shape, channel_dim, writes_input))
@@ -165,9 +165,7 @@ def _named(model: nn.Module, inputs: Tensor, names: Sequence[str]) -> list[tuple
             f"the submodules {', '.join(names)}, applied in order, do not give what {type(model).__name__} gives: name "
             "every submodule of its forward pass, and move what the forward pass does between them into a submodule"
         )
-    pieces = [(name, modules[name]) for name in names]
-    check_composition(model, pieces, inputs)
-    return pieces
+    return [(name, modules[name]) for name in names]
 
 
 def _channel_dim(features: torch.Size, module: nn.Module, following: nn.Module | None) -> int:
