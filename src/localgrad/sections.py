@@ -140,10 +140,11 @@ def costs(grouped: Sequence[Table], speeds: Sequence[Sheet], pictures: Pictures)
         for device in table.devices:
             chosen = table.on(device)
             sources = _paths(list(chosen.values()))
-            hours = {position: f"{row.mean('wall_seconds') / 3600:.2f}" for position, row in chosen.items()}
+            hours: dict[int, str] = {}
             sheet = next((sheet for sheet in speeds if _covers(sheet, chosen, device)), None)
             if sheet is None:
                 seconds = {position: row.seconds_per_step for position, row in chosen.items()}
+                hours = {position: f"{row.mean('wall_seconds') / 3600:.2f}" for position, row in chosen.items()}
                 timed = "slowed by whatever else ran beside it"
                 origin = (
                     "median of the steps of the last epoch, slowed by whatever else ran beside them (<code>localgrad "
@@ -155,7 +156,6 @@ def costs(grouped: Sequence[Table], speeds: Sequence[Sheet], pictures: Pictures)
                 timed = "measured in turns with those of the others"
                 origin = f"median of steps that took turns, from {escape(str(sheet.path.relative_to(pictures.folder)))}"
                 sources.append(sheet.path)
-                hours.clear()
             head = ["training", "memory, MiB", "s a step", *(["hours"] if hours else []), "parameters"]
             rows = [
                 [
