@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import environment, print_table, write
 
-from localgrad import data, nonfinite, trainer
+from localgrad.data import config as data
 from localgrad.recipes import recipe
-from localgrad.runs import RunFolder
+from localgrad.runs.folder import RunFolder
+from localgrad.training import nonfinite, trainer
+from report import environment, print_table, write
 
 
 def measure(batch_size: int, rounds: int, run_dir: Path, held: ExitStack) -> dict[str, Any]:

@@ -19,14 +19,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from report import environment, write
 
-MODULES = ("test_properties", "test_parsers")
+MODULES = {"test_properties": "core", "test_parsers": "config"}
 LENGTH = 16384
 """Random bytes that an input is made from."""
 
 
 def tests() -> dict[str, Any]:
     """The property tests by name."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    tests = Path(__file__).parents[1] / "tests"
+    sys.path[:0] = [str(tests), *(str(tests / folder) for folder in MODULES.values())]
     modules = [importlib.import_module(name) for name in MODULES]
     found = {name: test for module in modules for name, test in vars(module).items() if name.startswith("test_")}
     return {name: test for name, test in found.items() if hasattr(test, "hypothesis")}

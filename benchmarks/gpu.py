@@ -27,18 +27,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import environment, print_table, write
 
 import localgrad
-from localgrad.build import build_model
-from localgrad.config import ModelConfig
-from localgrad.graphs import WARM_UPS, GraphedStep
-from localgrad.memory import step_peak
-from localgrad.profiles import profile
+from localgrad.config.build import build_model
+from localgrad.config.schema import ModelConfig
+from localgrad.core.units import units
+from localgrad.planning.profile import profile
+from localgrad.planning.simulation import Precision
+from localgrad.planning.step_peak import step_peak
 from localgrad.recipes import recipe
-from localgrad.runs import RunFolder
-from localgrad.simulation import Precision
-from localgrad.units import units
+from localgrad.runs.folder import RunFolder
+from localgrad.training.cuda_graphs import WARM_UPS, GraphedStep
+from report import environment, print_table, write
 
 HALF = (0.5, 0.5, 0.5)
 PARTS = ("memory", "speed", "train")
@@ -247,7 +247,7 @@ def jobs(options: argparse.Namespace, precision: Precision) -> Iterator[tuple[st
 
 def train(name: str, results: Results, options: argparse.Namespace) -> dict[str, Any]:
     """Train a recipe as far as the time allows; nothing if it is not at its end."""
-    from localgrad.trainer import fit
+    from localgrad.training.trainer import fit
 
     config = recipe(name).config
     if options.data is not None:

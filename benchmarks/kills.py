@@ -30,12 +30,14 @@ import lightning.fabric  # noqa: F401 (paid once, before the forks)
 import sklearn.datasets
 import sklearn.model_selection  # noqa: F401
 import torch
-from report import environment, write
 from safetensors.torch import load_file
 
-from localgrad import data, evaluation, trainer
-from localgrad.config import ModelConfig, MomentumConfig, ObjectiveConfig, OptimConfig, TrainConfig
-from localgrad.files import versions
+from localgrad.config.schema import ModelConfig, MomentumConfig, ObjectiveConfig, OptimConfig, TrainConfig
+from localgrad.data import config as data
+from localgrad.results import evaluation
+from localgrad.runs.files import versions
+from localgrad.training import trainer
+from report import environment, write
 
 CONFIG = TrainConfig(
     name="tiny",

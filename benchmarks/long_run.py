@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from kills import CONFIG
+from localgrad.training import trainer
+from localgrad.training.state import Run
+from localgrad.training.trainer import fit
 from report import environment, write
-
-from localgrad import trainer
-from localgrad.state import Run
-from localgrad.trainer import fit
 
 STEPS_PER_EPOCH = 7
 WARM_UP = 200

@@ -15,15 +15,15 @@ from typing import Any
 
 import torch
 import torchvision
-from report import environment, print_table, write
 from torch import nn
 
 import localgrad
-from localgrad.memory import step_peak
+from localgrad.core.units import units
 from localgrad.models import cifar_resnet
-from localgrad.profiles import profile
-from localgrad.simulation import Precision
-from localgrad.units import units
+from localgrad.planning.profile import profile
+from localgrad.planning.simulation import Precision
+from localgrad.planning.step_peak import step_peak
+from report import environment, print_table, write
 
 HALF = (0.5, 0.5, 0.5)
 CLASSES = 10

@@ -22,18 +22,19 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from report import environment, print_table, write
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
 import localgrad
-from localgrad.blocks import Block, split
-from localgrad.config import TrainConfig
+from localgrad.config.schema import TrainConfig
+from localgrad.core.block import Block
+from localgrad.core.split import split
+from localgrad.core.step import local_step
+from localgrad.data.loading import load_images
 from localgrad.models import cifar_resnet
-from localgrad.pipeline import Stage, block_seconds, place
+from localgrad.parallel.pipeline import Stage, block_seconds, place
 from localgrad.recipes import recipe
-from localgrad.sources import load_images
-from localgrad.step import local_step
+from report import environment, print_table, write
 
 Steps = Callable[[int], Any]
 

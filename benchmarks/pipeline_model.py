@@ -28,12 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import environment, print_table, write
 
 import localgrad
-from localgrad.blocks import Block
+from localgrad.core.block import Block
 from localgrad.models import cifar_resnet
-from localgrad.pipeline import block_seconds, place
+from localgrad.parallel.pipeline import block_seconds, place
+from report import environment, print_table, write
 
 RANKS = (2, 4, 8, 16, 32, 54)
 LINKS = {"0.1 GB/s": 1e8, "1 GB/s": 1e9, "10 GB/s": 1e10, "100 GB/s": 1e11}

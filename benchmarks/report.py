@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from localgrad.devices import provenance
+from localgrad.runs.provenance import provenance
 
 
 def environment() -> dict[str, Any]:

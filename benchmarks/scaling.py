@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from localgrad.config.schema import TrainConfig
+from localgrad.results.step_times import Step, take_turns, timed_step
 from report import environment, print_table, write
 from speed import of_recipe, operations
-
-from localgrad.config import TrainConfig
-from localgrad.timing import Step, take_turns, timed_step
 
 METHODS = {"DGL": "cifar10-resnet32-k16-dgl", "DGL+MAN": "cifar10-resnet32-k16-dgl-man"}
 SWEEPS: dict[str, list[int]] = {"blocks": [1, 2, 4, 8, 16], "depth": [20, 32, 44, 56], "batch": [32, 64, 128, 256]}

@@ -24,19 +24,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from report import environment, print_table, write
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from localgrad.build import build_factories, build_model
-from localgrad.config import TrainConfig
-from localgrad.devices import resolve_precision
-from localgrad.memory import measure_peak
+from localgrad.config.build import build_factories, build_model
+from localgrad.config.schema import TrainConfig
 from localgrad.models import CifarResNet, cifar_resnet
 from localgrad.planning import plan
+from localgrad.planning.measure import measure_peak
 from localgrad.recipes import recipe
-from localgrad.timing import Step, endless_batches, ratio, take_turns, timed_step
+from localgrad.results.step_times import Step, endless_batches, ratio, take_turns, timed_step
+from localgrad.training.devices import resolve_precision
+from report import environment, print_table, write
 
 ROWS = {
     "end-to-end, localgrad": "cifar10-resnet32-e2e",

@@ -18,18 +18,18 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from report import environment, print_table, write
-from speed import of_recipe
 from torch import Tensor, nn
 
 import localgrad
-from localgrad import trainer
-from localgrad.devices import keep_freed_memory
 from localgrad.models import BasicBlock, cifar_resnet
 from localgrad.objectives.decoder import UpsampledConv, in_layout
-from localgrad.objectives.features import MeanOverSpace
 from localgrad.objectives.infopro import binary_cross_entropy
-from localgrad.timing import ratio, take_turns, timed_step
+from localgrad.objectives.layout import MeanOverSpace
+from localgrad.results.step_times import ratio, take_turns, timed_step
+from localgrad.training import trainer
+from localgrad.training.devices import keep_freed_memory
+from report import environment, print_table, write
+from speed import of_recipe
 
 BATCH = 128
 WHOLE = "cifar10-resnet32-e2e"

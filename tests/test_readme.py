@@ -48,7 +48,7 @@ def test_importing_localgrad_imports_nothing_heavy() -> None:
     "word", ["demo", "train", "evaluate", "analyse", "report", "time", "units", "recipes", "reproduce"]
 )
 def test_every_command_of_the_readme_exists(word: str) -> None:
-    from localgrad.cli import COMMANDS
+    from localgrad.commands.main import COMMANDS
 
     assert f"localgrad {word}" in README
     assert word in COMMANDS

@@ -2,7 +2,7 @@
 
 import sys
 
-from localgrad.cli import main
+from localgrad.commands.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

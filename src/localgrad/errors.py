@@ -1,6 +1,7 @@
-"""The one base error of the library, and whose fault an error is."""
+"""The one base error of the library, and what its messages share."""
 
-import torch.distributed as dist
+import difflib
+from collections.abc import Sequence
 
 
 class LocalGradError(ValueError):
@@ -12,6 +13,14 @@ class LocalGradError(ValueError):
     """
 
 
-def of_another_process(error: Exception) -> bool:
-    """Whether torch.distributed says with it that another process is gone."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+def check_rules(what: str, rules: list[tuple[str, bool]]) -> None:
+    """Refuse `what` with every problem whose rule does not hold, all at once."""
+    problems = [problem for problem, holds in rules if not holds]
+    if problems:
+        raise LocalGradError(f"{what} cannot be used: " + "; ".join(problems))
+
+
+def closest(name: str, choices: Sequence[str], count: int = 3) -> str:
+    """The choices that look most like a mistyped name, as the end of a message: ` (did you mean ...?)`, or nothing."""
+    matches = difflib.get_close_matches(name, choices, n=count, cutoff=0.5)
+    return f" (did you mean {' or '.join(matches)}?)" if matches else ""

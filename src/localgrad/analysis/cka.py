@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from localgrad.analysis.features import ROUNDING, frozen, unit_features
+from localgrad.core.units import Unit
 from localgrad.errors import LocalGradError
-from localgrad.units import Unit
 
 MIN_IMAGES = 4
 """Images of a batch at least: the estimator divides by n (n - 3)."""

@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from localgrad.images import ImageSet
-from localgrad.units import Unit
+from localgrad.core.units import Unit
+from localgrad.data.sets import ImageSet
 
 ROUNDING = 1e-12
 """Share of a float32 feature's mean square below which its variance is nothing but rounding."""

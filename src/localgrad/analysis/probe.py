@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localgrad.analysis.features import ROUNDING, device_of, frozen, pooled, unit_features
+from localgrad.core.units import Unit
+from localgrad.data.sets import ImageSet
 from localgrad.errors import LocalGradError
-from localgrad.images import ImageSet
-from localgrad.units import Unit
 
 
 @dataclass(frozen=True)

@@ -12,20 +12,22 @@ from torch import Tensor
 
 from localgrad.analysis.cka import MIN_IMAGES, cka, mean_diagonal
 from localgrad.analysis.features import plain_batches
-from localgrad.analysis.pictures import MIN_POINTS, Projection, activation_maps, project
 from localgrad.analysis.probe import probe
-from localgrad.blocks import cut_positions
-from localgrad.config import to_dict
-from localgrad.data import check_rules
-from localgrad.devices import provenance
-from localgrad.errors import LocalGradError
-from localgrad.images import ImageSet
-from localgrad.runs import RunFolder, atomic_write, read_json
-from localgrad.sources import balanced
-from localgrad.trained import Trained, load_trained
-from localgrad.units import Unit, units
+from localgrad.analysis.projections import MIN_POINTS, Projection, activation_maps, project
+from localgrad.config.saved import to_dict
+from localgrad.core.split import cut_positions
+from localgrad.core.units import Unit, units
+from localgrad.data.loading import balanced
+from localgrad.data.sets import ImageSet
+from localgrad.errors import LocalGradError, check_rules
+from localgrad.results.finished import Trained, load_trained
+from localgrad.runs.files import read_json
+from localgrad.runs.folder import RunFolder, atomic_write
+from localgrad.runs.provenance import provenance
 
 MOST_PICTURES = 8
+
+
 MOST_PIXELS = 64
 
 
@@ -186,7 +188,7 @@ def write_study(folder: Path, name: str, values: dict[str, Any]) -> list[Path]:
     Raises:
         LocalGradError: the folder cannot be made or written.
     """
-    from localgrad.analysis import drawings
+    from localgrad.results import analysis_figures as drawings
 
     _make(folder)
     path = folder / f"{name}.json"

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from localgrad.blocks import Site
+from localgrad.core.initialise import initialise
+from localgrad.core.site import Site
 from localgrad.errors import LocalGradError
-from localgrad.models import initialise
-from localgrad.objectives.features import AsMap, MeanOverSpace, check_num_classes
+from localgrad.objectives.layout import AsMap, MeanOverSpace, check_num_classes
 
 
 class Classifier(nn.Module):

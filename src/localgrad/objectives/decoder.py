@@ -6,10 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from localgrad.objectives.features import conv_norm_relu
+from localgrad.objectives.layout import conv_norm_relu
 
 MAX_DIRECT_CHANNELS = 64
+
+
 WIDTH = 12
+
+
 WORTHWHILE = 3.0
 
 

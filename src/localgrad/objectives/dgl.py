@@ -7,9 +7,9 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from localgrad.blocks import Site
-from localgrad.models import initialise
-from localgrad.objectives.features import AsMap, MeanOverSpace, check_choice, check_num_classes, conv_norm_relu
+from localgrad.core.initialise import initialise
+from localgrad.core.site import Site
+from localgrad.objectives.layout import AsMap, MeanOverSpace, check_choice, check_num_classes, conv_norm_relu
 
 Head = Literal["original", "compact", "wide", "light"]
 

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from localgrad.blocks import Site
+from localgrad.core.initialise import initialise
+from localgrad.core.site import Site
 from localgrad.errors import LocalGradError
-from localgrad.models import initialise
 from localgrad.objectives.decoder import decoder
-from localgrad.objectives.features import (
+from localgrad.objectives.layout import (
     AsMap,
     MeanOverSpace,
     check_choice,
@@ -22,9 +22,17 @@ from localgrad.objectives.features import (
 )
 
 TaskLoss = Literal["cross_entropy", "contrast"]
+
+
 TaskHead = Literal["0c1f", "0c2f", "1c1f", "1c2f", "1c3f", "2c2f", "imagenet"]
+
+
 HEADS = ("0c1f", "0c2f", "1c1f", "1c2f", "1c3f", "2c2f", "imagenet")
+
+
 TEMPERATURE = 0.07
+
+
 LARGE_MAP = 32
 """Height or width from which on a head's first convolution halves a map of 64 channels or more too; ours."""
 

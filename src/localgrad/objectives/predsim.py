@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from localgrad.blocks import Site
+from localgrad.core.initialise import initialise
+from localgrad.core.site import Site
 from localgrad.errors import LocalGradError
-from localgrad.models import initialise
-from localgrad.objectives.features import AsMap, check_num_classes, full_precision
+from localgrad.objectives.layout import AsMap, check_num_classes, full_precision
 
 
 class PredSim(nn.Module):

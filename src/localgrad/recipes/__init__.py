@@ -5,13 +5,12 @@
 
 from collections.abc import Callable
 
-from localgrad.config import closest
-from localgrad.errors import LocalGradError
+from localgrad.errors import LocalGradError, closest
 from localgrad.recipes.ablation import ablation_recipes
 from localgrad.recipes.cifar import cifar_recipes
 from localgrad.recipes.digits import digits_recipes
 from localgrad.recipes.imagenet import imagenet_recipes, imagenette_recipes
-from localgrad.recipes.row import Recipe
+from localgrad.recipes.recipe import Recipe
 from localgrad.recipes.vit import vit_recipes
 
 RECIPES: dict[str, Callable[[], Recipe]] = {

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from localgrad.recipes.cifar import cifar_recipes
-from localgrad.recipes.row import Recipe
+from localgrad.recipes.recipe import Recipe
 
 CHANGES: dict[str, dict[str, Any]] = {
     "k16-dgl-man-ema-only": {"bias": False},
@@ -26,6 +26,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "k4-dgl-man-depth3": {"depth": 3},
 }
 """What each row changes; `direct` uses the next unit's own weights where `ema-only` uses their average."""
+
 
 PAPER_ERRORS = {"k16-dgl-man-ema-only": 11.07}
 """Test error in percent after 400 epochs, as the MAN paper's ablation has it; its "bias only" cell is empty."""

@@ -23,9 +23,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-from localgrad import data
-from localgrad.config import ModelConfig, MomentumConfig, ObjectiveConfig, OptimConfig, TrainConfig
-from localgrad.recipes.row import Recipe
+from localgrad.config.schema import ModelConfig, MomentumConfig, ObjectiveConfig, OptimConfig, TrainConfig
+from localgrad.data import config as data
+from localgrad.recipes.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ PARTITIONS: dict[tuple[int, int], tuple[str, ...]] = {
     (110, 55): _all_but_last(18),
 }
 """Cuts by depth and K, without the stem."""
+
 
 PAPER_ERRORS: dict[tuple[str, int, str], float] = {
     ("cifar10", 32, "e2e"): 6.37,

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from localgrad import data
-from localgrad.config import ModelConfig, MomentumConfig, ObjectiveConfig, OptimConfig, TrainConfig
-from localgrad.recipes.row import Recipe
+from localgrad.config.schema import ModelConfig, MomentumConfig, ObjectiveConfig, OptimConfig, TrainConfig
+from localgrad.data import config as data
+from localgrad.recipes.recipe import Recipe
 
 CUTS = ("layer1.0", "layer1.1", "layer2.0", "layer2.1", "layer3.0")
 

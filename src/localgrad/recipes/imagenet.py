@@ -15,9 +15,9 @@
 from collections.abc import Callable
 from functools import partial
 
-from localgrad import data
-from localgrad.config import ModelConfig, MomentumConfig, ObjectiveConfig, OptimConfig, TrainConfig
-from localgrad.recipes.row import Recipe
+from localgrad.config.schema import ModelConfig, MomentumConfig, ObjectiveConfig, OptimConfig, TrainConfig
+from localgrad.data import config as data
+from localgrad.recipes.recipe import Recipe
 
 NETWORKS = {
     "resnet50": "torchvision:resnet50",
@@ -25,6 +25,7 @@ NETWORKS = {
     "resnet152": "torchvision:resnet152",
     "resnext101": "torchvision:resnext101_32x8d",
 }
+
 
 CUTS = {
     ("resnet50", "k4"): "2.0 3.0 3.4",
@@ -40,6 +41,7 @@ CUTS = {
     ("resnext101", "k4b"): "2.2 3.8 3.16",
 }
 """Stage and unit after which to cut, by network and partition: "2.0" is layer2.0."""
+
 
 PAPER_ERRORS: dict[tuple[str, str], float] = {
     ("resnet101", "e2e"): 22.03,

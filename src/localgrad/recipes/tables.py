@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-from localgrad.config import closest
-from localgrad.errors import LocalGradError
+from localgrad.errors import LocalGradError, closest
 from localgrad.recipes import RECIPES
 
 

@@ -9,12 +9,16 @@ Nothing is published for these rows that could be found.
 from collections.abc import Callable
 from functools import partial
 
-from localgrad import data
-from localgrad.config import ModelConfig, MomentumConfig, ObjectiveConfig, OptimConfig, TrainConfig
-from localgrad.recipes.row import Recipe
+from localgrad.config.schema import ModelConfig, MomentumConfig, ObjectiveConfig, OptimConfig, TrainConfig
+from localgrad.data import config as data
+from localgrad.recipes.recipe import Recipe
 
 SIZES = ("tiny", "small", "base")
+
+
 CUTS = ("blocks.2", "blocks.5", "blocks.8")
+
+
 ROWS = {
     "e2e": ("none", "none"),
     "k4-classifier": ("classifier", "none"),

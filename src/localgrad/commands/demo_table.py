@@ -1,0 +1,121 @@
+"""The demo: one small network, trained end-to-end, by blocks, and by blocks with momentum, side by side."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from localgrad.config.methods import with_defaults
+from localgrad.config.saved import to_dict
+from localgrad.config.schema import TrainConfig
+from localgrad.errors import LocalGradError
+from localgrad.recipes import recipe
+from localgrad.results.read import FinishedRun, read_results
+from localgrad.results.reproduce import check_seeds, mean_std
+from localgrad.results.tables import Row, Table, network_label, tables
+from localgrad.runs.folder import RunFolder
+
+RECIPES = ("digits-e2e", "digits-dgl", "digits-dgl-man")
+
+
+def run_demo(folder: Path, *, epochs: int | None, train_limit: int | None, seeds: Sequence[int]) -> Table:
+    """Train the three rows with every seed; what is finished in the folder is kept, what is half done goes on.
+
+    Args:
+        folder: for the run folders, `digits-dgl-seed0` and so on.
+        epochs: instead of the recipes' own.
+        train_limit: train on so many images only.
+        seeds: one run each, of every row.
+
+    Returns:
+        The three rows, with a run for each seed.
+
+    Raises:
+        LocalGradError: the folder holds a demo of other settings.
+        KeyboardInterrupt: interrupted; the same call goes on from the checkpoint.
+    """
+    runs = [
+        _finished(folder / f"{name}-seed{seed}", _config(name, epochs, train_limit, seed))
+        for seed in seeds
+        for name in RECIPES
+    ]
+    return Table(tuple(row for table in tables(runs) for row in table.rows))
+
+
+def _config(name: str, epochs: int | None, train_limit: int | None, seed: int) -> TrainConfig:
+    config = recipe(name).config
+    data = replace(config.data, train_limit=train_limit or config.data.train_limit)
+    return replace(config, seed=seed, data=data, optim=replace(config.optim, epochs=epochs or config.optim.epochs))
+
+
+def _finished(folder: Path, config: TrainConfig) -> FinishedRun:
+    """The run in this folder, trained to its end first where it is not."""
+    from localgrad.training.trainer import fit
+
+    run = RunFolder(folder)
+    if not run.is_finished:
+        fit(config, folder, resume=(folder / "config.json").exists())
+    elif to_dict(run.config()) != to_dict(with_defaults(config)):
+        raise LocalGradError(f"{folder} holds a demo of other settings; give another --run-dir, or remove it")
+    found = read_results(folder, lambda problem: print(f"localgrad: {problem}", file=sys.stderr)).runs
+    if not found:
+        raise LocalGradError(f"{folder} has no result that can be read; remove it, or give another --run-dir")
+    return found[0]
+
+
+def show(table: Table) -> None:
+    """Print the table."""
+    from rich.console import Console
+    from rich.table import Table as Grid
+
+    console = Console()
+    grid = Grid(
+        title=f"scikit-learn's digits, the same {network_label(table.config)} three times", title_justify="left"
+    )
+    headings = ["training", "blocks", "test error %", "peak memory", "s/step", "parameters"]
+    shown = [0, 2, 3] if console.width < 80 else range(len(headings))  # figures whole, at any width
+    for column in shown:
+        grid.add_column(headings[column], justify="right" if column else "left", overflow="fold")
+    for row in table.rows:
+        cells = _cells(row)
+        grid.add_row(*(cells[column] for column in shown))
+    console.print(grid)
+    console.print(
+        "Test error: mean ± standard deviation (number of seeds). Peak memory: tensors that one step makes, mostly "
+        "activations. Parameters: of the network, + of auxiliary networks, which are only there during training.",
+        style="dim",
+    )
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    first = row.runs[0].result
+    seconds, auxiliary = row.seconds_per_step, first.parameters["auxiliary"]
+    return (
+        row.label,
+        str(row.num_blocks),
+        mean_std([run.result.test_error for run in row.runs]),
+        f"{row.mean('peak_memory_bytes') / 2**20:.1f} MiB",
+        "-" if seconds is None else f"{seconds:.3f}",
+        f"{first.parameters['backbone'] / 1e3:.0f}k" + (f" + {auxiliary / 1e3:.0f}k" if auxiliary else ""),
+    )
+
+
+def main(
+    folder: Path, *, epochs: int | None = None, train_limit: int | None = None, seeds: Sequence[int] = (0, 1, 2)
+) -> None:
+    """Train, print the table, write `curves.png` and `table.json` into the folder."""
+    for name, value in (("epochs", epochs), ("train_limit", train_limit)):
+        if value is not None and value < 1:
+            raise LocalGradError(f"{name} is {value}: it must be at least 1")
+    check_seeds(seeds)
+    from localgrad.results.figures import learning_curves
+
+    table = run_demo(folder, epochs=epochs, train_limit=train_limit, seeds=seeds)
+    results = {row.label: [asdict(run.result) for run in row.runs] for row in table.rows}
+    (folder / "table.json").write_text(json.dumps(results, indent=2) + "\n")
+    if figure := learning_curves(table):
+        figure.axes[0].set_title(table.title)
+        figure.savefig(folder / "curves.png", dpi=200)
+    show(table)
+    print(f"learning curves: {folder / 'curves.png'}")

@@ -1,0 +1,215 @@
+"""The plan of a model on paper: one table, one JSON and one picture of memory against K."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from localgrad.config.build import build_model
+from localgrad.config.methods import MOMENTA, OBJECTIVES
+from localgrad.config.schema import ModelConfig
+from localgrad.core.site import Objective
+from localgrad.data.config import MAX_IMAGE_SIZE
+from localgrad.errors import LocalGradError, closest
+from localgrad.objectives.dgl import dgl
+from localgrad.objectives.infopro import infopro
+from localgrad.planning.plan import PlanRow, plan_rows
+from localgrad.planning.simulation import Precision
+from localgrad.runs.provenance import provenance
+
+LARGE_IMAGES = 96
+"""Pixels above which a network is taken for one of ImageNet's, with wide features."""
+
+
+UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """Rows of a plan under one choice of momentum."""
+
+    label: str
+    rows: list[PlanRow]
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a size such as `8GiB`, `500MB` or `1.5 gib`.
+
+    Raises:
+        LocalGradError: it is no positive size with a unit.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*", text)
+    unit = found and UNITS.get(found[2].lower())
+    if not found or not unit or not 0 < float(found[1]) * unit < 2**63:
+        raise LocalGradError(f"budget is {text!r}: give a size with its unit, such as 8GiB or 500MB")
+    return round(float(found[1]) * unit)
+
+
+def plan_model(
+    name: str,
+    *,
+    depth: int,
+    num_classes: int,
+    batch_size: int,
+    image_size: int,
+    objective: str,
+    momentum: str,
+    budget: int | None,
+    num_blocks: Sequence[int] | None,
+    precision: Precision = "32-true",
+    step_each_block: bool = False,
+) -> list[Sheet]:
+    """Plan a model by name without momentum and, if one is given, with it, kept and recomputed.
+
+    Raises:
+        LocalGradError: an argument is out of range, a name is unknown, or nothing fits the budget.
+    """
+    sizes = {"batch_size": batch_size, "image_size": image_size, "num_classes": num_classes}
+    limits = {"batch_size": (1, 2**20 - 1), "image_size": (1, MAX_IMAGE_SIZE), "num_classes": (2, 2**20 - 1)}
+    wrong = [
+        f"{key} is {value}, it must be from {limits[key][0]} to {limits[key][1]}"
+        for key, value in sizes.items()
+        if not limits[key][0] <= value <= limits[key][1]
+    ]
+    for kind, given, known in (("objective", objective, OBJECTIVES), ("momentum", momentum, {"none": 0, **MOMENTA})):
+        if given not in known:
+            wrong.append(f"{kind} is {given!r}{closest(given, list(known))}; it is one of {', '.join(known)}")
+    if wrong:
+        raise LocalGradError("; ".join(wrong))
+    model = build_model(ModelConfig(name=name, depth=depth), num_classes)
+    example = torch.empty(batch_size, 3, image_size, image_size, device="meta")
+    factory = _objective(objective, num_classes, head_for(objective, image_size))
+    choices = {"no momentum": None}
+    if momentum != "none":
+        choices[momentum] = MOMENTA[momentum]()
+        choices[f"{momentum}, recomputed"] = MOMENTA[momentum](recompute=True)
+    sheets, refusals, known = [], [], {}
+    for label, choice in choices.items():
+        rows, refusal = plan_rows(
+            model,
+            example,
+            objective=factory,
+            momentum=choice,
+            budget=budget,
+            num_blocks=num_blocks,
+            names=None,
+            precision=precision,
+            step_each_block=step_each_block,
+            known=known,
+        )
+        sheets.append(Sheet(label, rows))
+        refusals.append((min(row.peak for row in rows), refusal))
+    if not any(row.fits for sheet in sheets for row in sheet.rows):
+        raise LocalGradError(min(refusals)[1])
+    return sheets
+
+
+def head_for(objective: str, image_size: int) -> str | None:
+    """The head that is planned with, of an objective that has several: for wide features where images are large."""
+    heads = {"dgl": ("compact", "light"), "infopro": ("1c2f", "imagenet")}
+    return heads[objective][image_size > LARGE_IMAGES] if objective in heads else None
+
+
+def _objective(name: str, num_classes: int, head: Any) -> Objective:
+    """The objective with its defaults, and that head."""
+    if name == "dgl":
+        return dgl(num_classes, head)
+    if name == "infopro":
+        half = (0.5, 0.5, 0.5)
+        return infopro(num_classes, half, half, task=(0.5, 0.5), head=head)
+    return OBJECTIVES[name](num_classes)
+
+
+def show_sheets(title: str, sheets: Sequence[Sheet], budget: int | None) -> None:
+    """Print peaks by number of blocks, kept and checkpointed, and the cuts of the rows to choose from."""
+    from rich.console import Console
+    from rich.table import Table
+
+    size, unit = (2**30, "GiB") if max(row.peak for sheet in sheets for row in sheet.rows) >= 2**30 else (2**20, "MiB")
+    table = Table(title=f"{title}: peak {unit} of a step, activations kept | units checkpointed", title_justify="left")
+    table.add_column("blocks", justify="right", overflow="fold")
+    for sheet in sheets:
+        table.add_column(sheet.label, justify="right", overflow="fold")
+    counts = sorted({row.num_blocks for sheet in sheets for row in sheet.rows})
+    for count in counts:
+        cells = []
+        for number, sheet in enumerate(sheets):
+            rows = [row for row in sheet.rows if row.num_blocks == count and (count > 1 or number == 0)]
+            cells.append(" | ".join(f"{row.peak / size:.2f}{'*' if budget and row.fits else ''}" for row in rows))
+        table.add_row("end-to-end" if count == 1 else str(count), *cells)
+    console = Console()
+    console.print(table)
+    if budget:
+        console.print(f"* fits {budget / size:.2f} {unit}")
+    for heading, row in _choices(sheets, budget).items():
+        how = f"{row.num_blocks} blocks{', units checkpointed' if row.recompute else ''}"
+        console.print(f"{heading}: {how}, {row.peak / size:.2f} {unit}")
+        console.print(f"  cuts {' '.join(row.cuts)}", soft_wrap=True)
+
+
+def _choices(sheets: Sequence[Sheet], budget: int | None) -> dict[str, PlanRow]:
+    """For each choice of momentum: the fewest blocks that fit, kept before checkpointed, or those of least memory."""
+    choices = {}
+    for sheet in sheets:
+        local = [row for row in sheet.rows if row.num_blocks > 1]
+        fitting = [row for row in local if row.fits]
+        if budget and fitting:
+            best = min(fitting, key=lambda row: (row.recompute, row.num_blocks))
+            kept = ", checkpointed" if best.recompute else ""
+            choices[f"fewest blocks that fit{kept}, {sheet.label}"] = best
+        elif local:
+            choices[f"least memory, {sheet.label}"] = min(local, key=lambda row: row.peak)
+    return choices
+
+
+def write_sheets(folder: Path, title: str, sheets: Sequence[Sheet], budget: int | None) -> None:
+    """Write `plan.json` and `plan.png` into the folder.
+
+    Raises:
+        LocalGradError: the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = [{"training": sheet.label, **asdict(row)} for sheet in sheets for row in sheet.rows]
+        text = (
+            json.dumps({"title": title, "budget": budget, "rows": rows, **provenance(torch.device("cpu"))}, indent=1)
+            + "\n"
+        )
+        (folder / "plan.json").write_text(text)
+        _plot(folder / "plan.png", title, sheets, budget)
+    except OSError as error:
+        raise LocalGradError(
+            f"{folder} cannot be written ({error.strerror or error}); give another --output"
+        ) from error
+
+
+def _plot(path: Path, title: str, sheets: Sequence[Sheet], budget: int | None) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
+    for sheet, color in zip(sheets, ("C0", "C1", "C2"), strict=False):
+        for recompute, style in ((False, "o-"), (True, "s--")):
+            rows = [row for row in sheet.rows if row.recompute == recompute]
+            label = f"{sheet.label}{', units checkpointed' if recompute else ''}"
+            axes.plot([r.num_blocks for r in rows], [r.peak / 2**30 for r in rows], style, color=color, label=label)
+    if budget:
+        axes.axhline(budget / 2**30, color="0.5", linewidth=1)
+        axes.annotate("budget", (1, budget / 2**30), xytext=(0, 3), textcoords="offset points", color="0.4")
+    axes.set_xscale("log", base=2)
+    counts = sorted({row.num_blocks for sheet in sheets for row in sheet.rows})
+    apart = [count for count in counts[:-1] if 1.2 * count < counts[-1]] + counts[-1:]
+    axes.set_xticks(apart, [str(count) for count in apart])
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    axes.set(xlabel="blocks (1 is end-to-end)", ylabel="peak of a step (GiB)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize="small")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

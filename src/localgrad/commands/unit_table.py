@@ -1,0 +1,75 @@
+"""The table of a model's units: where it may be cut, and what each unit costs."""
+
+from typing import Any
+
+import torch
+
+from localgrad.commands.plan_table import head_for
+from localgrad.config.build import build_model
+from localgrad.config.schema import ModelConfig
+from localgrad.core.costs import UnitCost, unit_costs
+from localgrad.core.site import Objective
+from localgrad.core.units import Unit, units
+from localgrad.data.config import MAX_IMAGE_SIZE
+from localgrad.errors import LocalGradError
+from localgrad.objectives.dgl import dgl
+
+
+def inspect_model(name: str, *, depth: int, image_size: int, batch_size: int) -> tuple[list[Unit], list[UnitCost]]:
+    """Units of a model by name, and their costs for a batch, with the local head that a cut would need.
+
+    Args:
+        name: `cifar_resnet`, `torchvision:NAME` or `timm:NAME`.
+        depth: of a `cifar_resnet`.
+        image_size: height and width of the images in pixels.
+        batch_size: number of images.
+
+    Raises:
+        LocalGradError: there is no such model, a size is not positive, or the model cannot be traced.
+    """
+    if not (1 <= image_size <= MAX_IMAGE_SIZE and 2 <= batch_size < 2**20):
+        raise LocalGradError(
+            f"image_size is {image_size} and batch_size {batch_size}: image_size is from 1 to {MAX_IMAGE_SIZE}, "
+            "batch_size at least 2 (a batch norm cannot normalise one image) and less than 2**20"
+        )
+    num_classes = 10 if name == "cifar_resnet" else 1000
+    model = build_model(ModelConfig(name=name, depth=depth), num_classes)
+    found = units(model, torch.empty(2, 3, image_size, image_size))
+    head: Any = head_for("dgl", image_size)
+    objective: Objective = dgl(num_classes, head)
+    return found, unit_costs(found, torch.empty(batch_size, 3, image_size, image_size, device="meta"), objective)
+
+
+def show_units(name: str, found: list[Unit], costs: list[UnitCost], batch_size: int) -> None:
+    """Print the table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{name}: {len(found)} units, so 1 to {len(found)} blocks; batch {batch_size}, float32")
+    table.title_justify = "left"
+    console = Console()
+    headings = ["cut after", "features", "parameters", "activations", "GFLOP", "head"]
+    shown = [0, 3, 5] if console.width < 72 else range(len(headings))  # the names whole, at any width
+    for column in shown:
+        table.add_column(headings[column], justify="right" if column else "left", overflow="fold")
+    for unit, cost in zip(found, costs, strict=True):
+        last = unit is found[-1]
+        cells = (
+            f"({unit.name}, the end)" if last else unit.name,
+            "x".join(map(str, unit.features[1:])),
+            f"{cost.parameters:,}",
+            _mebibytes(cost.activations),
+            f"{cost.flops / 1e9:.2f}",
+            "-" if cost.end_activations == float("inf") else _mebibytes(cost.end_activations),
+        )
+        table.add_row(*(cells[column] for column in shown))
+    console.print(table)
+    console.print(
+        "Activations: MiB kept for the backward pass. Head: what the local head of `localgrad plan` would add at a cut "
+        "there; - where none can sit. Give names to split(cuts=[...]) or --cuts, or a number to --num-blocks.",
+        style="dim",
+    )
+
+
+def _mebibytes(count: float) -> str:
+    return f"{count / 2**20:.1f}"

@@ -1,0 +1,1 @@
+"""What a run is: dataclasses, their checks, and the objects that they describe."""

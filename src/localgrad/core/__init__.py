@@ -1,0 +1,1 @@
+"""The core: units, cuts, blocks, momentum and the local step, on torch alone."""

@@ -1,0 +1,35 @@
+"""The auxiliary networks of a block: momentum and objective, built for one site."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from localgrad.core.momentum import Momentum
+from localgrad.core.site import Objective, Site
+from localgrad.core.units import Unit
+from localgrad.errors import LocalGradError
+
+
+def build_auxiliary(
+    last: Unit,
+    following: Sequence[Unit],
+    example: Tensor,
+    index: int,
+    num_blocks: int,
+    objective: Objective,
+    momentum: Momentum | None,
+) -> tuple[nn.Module | None, nn.Module]:
+    """The momentum auxiliary network (or None) and the objective of a block that ends with the unit `last`."""
+    like = next((p for unit in (last, *following) for p in unit.module.parameters()), example)
+    with torch.device(like.device):
+        branches = None if momentum is None else momentum(following)
+        seen = last if branches is None else following[branches.depth - 1]
+        site = Site(seen.features, seen.channel_dim, example.shape, index, num_blocks)
+        head = objective(site)
+    if not isinstance(head, nn.Module):
+        raise LocalGradError(
+            f"objective gave {type(head).__name__} for block {index}: a factory takes a Site and returns an nn.Module "
+            "with forward(features, targets, inputs) -> loss"
+        )
+    return branches, head.to(like.device, like.dtype)

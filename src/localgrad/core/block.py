@@ -1,0 +1,126 @@
+"""A block: a run of units with a local loss."""
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+
+from localgrad.core.recompute import recomputed
+from localgrad.core.site import Criterion
+from localgrad.core.tracing import TwoModes
+from localgrad.core.units import Unit
+from localgrad.errors import LocalGradError
+
+
+class Block(nn.Module):
+    """A run of units with a local loss.
+
+    Attributes:
+        body: the units, the model's own modules.
+        momentum: the momentum auxiliary network, or None.
+        objective: the auxiliary network and local loss, or None on the last block.
+        criterion: loss of the model's output, or None on all blocks but the last.
+        recompute: whether the activations of each unit are computed again in the backward pass.
+        names: names of the units.
+    """
+
+    def __init__(
+        self,
+        found: Sequence[Unit],
+        momentum: nn.Module | None,
+        objective: nn.Module | None,
+        criterion: Criterion | None,
+        recompute: bool = False,
+    ) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*(unit.module for unit in found))
+        self.momentum = momentum
+        self.objective = objective
+        self.criterion = criterion
+        self.recompute = recompute
+        self.names = tuple(unit.name for unit in found)
+        # a tuple is not registered a second time
+        self._in_place = tuple(unit.module for unit in found if unit.writes_input)
+        self._layers = [module for module in self.body.modules() if module._parameters]
+        self._modes = [module for module in self.body if isinstance(module, TwoModes)]
+
+    def forward(self, features: Tensor, targets: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Features before the block to features after it, and the block's loss.
+
+        Args:
+            features: output of the block before, detached; the inputs for the first block.
+            targets: class of each sample, `(N,)`, or what the criterion takes.
+            inputs: the batch, `(N, 3, H, W)`; an objective may reconstruct it.
+
+        Returns:
+            The body's output, still attached to the block's graph, and a scalar loss. The last block's output is the
+            model's.
+        """
+        if self.body[0] in self._in_place and features.data_ptr() == inputs.data_ptr():
+            features = features.clone()  # objectives of later blocks read the inputs too
+        for unit in self.body:
+            features = recomputed(unit, features, unit, unit in self._in_place) if self.recompute else unit(features)
+        if self.objective is None:
+            assert self.criterion is not None
+            return features, self.criterion(features, targets)
+        version = features._version
+        loss = self.objective(self._mixed(features), targets, inputs)
+        if features._version != version:
+            raise LocalGradError(
+                f"the objective of block {self.names[0]}..{self.names[-1]} changes its features in place, and the next "
+                "block would get them changed: start it without inplace=True, or with features.clone()"
+            )
+        return features, loss
+
+    def _mixed(self, features: Tensor) -> Tensor:
+        return features if self.momentum is None else self.momentum(features)
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """The parameters to hand to this block's optimizer: all but frozen ones, as the sum's EMA branch is."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def check_training(self) -> None:
+        """Refuse to train in evaluation mode, as `model.eval()` leaves the body, and `model.train()` the rest."""
+        body = not self._layers or any(module.training for module in self._layers)
+        if not body or not all(module.training for module in (self.momentum, self.objective, *self._modes) if module):
+            raise LocalGradError(
+                f"block {self.names[0]}..{self.names[-1]} is in evaluation mode (after model.eval()?), so its norms "
+                "and dropout would not train: call block.train() for every block before the next step"
+            )
+
+    def update_momentum(self) -> None:
+        """Move the EMA branch towards the next block's first unit; nothing where there is none."""
+        if self.momentum is not None:
+            self.momentum.update()  # pyright: ignore[reportCallIssue]
+
+    def local_logits(self, features: Tensor) -> Tensor | None:
+        """Class scores of the block's own head, `(N, num_classes)`; the model's output on the last block.
+
+        Args:
+            features: output of this block's body.
+
+        Returns:
+            None if the objective has no `predict(features)` that gives class scores.
+        """
+        if self.objective is None:
+            return features
+        predict: Callable[[Tensor], Tensor | None] | None = getattr(self.objective, "predict", None)
+        return None if predict is None else predict(self._mixed(features))
+
+    def auxiliary_state_dict(self) -> dict[str, Tensor]:
+        """Momentum and objective tensors, under `momentum.` and `objective.`; the model has the body's."""
+        return {key: value for key, value in self.state_dict().items() if not key.startswith("body.")}
+
+    def load_auxiliary_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Load what `auxiliary_state_dict` gave.
+
+        Raises:
+            LocalGradError: keys or shapes are those of another objective or momentum.
+        """
+        own = self.auxiliary_state_dict()
+        wrong = sorted(own.keys() ^ state.keys()) or [key for key in own if own[key].shape != state[key].shape]
+        if wrong:
+            raise LocalGradError(
+                f"auxiliary state of the block {self.names[0]}..{self.names[-1]} does not fit: {wrong[0]!r} and "
+                f"{len(wrong) - 1} more differ; load it into a split with the same cuts, objective and momentum"
+            )
+        self.load_state_dict(state, strict=False)

@@ -1,0 +1,240 @@
+"""Momentum auxiliary networks: what lets a block see its successor without a gradient."""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from localgrad.core.initialise import initialise
+from localgrad.core.recompute import recomputed
+from localgrad.core.units import Unit
+from localgrad.errors import LocalGradError
+
+Momentum = Callable[[Sequence[Unit]], "MomentumAuxiliary"]
+"""Builds the momentum auxiliary network of a block from the units of the next block."""
+
+
+class MomentumAuxiliary(nn.Module):
+    """What stands between a block's features and its objective: copies of the next block's first unit.
+
+    Attributes:
+        bias: the trained copy of the next unit, a per-channel parameter in the fused form, or None.
+        ema: the copy that follows the next unit by exponential moving average, or None.
+        scale: the learnable scalar of MAN++, or None.
+        decay: m in `ema <- m * ema + (1 - m) * next unit`.
+        depth: how many units of the next block are copied.
+    """
+
+    def __init__(
+        self,
+        source: Sequence[Unit],
+        bias: nn.Module | nn.Parameter | None,
+        ema: nn.Module | None,
+        scale: nn.Parameter | None,
+        decay: float,
+        recompute: bool,
+    ) -> None:
+        super().__init__()
+        self.bias, self.ema, self.scale = bias, ema, scale
+        self.decay, self.recompute = decay, recompute
+        self.depth = len(source)
+        # a tuple is not registered: the next block's parameters are not this module's
+        self._source = tuple(unit.module for unit in source)
+        self._source_writes_input = source[0].writes_input
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features of the block, `(N, C, H, W)` or `(N, L, D)`, as the next block's first unit sees them."""
+        if not isinstance(self.bias, nn.Module):
+            assert self.ema is not None
+            mixed = self._branch(self.ema, features)
+            return mixed if self.bias is None else mixed + self.bias
+        biased = self._branch(self.bias, features)
+        if self.ema is None:
+            return biased
+        if self.scale is None:
+            return biased + self._branch(self.ema, features)
+        return self.scale * biased + (2 - self.scale) * self._branch(self.ema, features)
+
+    def _branch(self, branch: nn.Module, features: Tensor) -> Tensor:
+        """One branch alone, so that a recomputed one is gone before the other is computed again."""
+
+        if self.recompute:
+            return recomputed(branch, features, branch, self._source_writes_input)
+        # a unit that starts in place must not spoil the features of the others
+        return branch(features.clone() if self._source_writes_input else features)
+
+    def followed(self) -> list[nn.Parameter]:
+        """The next block's parameters that the EMA reads; none without an EMA."""
+        return [] if self.ema is None else [p for module in self._source for p in module.parameters()]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Pull the copy towards the next unit: `ema <- m * ema + (1 - m) * unit`, in one fused call."""
+        if self.ema is not None:
+            get_ema_multi_avg_fn(self.decay)(list(self.ema.parameters()), self.followed(), 0)  # pyright: ignore
+
+
+def man(
+    decay: float = 0.995,
+    *,
+    form: Literal["sum", "fused"] = "sum",
+    bias: bool = True,
+    ema: bool = True,
+    initial: Literal["copy", "random"] = "copy",
+    recompute: bool = False,
+    depth: int = 1,
+) -> Momentum:
+    """The momentum auxiliary network (MAN).
+
+    `form="sum"`, the released code: `y = bias(h) + ema(h)`, two copies of the next block's first unit. `bias` is
+    trained with the block; `ema` gets no gradient of its own (one flows through it into h) and follows
+    `ema <- m * ema + (1 - m) * unit` with the weights that the next unit had when the batch began.
+    `y` feeds the local objective; the next block gets `h`.
+
+    `form="fused"`, after the paper's text: `y = unit(h) + b`, one copy, trained by its gradient and then pulled by the
+    same average, and one learnable number `b` a channel, initially 0. The text leaves the shape and the place of b
+    open, and has a second gradient update after the average.
+
+    The ablation's rows are settings: `bias=False` (EMA only), `ema=False` (bias only: one more trained unit),
+    `decay=0` (the next unit's weights used directly, one step old). The average covers parameters; norms of the EMA
+    branch use the statistics of the batch.
+
+    Args:
+        decay: m, from 0 to 1. The paper's is 0.995.
+        form: see above.
+        bias: whether there is a trained copy; of the fused form, b alone, for its copy is trained in any case.
+        ema: whether there is a part that follows the next unit.
+        initial: `"copy"` starts both from the next unit's values, `"random"` from independent draws (what the released
+            code does), in each layer that can reset itself; bare parameters of a unit, and weights that a
+            parametrization computes (weight norm), stay copies.
+        recompute: compute both branches again during the backward pass instead of keeping their activations; batch
+            statistics are still counted once a step.
+        depth: how many of the next block's first units are copied (fewer where it has fewer; the model's head
+            only where nothing else is left).
+
+    Returns:
+        A function of the next block's units that builds the module.
+
+    Raises:
+        LocalGradError: `decay` is outside [0, 1], `depth` below 1, neither part is wanted, the fused form is to have no
+            average, or a choice is unknown; when built, the next block begins without parameters, or in a 16-bit type.
+
+    Source: Su et al., Momentum Auxiliary Network for Supervised Local Learning, ECCV 2024 (arXiv 2407.05623), section
+    "EMA-based information transfer"; released code of the paper, `networks/resnetInfoPro_MAN.py`.
+    """
+    _check(decay, initial, depth)
+    if form not in ("sum", "fused"):
+        raise LocalGradError(f"form is {form!r}: it is 'sum' (as released) or 'fused' (as the paper's formula reads)")
+    if not (bias or ema):
+        raise LocalGradError("bias and ema are both False: keep one of them, or give momentum=None for none")
+    if form == "fused" and not ema:
+        raise LocalGradError(
+            "form is 'fused' and ema is False: the fused form is one module that the EMA pulls; use 'sum'"
+        )
+
+    def build(following: Sequence[Unit]) -> MomentumAuxiliary:
+        source = _source(following, depth)
+        follower = _follower(source, initial, decay) if ema else None
+        trained: nn.Module | nn.Parameter | None = _copy(source, initial) if bias and form == "sum" else None
+        if follower is not None and form == "sum":
+            follower.requires_grad_(False)
+        if bias and form == "fused":
+            unit = source[-1]
+            shape = [1] * (len(unit.features) - 1)
+            shape[unit.channel_dim - 1] = unit.features[unit.channel_dim]
+            like = next(source[0].module.parameters())
+            trained = nn.Parameter(torch.zeros(shape, dtype=like.dtype, device=like.device))
+        return MomentumAuxiliary(source, trained, follower, None, decay, recompute)
+
+    return build
+
+
+def manpp(
+    decay: float = 0.995,
+    *,
+    initial: Literal["copy", "random"] = "copy",
+    recompute: bool = False,
+    depth: int = 1,
+) -> Momentum:
+    """MAN++: the two branches of MAN, weighed by a learnable scalar.
+
+    `y = s * bias(h) + (2 - s) * ema(h)`, s initially 1, which is MAN's sum. All else is as in `man(form="sum")`; s is
+    trained and weight-decayed with the block's other parameters.
+
+    Args:
+        decay: m, from 0 to 1.
+        initial: `"copy"` or `"random"`, as in `man`.
+        recompute: as in `man`.
+        depth: as in `man`.
+
+    Returns:
+        A function of the next block's units that builds the module.
+
+    Raises:
+        LocalGradError: `decay` is outside [0, 1], `depth` below 1, or `initial` is unknown; when built, the next block
+            begins without parameters, or in a 16-bit type.
+
+    Source: MAN++ (TPAMI 2026, doi 10.1109/TPAMI.2026.3679406; arXiv 2507.16279), released code,
+    `networks/resnetDGL_MANPP.py`.
+    """
+    _check(decay, initial, depth)
+
+    def build(following: Sequence[Unit]) -> MomentumAuxiliary:
+        source = _source(following, depth)
+        follower = _follower(source, initial, decay).requires_grad_(False)
+        like = next(source[0].module.parameters())
+        scale = nn.Parameter(torch.ones(1, dtype=like.dtype, device=like.device))  # FSDP2 takes no scalar
+        return MomentumAuxiliary(source, _copy(source, initial), follower, scale, decay, recompute)
+
+    return build
+
+
+def _check(decay: float, initial: str, depth: int) -> None:
+    if not isinstance(decay, int | float) or not 0 <= decay <= 1:
+        given = repr(decay) if isinstance(decay, int | float | str) else f"a {type(decay).__name__}"
+        raise LocalGradError(
+            f"decay is {given}: it is from 0 (use the next unit's weights) to 1 (never follow); try momentum=man(0.995)"
+        )
+    if initial not in ("copy", "random"):
+        raise LocalGradError(f"initial is {initial!r}: it is 'copy' (of the next unit) or 'random'")
+    if not isinstance(depth, int) or depth < 1:
+        raise LocalGradError(f"depth is {depth!r}: copy at least the first unit of the next block, depth=1")
+
+
+def _source(following: Sequence[Unit], depth: int) -> Sequence[Unit]:
+    source = following[:depth]
+    if not any(True for _ in source[0].module.parameters()):
+        raise LocalGradError(
+            f"the unit {source[0].name!r} after a cut has no parameters, so there is nothing for a momentum auxiliary "
+            "network to follow: cut after it instead, or name it together with the unit that follows"
+        )
+    return source
+
+
+def _follower(source: Sequence[Unit], initial: str, decay: float) -> nn.Module:
+    """The copy that follows; refused in a type in which small steps towards the next unit are rounded away."""
+    coarse = [
+        p.dtype for unit in source for p in unit.module.parameters() if p.dtype in (torch.bfloat16, torch.float16)
+    ]
+    if coarse and 0 < decay < 1:
+        raise LocalGradError(
+            f"the weights after a cut are {coarse[0]}, in which an average with decay {decay} stands still: keep the "
+            "weights in float32 and compute under autocast, or give decay=0"
+        )
+    return _copy(source, initial)
+
+
+def _copy(source: Sequence[Unit], initial: str) -> nn.Module:
+    copies = [copy.deepcopy(unit.module) for unit in source]
+    module = copies[0] if len(copies) == 1 else nn.Sequential(*copies)
+    module.requires_grad_(True)
+    if initial == "random":
+        for layer in module.modules():
+            reset: Any = getattr(layer, "reset_parameters", None) or getattr(layer, "_reset_parameters", None)
+            if callable(reset):
+                reset()
+        initialise(module)
+    return module

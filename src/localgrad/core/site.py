@@ -1,0 +1,33 @@
+"""A site: where an objective sits, and what its factory needs to know."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where an objective sits; what a factory needs to know to build it.
+
+    Attributes:
+        features: shape of the features that it gets, `(N, C, H, W)`, `(N, H, W, C)`, `(N, C, L)`, `(N, L, D)` or
+            `(N, D)`.
+        channel_dim: the dimension of `features` that holds channels, 1 or the last.
+        inputs: shape of the network's input, `(N, 3, H, W)` for images.
+        index: of the block, from 0.
+        num_blocks: K, the last block included, which has no objective.
+    """
+
+    features: torch.Size
+    channel_dim: int
+    inputs: torch.Size
+    index: int
+    num_blocks: int
+
+
+Objective = Callable[[Site], nn.Module]
+"""Builds, for a site, a module with `forward(features, targets, inputs) -> loss`."""

@@ -1,0 +1,160 @@
+"""Which images: one configuration, and the conventions of each set as functions that return one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import inf, isfinite
+from typing import Literal, get_args
+
+from localgrad.errors import check_rules
+
+Crop = Literal["none", "pad", "resized"]
+
+
+Mode = Literal["reflect", "zeros"]
+
+
+MAX_IMAGE_SIZE = 4096
+"""Largest height and width in pixels: a larger one is a mistake, and takes more memory than a machine has."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images to train and test on, and how they are prepared; the default is scikit-learn's digits."""
+
+    source: str = "digits"
+    """"digits" (ships with scikit-learn), a Hugging Face hub name, or a local folder in any layout of `datasets`."""
+    subset: str | None = None
+    """Name of the hub configuration; not used for a local folder that declares no configurations."""
+    train_split: str = "train"
+    """Split to train on; slices such as "train[:5000]" are allowed, but not of "digits"."""
+    test_split: str = "test"
+    """Split to test on, likewise."""
+    image_column: str | None = None
+    """Column with the images; None takes the only one of type Image."""
+    label_column: str | None = None
+    """Column with the integer labels; None takes the only ClassLabel, or an integer column named like a label."""
+    num_classes: int | None = None
+    """Number of classes; None takes it from the schema, or as the largest label plus one."""
+    image_size: int = 32
+    """Height and width of the network's input, in pixels."""
+    mean: tuple[float, float, float] = (0.305, 0.305, 0.305)
+    """Mean of each channel, subtracted from pixels in [0, 1]."""
+    std: tuple[float, float, float] = (0.324, 0.324, 0.324)
+    """Standard deviation of each channel, of pixels in [0, 1], that the difference is divided by."""
+    crop: Crop = "pad"
+    """Random crop in training: none, a window of the padded image, or a random area resized (streaming only)."""
+    padding: int = 2
+    """Pixels added on each side before the window is cropped (crop="pad")."""
+    padding_mode: Mode = "zeros"
+    """What the padding holds: the mirrored image (without repeating the border) or black."""
+    flip: bool = False
+    """Mirror half of the training images left to right."""
+    resize: int | None = None
+    """Length in pixels to which the shorter side is resized before a center crop; None takes images as they are."""
+    train_limit: int | None = None
+    """Train on this many images only, equally many of each class, the first of the split; None takes all."""
+    test_limit: int | None = None
+    """Test on this many images only, chosen in the same way; None takes all."""
+    streaming: bool = False
+    """Decode while training, in worker processes, instead of once into memory."""
+    workers: int = 0
+    """Worker processes that decode when streaming; 0 decodes in the training process."""
+
+    def __post_init__(self) -> None:
+        least = {"image_size": 1, "padding": 0, "workers": 0, "num_classes": 1, "train_limit": 1, "test_limit": 1}
+        values = {name: getattr(self, name) for name in least}
+        reflects = self.crop == "pad" and self.padding_mode == "reflect"
+        rules = [
+            ("source='': give digits, a hub name or a folder", self.source != ""),
+            *((f"{key}={n}: give at least {least[key]}", n is None or n >= least[key]) for key, n in values.items()),
+            (
+                f"image_size={self.image_size}, padding={self.padding}: give at most {MAX_IMAGE_SIZE}",
+                max(self.image_size, self.padding) <= MAX_IMAGE_SIZE,
+            ),
+            (f"crop={self.crop!r}: choose from {get_args(Crop)}", self.crop in get_args(Crop)),
+            (f"padding_mode={self.padding_mode!r}: choose from {get_args(Mode)}", self.padding_mode in get_args(Mode)),
+            (f"mean={self.mean}: give 3 numbers", len(self.mean) == 3 and all(map(isfinite, self.mean))),
+            (
+                f"std={self.std}: give 3 numbers above 0",
+                len(self.std) == 3 and all(0 < value < inf for value in self.std),
+            ),
+            (
+                f"padding={self.padding}: reflection allows less than image_size={self.image_size}",
+                not reflects or self.padding < self.image_size,
+            ),
+            (
+                f"resize={self.resize}: give at least image_size={self.image_size}, or None",
+                self.resize is None or self.resize >= self.image_size,
+            ),
+            (
+                'crop="resized": needs streaming=True, and resize=... for the test images',
+                self.crop != "resized" or (self.streaming and self.resize is not None),
+            ),
+            ('streaming=True: the source "digits" is in memory; give False', not self.streaming or self.on_disk),
+        ]
+        check_rules("this data configuration", rules)
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether the images come from files (and not from scikit-learn)."""
+        return self.source != "digits"
+
+
+def digits() -> DataConfig:
+    """scikit-learn's handwritten digits, 32x32, zero pad 2, no flip; needs no download."""
+    return DataConfig()
+
+
+def cifar10(source: str = "uoft-cs/cifar10") -> DataConfig:
+    """CIFAR-10, 32x32: reflect pad 4, flip, the means and deviations of the papers' code."""
+    return DataConfig(
+        source,
+        mean=(125.3 / 255, 123.0 / 255, 113.9 / 255),
+        std=(63.0 / 255, 62.1 / 255, 66.7 / 255),
+        padding=4,
+        padding_mode="reflect",
+        flip=True,
+    )
+
+
+def svhn(source: str = "ufldl-stanford/svhn") -> DataConfig:
+    """SVHN's cropped digits, 32x32, 'train' without 'extra': zero pad 2, no flip, pixels to [-1, 1]."""
+    return DataConfig(source, subset="cropped_digits", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+
+
+def stl10(source: str = "tanganke/stl10") -> DataConfig:
+    """STL-10's 10 labelled classes, 96x96: zero pad 4, flip, pixels to [-1, 1]."""
+    half = (0.5, 0.5, 0.5)
+    return DataConfig(source, num_classes=10, image_size=96, mean=half, std=half, padding=4, flip=True)
+
+
+def imagenet(source: str = "ILSVRC/imagenet-1k") -> DataConfig:
+    """ImageNet-1k, streamed: RandomResizedCrop 224 and flip; tests on 'validation', resize 256, center crop 224."""
+    return DataConfig(
+        source,
+        test_split="validation",
+        image_size=224,
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+        crop="resized",
+        flip=True,
+        resize=256,
+        streaming=True,
+        workers=8,
+    )
+
+
+def imagenette(source: str = "frgfm/imagenette") -> DataConfig:
+    """Imagenette (10 classes of ImageNet) in memory at 128x128: reflect pad 16, flip, ImageNet's normalisation."""
+    return replace(
+        imagenet(source),
+        subset="160px",
+        image_size=128,
+        crop="pad",
+        padding=16,
+        padding_mode="reflect",
+        resize=128,
+        streaming=False,
+        workers=0,
+    )

@@ -1,0 +1,339 @@
+"""Image sets: two kinds with the same methods, whose batches depend on nothing but seed, epoch and position.
+
+A set is either decoded once into one uint8 tensor that may live on the training device (`Images`) or decoded by worker
+processes while training (`ImageStream`). The order and the augmentation of the batches depend on (seed, epoch, position
+in the epoch) alone: not on the global random state, the number of workers or ranks, or where in the epoch one starts.
+"""
+
+from __future__ import annotations
+
+import io
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from localgrad.data.config import DataConfig, Mode
+from localgrad.errors import LocalGradError, check_rules
+
+if TYPE_CHECKING:
+    import datasets
+    from PIL.Image import Image
+
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
+"""Image formats to recognise; trying all that Pillow knows takes longer than to decode a small image."""
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet(ABC):
+    """What both kinds of set have: `labels` (N,) int64 on the CPU or the set's device, `config` and the classes."""
+
+    labels: Tensor
+    config: DataConfig
+    num_classes: int
+    class_names: tuple[str, ...] | None = field(default=None, kw_only=True)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @abstractmethod
+    def to(self, device: torch.device | str) -> ImageSet:
+        """The same set, giving out its batches on `device`."""
+
+    @abstractmethod
+    def subset(self, indices: Tensor) -> ImageSet:
+        """The images at these positions, `(M,)` int64, in this order."""
+
+    @abstractmethod
+    def _read(self, epoch: _Epoch) -> Iterator[tuple[Tensor, Tensor]]: ...
+
+    def num_batches(self, batch_size: int, world_size: int = 1, train: bool = True) -> int:
+        """Batches of an epoch, with batch_size images on each of world_size ranks (see `batches`)."""
+        full, left = divmod(len(self), batch_size * world_size)
+        return full + (left >= 2 * world_size if train else left > 0)
+
+    def batch_sizes(
+        self, batch_size: int, *, train: bool, start: int = 0, rank: int = 0, world_size: int = 1
+    ) -> list[int]:
+        """Number of images of each batch that `batches` gives with the same arguments."""
+        plan = self._plan(batch_size, train, start, rank, world_size)
+        return [len(range(part.start, part.stop, part.step)) for part in plan]
+
+    def _plan(self, batch_size: int, train: bool, start: int, rank: int, world_size: int) -> list[slice]:
+        """Positions in the epoch of each batch."""
+        step, count = batch_size * world_size, self.num_batches(batch_size, world_size, train)
+        slices = (slice(n * step + rank, min((n + 1) * step, len(self)), world_size) for n in range(start, count))
+        return [part for part in slices if part.start < part.stop]
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        train: bool,
+        seed: int = 0,
+        epoch: int = 0,
+        start: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str | None = None,
+        channels_last: bool = False,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches number `start` and later of one epoch.
+
+        In training the set is shuffled and augmented; otherwise it comes in the order of the file. A global batch has
+        batch_size * world_size images, and rank r takes its r-th, (r + world_size)-th, ... image, so that the ranks'
+        batches together are the batch that one process would have. The last, shorter batch is kept, except in training
+        where it would leave a rank a single image or none (BatchNorm cannot train on one): then it is dropped.
+        In testing no image is given out twice, so the last batch may be missing on the later ranks.
+
+        Args:
+            batch_size: images of a batch on each rank.
+            train: whether to shuffle and augment.
+            seed, epoch: what the order and the augmentation are computed from; at least 0.
+            start: number of batches to leave out; the others stay exactly as they were.
+            rank, world_size: the slice of each global batch to give out.
+            device: where the batches go; None takes the set's device.
+            channels_last: memory format of the inputs.
+
+        Returns:
+            Iterator of inputs (B, 3, H, W) float32, normalised, and targets (B,) int64.
+
+        Raises:
+            LocalGradError: an argument out of range, or a training set that leaves no batch; from a stream also, when
+                its turn comes, a file that is no image or has the wrong size.
+        """
+        given = {"batch_size": (batch_size, 1), "world_size": (world_size, 1), "seed": (seed, 0), "epoch": (epoch, 0)}
+        rules = [(f"{name}={n}: give at least {least}", n >= least) for name, (n, least) in given.items()]
+        check_rules("these batches", rules)
+        count = self.num_batches(batch_size, world_size, train)
+        rules = [
+            (f"rank={rank}: give 0 to world_size - 1 = {world_size - 1}", 0 <= rank < world_size),
+            (f"start={start}: give 0 to {count}, the number of batches", 0 <= start <= count),
+            (f"training on {len(self)} images: give 2 or more for each of {world_size} ranks", count > 0 or not train),
+        ]
+        check_rules("these batches", rules)
+        plan = self._plan(batch_size, train, start, rank, world_size)
+        return self._read(_Epoch(plan, train, seed, epoch, device, channels_last))
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """Checked arguments of `batches`, with the positions in the epoch of each batch."""
+
+    plan: list[slice]
+    train: bool
+    seed: int
+    number: int
+    device: torch.device | str | None
+    channels_last: bool
+
+    def shuffle(self, length: int) -> tuple[Tensor, torch.Generator]:
+        """Index of the image at each position, and the generator for what else is drawn for the epoch."""
+        generator = torch.Generator().manual_seed(_mix(self.seed, self.number))
+        return torch.randperm(length, generator=generator) if self.train else torch.arange(length), generator
+
+    def normalise(self, images: Tensor, config: DataConfig) -> Tensor:
+        """(B, 3, H, W), from uint8 to float32: (pixel / 255 - mean) / std."""
+        memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
+        inputs = images.to(torch.float32, memory_format=memory_format)
+        for channel, (mean, std) in enumerate(zip(config.mean, config.std, strict=True)):
+            inputs[:, channel].sub_(255 * mean).div_(255 * std)  # numbers, not tensors: no copy to the device
+        return inputs
+
+
+@dataclass(frozen=True, eq=False)
+class Images(ImageSet):
+    """A set in memory: `images` (N, 3, H, W) uint8. Crops and flips are vectorised on their device."""
+
+    images: Tensor
+
+    def to(self, device: torch.device | str) -> Images:
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+    def subset(self, indices: Tensor) -> Images:
+        indices = indices.to(self.labels.device)
+        return replace(self, images=self.images[indices], labels=self.labels[indices])
+
+    def _read(self, epoch: _Epoch) -> Iterator[tuple[Tensor, Tensor]]:
+        config, home = self.config, self.images.device
+        order, generator = epoch.shuffle(len(self))
+        padding = config.padding if config.crop == "pad" else 0
+        offsets = torch.randint(0, 2 * padding + 1, (len(self), 2), generator=generator).to(home)
+        flips = (torch.rand(len(self), generator=generator) < config.flip / 2).to(home)
+        order = order.to(home)
+        for part in epoch.plan:
+            images, labels = self.images[order[part]], self.labels[order[part]]
+            if epoch.train:
+                images = crop_and_flip(images, offsets[part], flips[part], padding, config.padding_mode)
+            device = epoch.device or home
+            yield epoch.normalise(images.to(device), config), labels.to(device)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageStream(ImageSet):
+    """A set decoded while training, by `config.workers` processes: `rows` of `datasets`, as arrow, of the split.
+
+    `column` is that of the images, `indices` (N,) are the rows in use, `device` is where batches go.
+    """
+
+    rows: datasets.Dataset
+    column: str
+    indices: Tensor
+    device: torch.device | str = "cpu"
+
+    def to(self, device: torch.device | str) -> ImageStream:
+        return replace(self, device=device)
+
+    def subset(self, indices: Tensor) -> ImageStream:
+        return replace(self, indices=self.indices[indices], labels=self.labels[indices])
+
+    def _read(self, epoch: _Epoch) -> Iterator[tuple[Tensor, Tensor]]:
+        order, generator = epoch.shuffle(len(self))
+        keys = (list(zip(order[part].tolist(), range(len(self))[part], strict=True)) for part in epoch.plan)
+        device = torch.device(epoch.device or self.device)
+        loader = DataLoader(
+            _Samples(self, epoch, _transform(self.config, epoch.train)),
+            batch_sampler=keys,
+            collate_fn=_collate,
+            num_workers=self.config.workers,
+            pin_memory=device.type == "cuda",
+            generator=generator,  # else the loader would draw its workers' seeds from the global one
+        )
+        for batch in loader:
+            if isinstance(batch, LocalGradError):  # raised here, where it does not keep the loader's workers alive
+                raise batch
+            images, labels = batch
+            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            yield epoch.normalise(images, self.config), labels
+
+
+@dataclass(frozen=True, eq=False)
+class _Samples(Dataset[tuple[Tensor, int] | LocalGradError]):
+    """What the workers read: (index, position) -> augmented uint8 image (3, H, W) and its label, or what is wrong."""
+
+    stream: ImageStream
+    epoch: _Epoch
+    transform: torch.nn.Module
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | LocalGradError:
+        (index, position), stream = key, self.stream
+        row = int(stream.indices[index])
+        try:
+            image = _decode(stream.rows[row : row + 1][stream.column][0].as_py(), row, stream.rows, stream.config)
+        except LocalGradError as error:
+            return error
+        with torch.random.fork_rng(devices=[]):  # the transforms draw from the global generator
+            torch.default_generator.manual_seed(_mix(self.epoch.seed, self.epoch.number, position))
+            pixels = np.array(self.transform(image))
+        return torch.from_numpy(pixels.transpose(2, 0, 1)), int(stream.labels[index])
+
+
+def _collate(samples: list[tuple[Tensor, int] | LocalGradError]) -> list[Tensor] | LocalGradError:
+    return next((sample for sample in samples if isinstance(sample, LocalGradError)), None) or default_collate(samples)
+
+
+def crop_and_flip(images: Tensor, offsets: Tensor, flips: Tensor, padding: int, mode: Mode) -> Tensor:
+    """A window of each padded image, of the size of the image, mirrored where `flips` says so.
+
+    The window is gathered from the image itself by (mirrored) coordinates, so nothing is padded.
+
+    Args:
+        images: (B, 3, H, W).
+        offsets: (B, 2) int64, top and left corner of the window in the padded image, from 0 to 2 * padding.
+        flips: (B,) bool.
+        padding: pixels on each side.
+        mode: "reflect" (without the border) or "zeros".
+
+    Returns:
+        (B, 3, H, W) of the same type.
+    """
+    batch, channels, height, width = images.shape
+    across = torch.arange(width, device=images.device)
+    rows = torch.arange(height, device=images.device) + offsets[:, :1] - padding
+    columns = torch.where(flips[:, None], width - 1 - across, across) + offsets[:, 1:] - padding
+    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
+    rows = (height - 1 - (height - 1 - rows.abs()).abs()).clamp(0, height - 1)
+    columns = (width - 1 - (width - 1 - columns.abs()).abs()).clamp(0, width - 1)
+    pixels = (rows[:, :, None] * width + columns[:, None, :]).view(batch, 1, -1).expand(-1, channels, -1)
+    windows = images.reshape(batch, channels, -1).gather(2, pixels).view(images.shape)
+    return windows if mode == "reflect" else windows * inside[:, None]
+
+
+def _mix(*numbers: int) -> int:
+    """One seed of 32 bits that depends on all of the numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def decode_all(rows: datasets.Dataset, column: str, indices: Tensor, config: DataConfig) -> Tensor:
+    """Images (N, 3, H, W) uint8 of the rows `indices`; one thread, for more only wait for Python's lock here."""
+    chosen, numbers, transform = rows.select(indices.numpy()), indices.tolist(), _transform(config, train=False)
+    images = _room(len(indices), config.image_size)
+    pixels, chunk = images.numpy(), 256
+    for first in range(0, len(indices), chunk):
+        for place, item in enumerate(chosen[first : first + chunk][column].to_pylist(), first):
+            pixels[place] = np.asarray(transform(_decode(item, numbers[place], rows, config))).transpose(2, 0, 1)
+    return images
+
+
+def _room(count: int, size: int) -> Tensor:
+    """An empty tensor (count, 3, size, size) uint8."""
+    try:
+        return torch.empty(count, 3, size, size, dtype=torch.uint8)
+    except RuntimeError as error:
+        raise LocalGradError(
+            f"{count} images of {size} x {size} pixels take {count * 3 * size**2 / 2**30:.0f} GiB, more than there is: "
+            "give fewer (train_limit, test_limit), a smaller image_size, or streaming=True"
+        ) from error
+
+
+def _decode(item: dict[str, Any] | None, row: int, rows: datasets.Dataset, config: DataConfig) -> Image:
+    """The RGB image of encoded bytes, or of the path to a file; of the configured size unless it will be resized.
+
+    It is turned upright as its EXIF data say; transparency is left out; 16 bits become 8.
+    """
+    from PIL import Image, ImageOps
+
+    item = item or {}
+    try:
+        file = io.BytesIO(item["bytes"]) if item.get("bytes") else item["path"]
+        image = ImageOps.exif_transpose(Image.open(file, formats=FORMATS))
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+        mode, image = image.mode, image.convert("RGB")
+    except Exception as error:  # of many classes, by format
+        name = f"{rows.split} image {row} (path {item.get('path')!r})"
+        raise LocalGradError(f"{name} cannot be decoded: {error!r}; repair it or leave it out") from error
+    if mode in ("I", "F"):
+        raise LocalGradError(
+            f"{rows.split} image {row} has pixels of 32 bits (mode {mode}), whose black and white are not known: store "
+            "it with 8 or 16 bits"
+        )
+    if config.resize is None and image.size != (config.image_size, config.image_size):
+        raise LocalGradError(
+            f"{rows.split} image {row} has {image.height} x {image.width} pixels (height x width), and image_size="
+            f"{config.image_size} takes only such squares; set image_size, or set resize to resize and center-crop"
+        )
+    return image
+
+
+def _transform(config: DataConfig, train: bool) -> torch.nn.Module:
+    """PIL image -> PIL image of the configured size, augmented in training."""
+    from torchvision.transforms import v2
+
+    size, steps = config.image_size, []
+    if train and config.crop == "resized":
+        steps += [v2.RandomResizedCrop(size)]
+    elif config.resize is not None:
+        steps += [v2.Resize(config.resize), v2.CenterCrop(size)]
+    if train and config.crop == "pad":
+        mode = "constant" if config.padding_mode == "zeros" else "reflect"
+        steps += [v2.RandomCrop(size, padding=config.padding, padding_mode=mode)]
+    if train and config.flip:
+        steps += [v2.RandomHorizontalFlip()]
+    return torch.nn.Sequential(*steps)

@@ -1,0 +1,118 @@
+"""What the objectives share: one view of features of any layout, and the checks of their arguments."""
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from numbers import Integral
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from localgrad.core.site import Site
+from localgrad.errors import LocalGradError
+
+MAX_PREFIX_TOKENS = 8
+
+
+class AsMap(nn.Module):
+    """View features as a map `(N, C, H, W)`, whatever layout the site has.
+
+    Maps with channels last are permuted; a sequence `(N, C, L)` is a map of L x 1; tokens `(N, L, D)` are laid on the
+    grid of the image's patches, and class or register tokens before them are left out, or L x 1 where the input is no
+    image; a vector `(N, D)` is a map of 1x1.
+
+    Attributes:
+        channels: C.
+        size: (H, W).
+        prefix_tokens: number of class and register tokens.
+    """
+
+    def __init__(self, site: Site, objective: str) -> None:
+        super().__init__()
+        shape = site.features
+        self.prefix_tokens, self.channel_dim, self.ndim = 0, site.channel_dim, len(shape)
+        self.channels = shape[site.channel_dim]
+        if len(shape) == 4:
+            height, width = (shape[2], shape[3]) if site.channel_dim == 1 else (shape[1], shape[2])
+        elif len(shape) == 3 and site.channel_dim == 1:
+            height, width = shape[2], 1
+        elif len(shape) == 3:
+            height, width = token_grid(shape[1], site, objective)
+            self.prefix_tokens = shape[1] - height * width
+        elif len(shape) == 2:
+            height, width = 1, 1
+        else:
+            raise LocalGradError(
+                f"{objective} cannot sit on features {tuple(shape)} (block {site.index}): it takes (N, C, H, W), "
+                "(N, H, W, C), (N, C, L), (N, L, D) or (N, D); cut elsewhere"
+            )
+        self.size = (height, width)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features of the site to `(N, C, H, W)`."""
+        if self.ndim == 4:
+            return features if self.channel_dim == 1 else features.movedim(-1, 1)
+        if self.ndim == 3 and self.channel_dim == 1:
+            return features[..., None]
+        if self.ndim == 3:
+            return features[:, self.prefix_tokens :].transpose(1, 2).unflatten(2, self.size)
+        return features[:, :, None, None]
+
+
+class MeanOverSpace(nn.Module):
+    """Maps `(N, C, H, W)` to `(N, C)`.
+
+    The gradient has the layout of the maps. That of PyTorch's adaptive pooling to 1x1 never has channels last, which
+    makes a ReLU before it more than twice as slow.
+    """
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return F.avg_pool2d(maps, maps.shape[2:]).flatten(1)
+
+
+def token_grid(tokens: int, site: Site, objective: str) -> tuple[int, int]:
+    """Height and width of the grid of patches, in the image's proportions, behind at most 8 other tokens.
+
+    Tokens of an input that is no image `(N, C, H, W)` are a grid of one column.
+    """
+    if len(site.inputs) != 4:
+        return tokens, 1
+    height, width = site.inputs[2:]
+    for prefix in range(min(MAX_PREFIX_TOKENS, tokens - 1) + 1):
+        rows = math.isqrt((tokens - prefix) * height // width)
+        if rows and (tokens - prefix) % rows == 0 and rows * width == (tokens - prefix) // rows * height:
+            return rows, (tokens - prefix) // rows
+    raise LocalGradError(
+        f"{objective} cannot lay {tokens} tokens on a grid in the proportions of the {height}x{width} input "
+        f"(block {site.index}): cut elsewhere, or use localgrad.classifier, which pools tokens"
+    )
+
+
+def full_precision(tensor: Tensor) -> AbstractContextManager[object]:
+    """Leave autocast, so that a loss is computed in the precision of its arguments; nothing to leave on `meta`."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
+def check_num_classes(num_classes: int) -> None:
+    """Refuse a number of classes that no head can have."""
+    if not isinstance(num_classes, Integral) or num_classes < 2:  # NumPy's integers too
+        raise LocalGradError(
+            f"num_classes is {num_classes!r}: a local head tells a whole number of classes apart, 2 or more; "
+            "a factory is called first, as objective=localgrad.dgl(num_classes=10)"
+        )
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Refuse a value that is not among the choices."""
+    if value not in choices:
+        raise LocalGradError(f"{name} is {value!r}: it is one of {', '.join(map(repr, choices))}")
+
+
+def conv_norm_relu(
+    in_channels: int, out_channels: int, kernel: int, stride: int = 1, bias: bool = False
+) -> list[nn.Module]:
+    """A convolution that keeps the size (or halves it), batch norm and ReLU."""
+    conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, bias=bias)
+    return [conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]

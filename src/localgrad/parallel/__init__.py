@@ -1,0 +1,1 @@
+"""Blocks, shards and replicas on several devices."""

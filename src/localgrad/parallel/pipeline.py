@@ -1,0 +1,355 @@
+"""Block-parallel training: runs of blocks on ranks of their own.
+
+In step t, features go forward from rank to rank and the weights that a momentum auxiliary network follows come back;
+no gradient travels, so a rank trains on one batch while the next rank is still at the batch before:
+
+    rank 0   | batch 0 | batch 1 | batch 2 |
+    rank 1        | batch 0 | batch 1 | batch 2 |
+
+Block j's EMA reads block j + 1 as it was when batch t began. That state was final one step ago, so the weights are
+sent when a rank begins a batch, and the rank before needs them only at the end of the same batch. The result is that
+of one process, bit for bit.
+"""
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from localgrad.core.block import Block
+from localgrad.core.partition import cut_by_cost
+from localgrad.core.step import apply_updates, local_gradients
+from localgrad.errors import LocalGradError
+
+
+class Stage:
+    """One rank's part of a block-parallel run.
+
+    Every rank makes all the blocks with the same weights, and makes a Stage of them. Then::
+
+        stage = Stage(blocks, place(costs, num_stages=2))
+        optimizers = [torch.optim.SGD(block.trainable_parameters(), lr=0.1) for block in stage.blocks]
+        for inputs, targets, features in stage.batches(loader, sizes):
+            losses = stage.step(optimizers, inputs, targets, features)
+        stage.gather()                     # every rank has the whole network again
+
+    Args:
+        blocks: all blocks, as `split` gave them, on this rank's device.
+        starts: index of each rank's first block, ascending, the first 0 (see `place`).
+        replicas: number of pipelines side by side, each over `len(starts)` ranks in a row, with gradients averaged
+            between them by a data-parallel wrapper around each block.
+
+    Attributes:
+        blocks: those that this rank trains.
+        wrapped: the same, as they are to be called.
+        own: their indices among all.
+        index: of this stage, from 0.
+        num_stages: ranks of a pipeline.
+        replica: which of the pipelines this rank is in, from 0.
+        replica_group: the processes that train the same blocks on other shares of a batch, or None.
+        is_last_batch: whether the ranks stop after the batch that `batches` gave last, since its `stop` said so.
+
+    Raises:
+        LocalGradError: torch.distributed has another number of ranks, or a stage would be left without a block.
+    """
+
+    def __init__(self, blocks: Sequence[Block], starts: Sequence[int], replicas: int = 1) -> None:
+        num_stages, world_size = len(starts), dist.get_world_size()
+        if num_stages * replicas != world_size:
+            raise LocalGradError(
+                f"{replicas} pipeline(s) of {num_stages} ranks need {num_stages * replicas} processes, and there are "
+                f"{world_size}: start as many, or place the blocks on fewer ranks"
+            )
+        edges = [*starts, len(blocks)]
+        if edges[0] != 0 or any(end <= start for start, end in pairwise(edges)):
+            raise LocalGradError(
+                f"starts is {list(starts)} for {len(blocks)} blocks: give each rank's first block, ascending from 0, "
+                "so that every rank has one"
+            )
+        rank = dist.get_rank()
+        self.num_stages, self.is_last_batch = num_stages, False
+        self.replica, self.index = divmod(rank, num_stages)
+        self.own = range(edges[self.index], edges[self.index + 1])
+        self._all = list(blocks)
+        self._edges = edges
+        self.blocks = self._all[self.own.start : self.own.stop]
+        self._before = rank - 1 if self.index > 0 else None
+        self._after = rank + 1 if self.index < num_stages - 1 else None
+        device = next(self._all[0].parameters()).device
+        # NCCL's receives hold up whatever waits for the whole device, which would then wait for the rank itself
+        self._receives_ahead = device.type != "cuda"
+        self._ranks = [range(n * num_stages, (n + 1) * num_stages) for n in range(replicas)]
+        self._pipeline = [_group(ranks) for ranks in self._ranks][self.replica]
+        self._control = [_group(ranks, "gloo") for ranks in self._ranks][self.replica]
+        # traffic of each two ranks and direction has a group of its own, so that none waits behind another
+        edges_of_ranks = [pair for ranks in self._ranks for pair in pairwise(ranks)]
+        self._down = {pair: _group(pair) for pair in edges_of_ranks}
+        self._up = {pair: _group(pair) for pair in edges_of_ranks}
+        self._agreement: Any = None
+        self.replica_group: Any = None
+        self.wrapped: list[nn.Module] = list(self.blocks)
+        if replicas > 1:
+            sides = [[ranks[stage] for ranks in self._ranks] for stage in range(num_stages)]
+            self.replica_group = [_group(side) for side in sides][self.index]
+            self.wrapped = [
+                nn.parallel.DistributedDataParallel(block, process_group=self.replica_group) for block in self.blocks
+            ]
+            # one a stage, though only the first ranks' is used: NCCL wants each rank to be in as many groups as others
+            self._agreement = [_group(side, "gloo") for side in sides][self.index]
+        self._layouts: list[_Layout] = []  # of what the rank before sends, known from its first batch on
+        self._announced = False
+        self._sends: list[tuple[Any, Tensor]] = []
+        self._weights: tuple[Any, Tensor] | None = None
+        self._batch: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank reads the data."""
+        return self._before is None
+
+    def batches(
+        self,
+        loader: Iterable[tuple[Tensor, Tensor]],
+        sizes: Sequence[int],
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The batches of an epoch, on each rank when the rank before has sent it.
+
+        Args:
+            loader: inputs and targets; read on the first rank only.
+            sizes: number of samples of each batch, on every rank.
+            stop: asked on the first rank before each batch; when it says yes, all ranks stop after this batch.
+
+        Returns:
+            Iterator of inputs `(N, 3, H, W)`, targets `(N,)`, and the features that this rank's first block gets
+            `(N, ...)`, which are the inputs on the first rank.
+        """
+        source = iter(loader)
+        posted = self._post(sizes[0]) if sizes and self._receives_ahead else []
+        self.is_last_batch = False
+        for number, size in enumerate(sizes):
+            self._wait_for_sends()
+            if self._before is None:
+                inputs, targets = next(source)
+                features = inputs
+                self.is_last_batch = self._agreed(stop())
+            else:
+                self._layouts = self._layouts or self._receive_layouts()
+                posted = posted or self._post(size)
+                for work, _ in posted:
+                    work.wait()
+                features, inputs, targets = (tensor for _, tensor in posted)
+                self.is_last_batch = self._receive_flag()
+            posted = []
+            if self._receives_ahead and number + 1 < len(sizes) and not self.is_last_batch:
+                posted = self._post(sizes[number + 1])
+            self._batch = inputs, targets
+            self._start_weights()
+            yield inputs, targets, features
+            if self.is_last_batch:
+                break
+        self._wait_for_sends()
+
+    def step(self, optimizers: Sequence[Optimizer], inputs: Tensor, targets: Tensor, features: Tensor) -> list[Tensor]:
+        """Train this rank's blocks on a batch, as `local_step` trains all of them.
+
+        Args:
+            optimizers: one a block of this rank.
+            inputs, targets, features: what `batches` gave.
+
+        Returns:
+            One detached scalar loss for each block of this rank.
+        """
+        losses = local_gradients(self.wrapped, inputs, targets, features=features, on_output=self.send)
+        self.take_weights()
+        apply_updates(self.blocks, optimizers)
+        return losses
+
+    def send(self, output: Tensor) -> None:
+        """Send the output of this rank's last block, with inputs and targets, to the next rank; returns at once."""
+        if self._after is None:
+            return
+        assert self._batch is not None
+        tensors = [_dense(tensor) for tensor in (output, *self._batch)]
+        if not self._announced:
+            dist.send_object_list([[_Layout.of(tensor) for tensor in tensors]], self._after, group=self._control)
+            self._announced = True
+        for tensor in tensors:
+            group = self._down[dist.get_rank(), self._after]
+            self._sends.append((dist.isend(_flat(tensor), self._after, group=group), tensor))
+        flag = torch.tensor([self.is_last_batch])
+        self._sends.append((dist.isend(flag, self._after, group=self._control), flag))
+
+    def take_weights(self) -> None:
+        """Put the weights that the next rank began this batch with where this rank's last EMA reads them."""
+        followed = self._followed(self.own.stop - 1) if self._after is not None else []
+        if not followed:
+            return
+        work, received = self._weights or self._receive_weights(followed)
+        work.wait()
+        self._weights = None
+        with torch.no_grad():
+            for parameter, value in zip(followed, received.split([p.numel() for p in followed]), strict=True):
+                parameter.copy_(value.view_as(parameter))
+
+    def gather(self) -> None:
+        """Give every rank of the pipeline all parameters and buffers of all blocks."""
+        ranks = self._ranks[self.replica]
+        for stage, (start, end) in enumerate(pairwise(self._edges)):
+            for block in self._all[start:end]:
+                for tensor in [*block.parameters(), *block.buffers()]:
+                    dist.broadcast(tensor.detach(), ranks[stage], group=self._pipeline)
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """What each stage of this pipeline gives, in order, on every rank of it."""
+        values: list[Any] = [None] * len(self._ranks[self.replica])
+        dist.all_gather_object(values, value, group=self._control)
+        return values
+
+    def _followed(self, index: int) -> list[nn.Parameter]:
+        """The parameters of block `index + 1` that block `index` follows."""
+        momentum: Any = self._all[index].momentum
+        return [] if momentum is None else momentum.followed()
+
+    def _start_weights(self) -> None:
+        if self._before is not None and (followed := self._followed(self.own.start - 1)):
+            now = torch.cat([parameter.detach().reshape(-1) for parameter in followed])
+            group = self._up[self._before, dist.get_rank()]
+            self._sends.append((dist.isend(now, self._before, group=group), now))
+        if self._after is not None and (followed := self._followed(self.own.stop - 1)) and self._receives_ahead:
+            self._weights = self._receive_weights(followed)
+
+    def _receive_weights(self, followed: Sequence[nn.Parameter]) -> tuple[Any, Tensor]:
+        assert self._after is not None
+        received = followed[0].new_empty(sum(parameter.numel() for parameter in followed))
+        return dist.irecv(received, self._after, group=self._up[dist.get_rank(), self._after]), received
+
+    def _post(self, size: int) -> list[tuple[Any, Tensor]]:
+        """Receives for a batch of `size` samples; none on the first rank, or as long as its layouts are not known."""
+        if self._before is None:
+            return []
+        device, group = next(self.blocks[0].parameters()).device, self._down[self._before, dist.get_rank()]
+        tensors = [layout.empty(size, device) for layout in self._layouts]
+        return [(dist.irecv(_flat(tensor), self._before, group=group), tensor) for tensor in tensors]
+
+    def _receive_layouts(self) -> list[Any]:
+        received: list[Any] = [None]
+        dist.recv_object_list(received, self._before, group=self._control)
+        return received[0]
+
+    def _agreed(self, stop: bool) -> bool:
+        """Whether any pipeline's first rank is asked to stop."""
+        if self._agreement is None:
+            return stop
+        flag = torch.tensor([int(stop)])
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._agreement)
+        return bool(flag)
+
+    def _receive_flag(self) -> bool:
+        flag = torch.empty(1, dtype=torch.bool)
+        dist.recv(flag, self._before, group=self._control)
+        return bool(flag)
+
+    def _wait_for_sends(self) -> None:
+        for work, _ in self._sends:
+            work.wait()
+        self._sends.clear()
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Shape, strides and type of a batch but for its number of samples."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "_Layout":
+        return cls(tuple(tensor.shape[1:]), (tensor[0].numel(), *tensor.stride()[1:]), tensor.dtype)
+
+    def empty(self, size: int, device: torch.device) -> Tensor:
+        return torch.empty_strided((size, *self.shape), self.strides, dtype=self.dtype, device=device)
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """The tensor, samples one after the other and without gaps, channels last where it is."""
+    formats = (torch.contiguous_format, *([torch.channels_last] if tensor.dim() == 4 else []))
+    if any(tensor.is_contiguous(memory_format=form) for form in formats):
+        return tensor
+    return tensor.contiguous()
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """One dimension over the memory of a dense tensor: what travels, whatever the order of the dimensions."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def _group(ranks: Sequence[int] | None = None, backend: str | None = None) -> Any:
+    """A process group, which every rank of the world has to make, also those that are not in it."""
+    return dist.new_group(None if ranks is None else list(ranks), backend=backend)
+
+
+def place(costs: Sequence[float], num_stages: int) -> list[int]:
+    """First block of each rank, so that the busiest rank has as little to do as possible.
+
+    Args:
+        costs: of each block, in any unit of measure, such as `block_seconds` gives.
+        num_stages: number of ranks, from 1 to the number of blocks.
+
+    Raises:
+        LocalGradError: there are more ranks than blocks.
+    """
+    if not 1 <= num_stages <= len(costs):
+        raise LocalGradError(
+            f"{len(costs)} block(s) cannot be placed on {num_stages} ranks: every rank needs a block of its own; "
+            "cut the network into more blocks, or use fewer ranks"
+        )
+    return [0, *(end + 1 for end in cut_by_cost(costs, num_stages))]
+
+
+def block_seconds(
+    blocks: Sequence[Block],
+    inputs: Tensor,
+    targets: Tensor,
+    *,
+    context: Callable[[int], AbstractContextManager[Any]] = nullcontext,
+    rounds: int = 3,
+) -> list[float]:
+    """Median seconds of each block's forward and backward pass; measured on copies, nothing of the blocks changes.
+
+    Args:
+        blocks: all blocks.
+        inputs: a batch of the size that will be trained on, `(N, 3, H, W)`.
+        targets: `(N,)`.
+        context: what a block's forward pass runs in, such as autocast.
+        rounds: number of passes, after one that is not counted.
+    """
+    copies = copy.deepcopy(list(blocks))
+    seconds: list[list[float]] = [[] for _ in copies]
+    with torch.random.fork_rng(devices=[inputs.device] if inputs.is_cuda else []):
+        for _ in range(1 + rounds):
+            features = inputs
+            for index, block in enumerate(copies):
+                begin = _now(inputs.device)
+                with context(index):
+                    features, loss = block(features.detach(), targets, inputs)
+                loss.backward()
+                seconds[index].append(_now(inputs.device) - begin)
+                block.zero_grad()
+    return [statistics.median(times[1:]) for times in seconds]
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

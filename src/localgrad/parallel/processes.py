@@ -1,0 +1,50 @@
+"""Processes of a run that end or are started again."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from localgrad.core.explain import of_another_process
+from localgrad.errors import LocalGradError
+
+
+def restarted() -> bool:
+    """Whether torchrun has started this process again, since one of the processes had failed."""
+    return dist.is_torchelastic_launched() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def join_again(accelerator: str) -> None:
+    """Makes the process group of processes that torchrun has restarted.
+
+    torchrun's store still has the addresses of the processes that were there before, and PyTorch would wait for them;
+    a prefix of its own for each attempt keeps them apart.
+    """
+    store, rank, world_size = next(rendezvous("env://"))
+    store = PrefixStore(f"attempt{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    on_cuda = accelerator in ("auto", "cuda") and torch.cuda.is_available()
+    if on_cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if on_cuda else "gloo", store=store, rank=rank, world_size=world_size)
+
+
+@contextmanager
+def noticed_losses() -> Iterator[None]:
+    """Turns what torch.distributed raises when another process is gone into a sentence.
+
+    Raises:
+        LocalGradError: a process that this one waited for has ended.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not of_another_process(error):
+            raise
+        raise LocalGradError(
+            "another process of this run has ended, so this one stops too; the last checkpoint holds: continue with "
+            f"--resume ({str(error).partition('. ')[0]})"
+        ) from error

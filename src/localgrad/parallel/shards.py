@@ -1,0 +1,78 @@
+"""Weights in shards: each process keeps a part of every weight, and a block is whole only while it computes (FSDP2)."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map_only
+
+from localgrad.core.block import Block
+from localgrad.errors import LocalGradError
+
+
+def shard(model: nn.Module, blocks: Sequence[Block], device: torch.device, world_size: int) -> None:
+    """Give each process its part of the weights of every block, auxiliary networks included, in place.
+
+    Parameters become DTensors, so optimizers are made afterwards. An EMA and the unit that it follows have the same
+    shapes, so the same shards, and the average needs no communication.
+
+    Raises:
+        LocalGradError: a module that is in no unit holds parameters itself, which would stay as they are in the model.
+    """
+    in_blocks = {module for block in blocks for module in block.modules()}
+    outside = [
+        ".".join(filter(None, (path, name)))
+        for path, module in model.named_modules()
+        if module not in in_blocks
+        for name, _ in module.named_parameters(recurse=False)
+    ]
+    if outside:
+        raise LocalGradError(
+            f"the weights {', '.join(outside[:3])} are in no layer of a unit, and FSDP2 shares out those of layers "
+            "only: use --parallel data or --parallel blocks"
+        )
+    mesh = init_device_mesh(device.type, (world_size,))
+    for block in blocks:
+        block.to(memory_format=torch.contiguous_format)  # FSDP2 takes no channels-last weights; features may be so
+        fully_shard(block, mesh=mesh)
+
+
+@contextmanager
+def put_together(blocks: Sequence[Any]) -> Iterator[None]:
+    """Has every block whole inside, as the model's own forward pass needs it; nothing where weights are not sharded."""
+    sharded = [block for block in blocks if hasattr(block, "unshard")]
+    for block in sharded:
+        block.unshard()
+    yield
+    for block in sharded:
+        block.reshard()
+
+
+def whole(values: Any) -> Any:
+    """The same tree with every shard put together, on every process."""
+    return tree_map_only(DTensor, DTensor.full_tensor, values)
+
+
+def sharded_as(values: Any, like: Any) -> Any:
+    """A saved table of whole tensors, with those in shards that are so in the table `like`."""
+    if not isinstance(values, dict):
+        return values
+    return {
+        name: distribute_tensor(value, like[name].device_mesh, like[name].placements)
+        if isinstance(like.get(name), DTensor) and value.shape == like[name].shape
+        else value
+        for name, value in values.items()
+    }
+
+
+def shard_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
+    """Share out the state of a loaded optimizer as the parameters are."""
+    for parameter, state in optimizer.state.items():
+        if isinstance(parameter, DTensor):
+            like = dict.fromkeys(state, parameter)
+            state.update(sharded_as(state, like))

@@ -1,0 +1,1 @@
+"""The planner: memory of a step, predicted and measured."""

@@ -1,0 +1,77 @@
+"""Peak memory of a function, measured by its live tensor storages."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+Result = TypeVar("Result")
+
+
+CPU = torch.device("cpu")
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes of tensor storages that are alive, from those made inside.
+
+    Works on every device, `meta` included, where it predicts what a real device would hold.
+
+    Attributes:
+        current: bytes alive now.
+        peak: the most that was alive at once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.current = 0
+        self.peak = 0
+        self._sizes = weakref.WeakKeyDictionary[torch.UntypedStorage, int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for value in tree_leaves((args, kwargs)):
+            if isinstance(value, Tensor):
+                self._sizes.setdefault(value.untyped_storage(), 0)  # was there before
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor):
+                self._count(value.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._sizes:
+            return
+        size = storage.nbytes()
+        self._sizes[storage] = size
+        self.current += size
+        self.peak = max(self.peak, self.current)
+        weakref.finalize(storage, self._freed, size)
+
+    def _freed(self, size: int) -> None:
+        self.current -= size
+
+
+def measure_peak(function: Callable[[], Result], device: torch.device = CPU) -> tuple[Result, int]:
+    """Run a function and measure the most memory it held at once beyond what was there before.
+
+    Args:
+        function: what to run.
+        device: where its tensors are.
+
+    Returns:
+        The function's result, and bytes: of the allocator on CUDA, of live tensor storages elsewhere.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = function()
+        torch.cuda.synchronize(device)
+        return result, torch.cuda.max_memory_allocated(device) - before
+    counter = PeakMemory()
+    with counter:
+        result = function()
+    return result, counter.peak

@@ -1,0 +1,231 @@
+"""Peaks: the memory of any cuts by addition, and the cuts with the smallest peak."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from localgrad.core.partition import check_num_blocks
+from localgrad.errors import LocalGradError
+
+INFINITE = float("inf")
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What a unit's forward and backward pass do to memory, in bytes.
+
+    Attributes:
+        kept: what its graph keeps for the backward pass, without input and output.
+        keeps_input: whether its graph keeps the input.
+        keeps_output: whether its graph keeps the output.
+        casts: weights in lower precision that autocast caches until the block's forward pass ends, and no graph keeps.
+        forward: the most that is alive during its forward pass beyond the input.
+        backward: the most that is alive during its backward pass, its own kept bytes included, beyond the input.
+        backward_last: the same where it is the last of a block and its output stays.
+    """
+
+    kept: int
+    keeps_input: bool
+    keeps_output: bool
+    casts: int
+    forward: int
+    backward: int
+    backward_last: int
+
+
+@dataclass(frozen=True)
+class UnitProfile:
+    """What one unit does to memory in a training step.
+
+    Attributes:
+        lasting: bytes of parameters, buffers, and one buffer of optimizer state a trained parameter.
+        gradients: bytes of gradients of its parameters; 0 for a frozen unit.
+        output: bytes of its features.
+        inner: its passes where its input needs a gradient.
+        first: its passes where that needs none: the first unit of a block, and those up to its first trained one.
+    """
+
+    lasting: int
+    gradients: int
+    output: int
+    inner: Pass
+    first: Pass
+
+
+@dataclass(frozen=True)
+class EndProfile:
+    """What a loss does to memory, in bytes: of a block that ends after a unit, or of the model's output.
+
+    Attributes:
+        lasting: parameters, buffers and optimizer state of momentum and objective; infinite where they cannot sit.
+        gradients: of their parameters.
+        forward: the most that is alive during their forward pass beyond the features.
+        backward: the most that is alive during their backward pass beyond the features.
+        forward_frozen: as `forward` where nothing before them is trained, so that the features need no gradient.
+        backward_frozen: as `backward`, likewise.
+        refused: why they cannot sit, where they cannot.
+    """
+
+    lasting: float
+    gradients: int
+    forward: int
+    backward: int
+    forward_frozen: int
+    backward_frozen: int
+    refused: str = ""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A model's memory behaviour, unit by unit; the peak of any cuts follows by addition.
+
+    Attributes:
+        units: one profile a unit.
+        ends: of a block that ends after each unit, and of the model's output for the last unit; three times, for the
+            first, a middle and the last local block, since an objective may differ between them.
+        batch: bytes of inputs and targets.
+        step_each_block: whether a block's gradients are gone before the next block's forward pass.
+    """
+
+    units: tuple[UnitProfile, ...]
+    ends: tuple[tuple[EndProfile, ...], tuple[EndProfile, ...], tuple[EndProfile, ...]]
+    batch: int
+    step_each_block: bool = False
+
+    def ends_of(self, index: int, num_blocks: int) -> tuple[EndProfile, ...]:
+        """What a block with this index may end in."""
+        if index == 0:
+            return self.ends[0]
+        return self.ends[2] if index == num_blocks - 2 else self.ends[1]
+
+    @property
+    def most_blocks(self) -> int:
+        """The largest number of blocks that there can be."""
+        return 1 + sum(end.lasting < INFINITE for end in self.ends[1][:-1])
+
+    @cached_property
+    def _lasting(self) -> int:
+        return sum(unit.lasting for unit in self.units) + self.batch
+
+    @cached_property
+    def _gradients_before(self) -> list[int]:
+        sums = [0]
+        for unit in self.units:
+            sums.append(sums[-1] + unit.gradients)
+        return sums
+
+    def _waiting(self, start: int) -> int:
+        """Gradients of the units before `start` that wait while the block from there is trained."""
+        return 0 if self.step_each_block else self._gradients_before[start]
+
+    def peaks_from(self, start: int, ends: Sequence[EndProfile]) -> list[float]:
+        """Peak of a block from the unit `start` to each later unit: what it adds while it is trained."""
+        passes = self._passes_from(start)
+        entry = 0 if start == 0 else self.units[start - 1].output
+        kept = entry if passes[0].keeps_input else 0
+        peaks: list[float] = []
+        forward_peak, level, casts = 0.0, float(kept), 0
+        caller = entry - kept  # holds the block's input until its forward pass ends
+        # of the units so far: their backward pass beyond what gradients of later units and the block's output add
+        backward: list[float] = []
+        alive_input = 0
+        for position, (here, after) in enumerate(zip(passes, [*passes[1:], None], strict=True), start=start):
+            unit, end = self.units[position], ends[position]
+            forward_peak = max(forward_peak, level + caller + casts + alive_input + here.forward)
+            casts += here.casts
+            last, before = level + here.backward_last, level + here.backward
+            level += here.kept
+            held = unit.output  # the block's own output stays alive while it is trained
+            gradients = self._gradients_before[position + 1]
+            frozen = gradients == self._gradients_before[start]
+            forward, back = (end.forward_frozen, end.backward_frozen) if frozen else (end.forward, end.backward)
+            at_end = level + held + max(caller + casts + forward, back)
+            earlier = (peak + held - self._gradients_before[start + 1 + i] for i, peak in enumerate(backward))
+            worst = max([last - gradients, *earlier]) + gradients
+            backward.append(before)
+            peaks.append(max(forward_peak, at_end, worst + end.gradients))
+            kept = unit.output if here.keeps_output or (after is not None and after.keeps_input) else 0
+            level += kept
+            alive_input = unit.output - kept
+        return peaks
+
+    def _passes_from(self, start: int) -> list[Pass]:
+        """Of each unit of a block from `start`: no gradient goes back beyond its first trained one."""
+        before = self._gradients_before
+        return [
+            unit.first if before[position] == before[start] else unit.inner
+            for position, unit in enumerate(self.units[start:], start=start)
+        ]
+
+    def peak(self, cuts: Sequence[int]) -> float:
+        """Peak bytes of a step with blocks that end after these units: everything that lives in it."""
+        starts, stops = [0, *(cut + 1 for cut in cuts)], [*cuts, len(self.units) - 1]
+        lasting, worst, gradients = float(self._lasting), 0.0, 0
+        for index, (start, stop) in enumerate(zip(starts, stops, strict=True)):
+            ends = self.ends_of(index, len(stops))
+            peak = self.peaks_from(start, ends)[stop - start]
+            worst = max(worst, gradients + self._waiting(start) + peak)
+            if index < len(cuts):
+                lasting += ends[stop].lasting
+                gradients += 0 if self.step_each_block else ends[stop].gradients
+        return lasting + worst
+
+    def best_cuts(self, num_blocks: int) -> list[int]:
+        """The cuts into K blocks with the smallest peak.
+
+        Exact for `peak`: dynamic programming over (blocks, last unit), with the Pareto front of what auxiliary
+        networks add for good, what gradients wait in them, and the worst block so far.
+
+        Args:
+            num_blocks: K.
+
+        Returns:
+            The K - 1 indices of the units after which to cut, ascending.
+
+        Raises:
+            LocalGradError: K is out of range, or no K - 1 cuts exist at which momentum and objective can sit.
+        """
+        check_num_blocks(num_blocks, len(self.units))
+        last = len(self.units) - 1
+        tables = {ends: [self.peaks_from(start, ends) for start in range(last + 1)] for ends in self.ends}
+        fronts = {-1: [(0.0, 0, 0.0, ())]}
+        for blocks in range(1, num_blocks + 1):
+            longer: dict[int, list[tuple[float, int, float, tuple[int, ...]]]] = {}
+            ends = self.ends_of(blocks - 1, num_blocks)
+            table = tables[ends]
+            stops = [last] if blocks == num_blocks else range(blocks - 1, last)
+            for stop in stops:
+                end = ends[stop] if stop < last else EndProfile(0, 0, 0, 0, 0, 0)
+                if end.lasting == INFINITE:
+                    continue
+                left = 0 if self.step_each_block else end.gradients
+                choices = [
+                    (
+                        lasting + end.lasting,
+                        waiting + left,
+                        max(worst, waiting + self._waiting(cut + 1) + table[cut + 1][stop - cut - 1]),
+                        (*cuts, stop),
+                    )
+                    for cut, front in fronts.items()
+                    if cut < stop
+                    for lasting, waiting, worst, cuts in front
+                ]
+                if choices:
+                    longer[stop] = _pareto(choices)
+            fronts = longer
+        if last not in fronts:
+            raise LocalGradError(
+                f"num_blocks is {num_blocks}: the objective cannot sit after {num_blocks - 1} of the {last + 1} units; "
+                "ask for fewer blocks, or for another objective"
+            )
+        return list(min(fronts[last], key=lambda choice: choice[0] + choice[2])[3][:-1])
+
+
+def _pareto(
+    choices: list[tuple[float, int, float, tuple[int, ...]]],
+) -> list[tuple[float, int, float, tuple[int, ...]]]:
+    front: list[tuple[float, int, float, tuple[int, ...]]] = []
+    for choice in sorted(choices):
+        if not any(all(a <= b for a, b in zip(other[:3], choice[:3], strict=True)) for other in front):
+            front.append(choice)
+    return front

@@ -1,0 +1,84 @@
+"""Simulation: forward and backward passes on tensors without data, under bf16 autocast too."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+from localgrad.errors import LocalGradError
+
+Precision = Literal["32-true", "bf16-mixed"]
+
+
+_FLOAT32_ON_CUDA = (
+    *(F.layer_norm, F.group_norm),
+    *(F.softmax, torch.softmax, torch.Tensor.softmax),
+    *(F.log_softmax, torch.log_softmax, torch.Tensor.log_softmax),
+)
+
+
+def check_precision(precision: str) -> None:
+    """Refuse a precision that the planner does not know."""
+    if precision not in get_args(Precision):
+        raise LocalGradError(f"precision is {precision!r}: it is one of {', '.join(map(repr, get_args(Precision)))}")
+
+
+class _CudaRules(TorchFunctionMode):
+    """Compute in float32 what CUDA's autocast would: the processor's list has no norms and no softmax."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in _FLOAT32_ON_CUDA or not torch.is_autocast_enabled("cpu"):
+            return func(*args, **kwargs)
+        args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.float, (args, kwargs))
+        with torch.autocast("cpu", enabled=False):
+            return func(*args, **kwargs)
+
+
+class Simulation:
+    """Where a step is simulated: on fake tensors, which have no data and behave as those of a processor.
+
+    `meta` tensors know no autocast, and take attention apart where real devices have one kernel for it. A fake tensor
+    on CUDA would be closer, but its backward pass needs a GPU to be there.
+
+    Args:
+        precision: of the forward passes.
+        device_type: whose rules autocast follows, `"cpu"`, or CUDA's for any other.
+    """
+
+    def __init__(self, precision: Precision, device_type: str) -> None:
+        self.precision: Precision = precision
+        self.cuda_rules = precision == "bf16-mixed" and device_type != "cpu"
+        self.device = torch.device("cpu")
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Tensors made inside are fake."""
+        with self._mode, _CudaRules() if self.cuda_rules else nullcontext():
+            yield
+
+    def forward_pass(self) -> torch.autocast:
+        """What the forward pass of one block runs under; the casts of its weights are cached until it ends."""
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16-mixed")
+
+    def place(self, module: nn.Module) -> nn.Module:
+        """Give a module fake tensors, in place, and return it; to be called inside `running`."""
+        known: dict[torch.Tensor, torch.Tensor] = {}
+        for layer in module.modules():
+            for table in (layer._parameters, layer._buffers):
+                for name, tensor in table.items():
+                    if tensor is None:
+                        continue
+                    if tensor not in known:
+                        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
+                        is_parameter = isinstance(tensor, nn.Parameter)
+                        known[tensor] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+                    table[name] = known[tensor]  # pyright: ignore[reportArgumentType]
+        return module

@@ -1,0 +1,1 @@
+"""Results of finished runs: read, tabled, drawn, reported."""

@@ -1,0 +1,150 @@
+"""How often a trained network is wrong: the user's own forward, and each block's own head."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from localgrad.core.block import Block
+from localgrad.errors import LocalGradError
+from localgrad.results.finished import load_trained
+from localgrad.training.error_rates import error_rates
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found."""
+
+    test_error: float
+    """Test error in percent."""
+    local_errors: list[float | None] | None
+    """Test error in percent of each block's own head (None where it has none), when that was asked for."""
+    images: int
+    """Number of test images."""
+
+
+def evaluate(
+    run_dir: str | Path,
+    *,
+    data: str | None = None,
+    test_split: str | None = None,
+    local_heads: bool = False,
+    accelerator: str = "auto",
+) -> Evaluation:
+    """Evaluates the weights that a finished run left in its folder.
+
+    Args:
+        run_dir: the run folder.
+        data: other images, a hub name or a folder, all of them; None for those the run was tested on.
+        test_split: another split to test on.
+        local_heads: evaluate each block's own head too, from the checkpoint.
+        accelerator: `auto`, `cpu`, `cuda` or `mps`.
+
+    Returns:
+        Errors in percent, and the number of images.
+
+    Raises:
+        LocalGradError: the folder holds no finished run, a file in it is damaged, the images have other classes than
+            the network, or local heads are asked for and the last checkpoint is not there or damaged.
+    """
+    trained = load_trained(run_dir, data=data, test_split=test_split, with_blocks=local_heads, accelerator=accelerator)
+    config = replace(trained.config, local_heads=local_heads)
+    test_error, local_errors = error_rates(trained.fabric, config, trained.model, trained.blocks, trained.test)
+    return Evaluation(test_error, local_errors, len(trained.test))
+
+
+@dataclass(frozen=True)
+class EarlyExit:
+    """What `early_exit` found."""
+
+    test_error: float
+    """Test error in percent of the block's own head."""
+    images: int
+    """Number of test images."""
+    num_blocks: int
+    """Number of blocks of the whole network."""
+    compute: float
+    """Operations of the forward pass up to this head, over those of the whole network."""
+    parameters: float
+    """Parameters up to this head, over those of the whole network."""
+
+
+def early_exit(
+    run_dir: str | Path,
+    block: int,
+    *,
+    data: str | None = None,
+    test_split: str | None = None,
+    accelerator: str = "auto",
+) -> EarlyExit:
+    """Evaluates a finished run as if its network ended after a block: its first blocks and that block's own head.
+
+    The head is what local training left there: the momentum auxiliary network, if any, and the class head. Both shares
+    count it, so they may exceed 1 where a head outweighs the rest of the network.
+
+    Args:
+        run_dir: the run folder.
+        block: number of the block, from 1; the last one's head is the network's.
+        data, test_split, accelerator: as in `evaluate`.
+
+    Raises:
+        LocalGradError: there is no such block, its head gives no class scores, the folder holds no finished run, or a
+            file in it is damaged.
+    """
+    trained = load_trained(run_dir, data=data, test_split=test_split, with_blocks=True, accelerator=accelerator)
+    count = len(trained.blocks)
+    if not 1 <= block <= count:
+        raise LocalGradError(f"exit-at is {block}: {run_dir} has {count} block(s); give a number from 1 to {count}")
+    exit_network = _Exit(trained.blocks[:block])
+    for module in (trained.model, exit_network):
+        module.eval()
+    size = trained.config.data.image_size
+    example = torch.zeros(1, 3, size, size, device=trained.fabric.device)
+    compute = _operations(exit_network, example) / _operations(trained.model, example)
+    parameters = _size(exit_network.parts) / _size([trained.model])
+    test_error, _ = error_rates(
+        trained.fabric, replace(trained.config, local_heads=False), exit_network, [], trained.test
+    )
+    return EarlyExit(test_error, len(trained.test), count, compute, parameters)
+
+
+class _Exit(nn.Module):
+    """The first blocks of a network, and the last one's head."""
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.bodies = [block.body for block in blocks]
+        self.last = blocks[-1]
+
+    @property
+    def parts(self) -> list[nn.Module]:
+        """What the forward pass runs: bodies, momentum auxiliary network, class head; no decoder."""
+        auxiliary = (self.last.momentum, getattr(self.last.objective, "classifier", None))
+        return [*self.bodies, *(module for module in auxiliary if module is not None)]
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        features = inputs
+        for body in self.bodies:
+            features = body(features)
+        scores = self.last.local_logits(features)
+        if scores is None:
+            raise LocalGradError(
+                f"block {len(self.bodies)} gives no class scores (its local loss trains none, as a contrastive one): "
+                "exit at another block; evaluate --local-heads lists those that have a class head"
+            )
+        return scores
+
+
+@torch.no_grad()
+def _operations(module: nn.Module, example: Tensor) -> int:
+    with FlopCounterMode(display=False) as counter:
+        module(example)
+    return counter.get_total_flops()
+
+
+def _size(modules: Sequence[nn.Module]) -> int:
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())

@@ -1,0 +1,134 @@
+"""A finished run, read back from its folder: network, blocks and images, on a device."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from localgrad.config.build import build_blocks, build_model
+from localgrad.config.schema import TrainConfig
+from localgrad.core.block import Block
+from localgrad.data.config import DataConfig
+from localgrad.data.loading import load_images
+from localgrad.data.sets import ImageSet
+from localgrad.errors import LocalGradError
+from localgrad.runs.files import read_json
+from localgrad.runs.folder import RunFolder, load_state
+from localgrad.training.devices import make_fabric
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a finished run left."""
+
+    folder: RunFolder
+    config: TrainConfig
+    """The run's config, for one device, with the images that were asked for."""
+    fabric: Any
+    model: nn.Module
+    blocks: list[Block]
+    """Its blocks with their auxiliary networks; none unless asked for."""
+    train: ImageSet
+    """Training images; one image unless asked for."""
+    test: ImageSet
+
+    @property
+    def cuts(self) -> list[str]:
+        """Units after which gradients were isolated."""
+        return list(read_json(self.folder.result)["cuts"] if self.config.cuts is None else self.config.cuts)
+
+
+def load_trained(
+    run_dir: str | Path,
+    *,
+    data: str | None = None,
+    test_split: str | None = None,
+    train_limit: int | None = None,
+    test_limit: int | None = None,
+    training_images: bool = False,
+    with_blocks: bool = False,
+    accelerator: str = "auto",
+) -> Trained:
+    """Loads the weights of a finished run, and images.
+
+    Args:
+        run_dir: the run folder.
+        data: other images, a hub name or a folder, all of them; None for those of the run.
+        test_split: another split to test on.
+        train_limit: so many training images only; None takes the run's limit, or all of other images.
+        test_limit: likewise of the test images.
+        training_images: load them; otherwise only the test split is read, and of the run's own images on disk the
+            training labels, for a folder's classes are those of both splits.
+        with_blocks: build the blocks, and load their auxiliary networks from the checkpoint.
+        accelerator: `auto`, `cpu`, `cuda` or `mps`.
+
+    Raises:
+        LocalGradError: the folder holds no finished run, a file in it is damaged, or the images cannot be had.
+    """
+    folder = RunFolder(Path(run_dir))
+    config = folder.config()
+    images = _chosen(config.data, data, test_split, train_limit, test_limit)
+    if not training_images:
+        images = _own_classes(images) if data is None and images.on_disk else _test_only(images)
+    config = replace(config, accelerator=accelerator, devices=1, parallel="data", replicas=1, data=images)
+    fabric = make_fabric(config)
+    train, test = load_images(config.data)
+    classes, names = folder.classes()
+    if classes not in (None, test.num_classes):
+        raise LocalGradError(
+            f"{config.data.source} has {test.num_classes} classes and the network of {folder.path} tells {classes} "
+            "apart; give --data with the same classes in the same order"
+        )
+    if names and test.class_names and names != list(test.class_names) and {*names} & {*test.class_names}:
+        raise LocalGradError(
+            f"{config.data.source} has the classes {', '.join(test.class_names[:9])} and the network of {folder.path} "
+            f"was trained on {', '.join(names[:9])}: give --data with the same classes in the same order"
+        )
+    model = build_model(config.model, test.num_classes)
+    blocks = build_blocks(config, model, test.num_classes) if with_blocks else []
+    folder.load_model(model)
+    if blocks:
+        _load_heads(blocks, folder, config.optim.epochs)
+    for module in (model, *blocks):
+        module.to(fabric.device)
+    return Trained(folder, config, fabric, model, blocks, train.to(fabric.device), test.to(fabric.device))
+
+
+def _load_heads(blocks: Sequence[Block], folder: RunFolder, epochs: int) -> None:
+    path, saved = folder.newest_checkpoint()
+    epoch = saved["state"].get("epoch") if isinstance(saved.get("state"), dict) else None
+    if not isinstance(epoch, int) or epoch <= epochs:
+        raise LocalGradError(
+            f"{path} is not of the end of the run, as its local heads would have to be; leave them out"
+        )
+    if saved.get("auxiliary") is None:
+        raise LocalGradError(f"{path} has no auxiliary networks in it, so local heads cannot be loaded; leave them out")
+    loaders = [block.load_auxiliary_state_dict for block in blocks]
+    load_state(
+        lambda states: [load(part) for load, part in zip(loaders, states, strict=True)], saved.get("auxiliary"), path
+    )
+
+
+def _chosen(
+    config: DataConfig, source: str | None, test_split: str | None, train_limit: int | None, test_limit: int | None
+) -> DataConfig:
+    if source is not None:
+        config = replace(config, source=source, train_limit=None, test_limit=None)
+    return replace(
+        config,
+        test_split=test_split or config.test_split,
+        train_limit=train_limit or config.train_limit,
+        test_limit=test_limit or config.test_limit,
+    )
+
+
+def _own_classes(config: DataConfig) -> DataConfig:
+    """The config with one training image: a folder's classes are those of both splits, in that order."""
+    return replace(config, train_limit=1)
+
+
+def _test_only(config: DataConfig) -> DataConfig:
+    """The config with its test split in both places, so that no other is needed."""
+    return replace(config, train_limit=1, train_split=config.test_split if config.on_disk else "train")

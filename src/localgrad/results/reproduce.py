@@ -1,0 +1,406 @@
+"""Reproducing a table: its rows times the seeds, each a `localgrad train` of its own, resumable at any point.
+
+Everything is in one output folder: the run folders in `runs/ROW-seedN`, which are large and can go when all is done,
+and beside `runs` one `ROW-seedN.json` a finished run, which is what counts as done and is meant to be kept.
+"""
+
+import dataclasses
+import json
+import os
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from localgrad.config.checks import validate
+from localgrad.config.methods import with_defaults
+from localgrad.config.saved import differences, from_dict, to_dict
+from localgrad.config.schema import TrainConfig
+from localgrad.errors import LocalGradError, closest
+from localgrad.recipes import recipe
+from localgrad.recipes.tables import table
+from localgrad.results.read import checked_result
+from localgrad.runs.files import lock, read_json, write_json
+from localgrad.runs.folder import RunFolder
+from localgrad.training.interrupts import InterruptedRun, noted_interrupts
+from localgrad.training.progress import TableDisplay
+
+POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row with one seed."""
+
+    config: TrainConfig
+    """The complete run."""
+    flags: tuple[str, ...]
+    """What makes the row's recipe into that config, as flags of `localgrad train`."""
+    output: Path
+    """Folder of the whole table."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.config.name}-seed{self.config.seed}"
+
+    @property
+    def result(self) -> Path:
+        return self.output / f"{self.name}.json"
+
+    @property
+    def run(self) -> RunFolder:
+        return RunFolder(self.output / "runs" / self.name)
+
+    @property
+    def log(self) -> Path:
+        return self.output / "runs" / f"{self.name}.log"
+
+    @property
+    def command(self) -> list[str]:
+        """Arguments of `localgrad` that run this cell from its beginning."""
+        return ["train", self.config.name, *self.flags]
+
+    @property
+    def state(self) -> str:
+        """`done`, `started` or `new`."""
+        if self.result.exists():
+            return "done"
+        return "started" if (self.run.path / "config.json").exists() else "new"
+
+
+def plan_cells(
+    name: str, *, seeds: Sequence[int], changes: dict[str, Any], output: Path, rows: Sequence[str] = ()
+) -> list[Cell]:
+    """The runs of a table, in the order in which they are done: all rows with the first seed first.
+
+    Args:
+        name: of the table.
+        seeds: one run each, of every row.
+        changes: fields of every row's config that are set, by their dotted names, as `{"optim.epochs": 10}`.
+        output: folder for results and runs.
+        rows: only these of the table; all if there are none.
+
+    Raises:
+        LocalGradError: there is no such table or row in it, a config cannot be used, or the folder holds runs of other
+            settings.
+    """
+    listed = table(name).rows
+    for row in rows:
+        if row not in listed:
+            raise LocalGradError(
+                f"table {name} has no row {row!r}{closest(row, listed)}; its rows: {', '.join(listed)}"
+            )
+    check_seeds(seeds)
+    cells = [_cell(row, seed, changes, output) for seed in seeds for row in listed if row in (rows or listed)]
+    _check_settings(name, changes, output)
+    return cells
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Refuse none, or one twice."""
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise LocalGradError(f"seeds are {tuple(seeds)}: give one or more different ones, as --seeds 0 1 2")
+
+
+def _cell(row: str, seed: int, changes: dict[str, Any], output: Path) -> Cell:
+    changes = {"seed": seed, **changes}
+    values = to_dict(recipe(row).config)
+    flags: list[str] = []
+    for path, value in changes.items():
+        *parents, field = path.split(".")
+        part = values
+        for parent in parents:
+            part = part[parent]
+        part[field] = value
+        flag = "--" + path.replace("_", "-")
+        flags += [flag] if value is True else [flag, str(value)]
+    return Cell(with_defaults(validate(from_dict(values))), tuple(flags), output)
+
+
+def _check_settings(name: str, changes: dict[str, Any], output: Path) -> None:
+    """Refuses a folder with runs of the table, of any seed, that were made with other settings.
+
+    Finished runs may have found the same images in another place, on another machine.
+    """
+    for row in table(name).rows:
+        finished = {path: _load(path)["config"] for path in _results(output, row)}
+        done = {path.stem for path in finished}
+        begun = sorted(output.glob(f"runs/{row}-seed*/config.json"))
+        started = {path: read_json(path) for path in begun if path.parent.name not in done}
+        saved = finished | started
+        for path, values in saved.items():
+            try:
+                before = from_dict(values)
+            except LocalGradError as error:
+                raise LocalGradError(f"{path}: {error}") from None
+            made = _cell(row, before.seed, changes, output)
+            now = made.config
+            if path in finished and path != made.result:
+                raise LocalGradError(
+                    f"{path} holds the result of {before.name} with seed {before.seed}, which belongs into "
+                    f"{made.result.name}: move it away, or a seed counts twice"
+                )
+            if path in finished:
+                before = dataclasses.replace(before, data=dataclasses.replace(before.data, source=now.data.source))
+            changed = differences(before, now)
+            if changed:
+                raise LocalGradError(
+                    f"{output} holds runs of other settings ({path.relative_to(output)}, saved -> asked for: "
+                    f"{'; '.join(changed)}); give another --output, or the flags that it was started with"
+                )
+
+
+def _results(output: Path, row: str) -> list[Path]:
+    paths = [path for path in output.glob(f"{row}-seed*.json") if path.stem.removeprefix(f"{row}-seed").isdecimal()]
+    return sorted(paths, key=lambda path: int(path.stem.rpartition("seed")[2]))
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """One result.
+
+    Raises:
+        LocalGradError: the file is damaged, or something else.
+    """
+    values = read_json(path, finite=True)
+    try:
+        checked_result(values)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        why = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise LocalGradError(f"{path} is no result of a run ({why}): move it away, or give another --output") from None
+    return values
+
+
+# Run
+def run_cells(cells: Sequence[Cell], *, jobs: int = 1) -> dict[str, str]:
+    """Run what is not done yet, each in a process of its own, and collect the results.
+
+    The threads that torch would use are divided between the processes, and GPUs are given out in turn.
+
+    Args:
+        cells: from `plan_cells`.
+        jobs: how many to run at the same time.
+
+    Returns:
+        Why each run that failed did so, by name; the others were run nevertheless.
+
+    Raises:
+        LocalGradError: `jobs` is less than 1, the folder cannot be written, or another process is running these.
+        KeyboardInterrupt: interrupted; every process has saved what it had, and the same call goes on from there.
+    """
+    if jobs < 1:
+        raise LocalGradError(f"jobs is {jobs}: it must be at least 1")
+    failures: dict[str, str] = {}
+    for cell in cells:
+        if cell.state != "done" and cell.run.is_finished:  # ended while this process was being stopped
+            _collect(cell, failures)
+    waiting = [cell for cell in cells if cell.state != "done" and cell.name not in failures]
+    if not waiting:
+        return failures
+    jobs = min(jobs, len(waiting))
+    running: dict[str, tuple[Cell, subprocess.Popen[bytes]]] = {}
+    places: dict[str, int] = {}
+    output, num_done = waiting[0].output, len(cells) - len(waiting) - len(failures)
+    with _locked(output) as held, noted_interrupts() as interrupted, TableDisplay(len(cells), num_done) as display:
+        try:
+            while (waiting or running) and not interrupted.is_set():
+                while waiting and len(running) < jobs:
+                    cell = waiting.pop(0)
+                    display.started(cell.name, cell.config.optim.epochs, len(_test_errors_so_far(cell, failures)))
+                    if cell.name in failures:
+                        display.ended(cell.name, f"failed: {failures[cell.name]}")
+                        continue
+                    places[cell.name] = min(set(range(jobs)) - {places[name] for name in running})
+                    running[cell.name] = cell, _start(cell, share(cell.config, places[cell.name], jobs), held)
+                time.sleep(POLL_SECONDS)
+                for name, (cell, process) in list(running.items()):
+                    if process.poll() is None:
+                        display.progress(name, _test_errors_so_far(cell, {}))
+                        continue
+                    del running[name]
+                    if process.returncode:
+                        failures[name] = _reason(cell, process.returncode)
+                    else:
+                        _collect(cell, failures)
+                    if name in failures:
+                        display.ended(name, f"failed: {failures[name]}; see {cell.log}")
+                    else:
+                        display.ended(name, f"test error {_load(cell.result)['test_error']:.2f}%")
+        finally:
+            _stop([process for _, process in running.values()])
+        if interrupted.is_set():
+            raise InterruptedRun("interrupted; the same command goes on from there", interrupted.number)
+    return failures
+
+
+def share(config: TrainConfig, place: int, jobs: int) -> dict[str, str]:
+    """Environment variables of one of the runs at the same time: its part of the threads, and its GPU.
+
+    Args:
+        config: a run that asks for several devices gets all GPUs.
+        place: of the run among those at the same time, from 0; GPUs are given out in turn.
+        jobs: how many run at the same time.
+    """
+    import torch
+
+    variables = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // jobs))}
+    if config.devices == 1 and torch.cuda.is_available():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+        gpus = visible.split(",")
+        variables["CUDA_VISIBLE_DEVICES"] = gpus[place % len(gpus)]
+    return variables
+
+
+def _start(cell: Cell, variables: dict[str, str], held: int) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-m", "localgrad", *cell.command, "--run-dir", str(cell.run.path)]
+    try:
+        with cell.log.open("ab") as log:
+            return subprocess.Popen(
+                [*command, *["--resume"] * (cell.state == "started")],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **variables},
+                start_new_session=True,  # Ctrl-C comes to this process alone, which passes it on once
+                pass_fds=(held,),
+            )
+    except OSError as error:
+        raise LocalGradError(f"{cell.name} cannot be started: {error.strerror or error}") from error
+
+
+def _stop(processes: Sequence["subprocess.Popen[bytes]"]) -> None:
+    """Asks every process to save and end, and waits for it; at a second Ctrl-C they end without saving once more."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        while process.poll() is None:
+            try:
+                process.wait()
+            except KeyboardInterrupt:
+                for other in processes:
+                    other.terminate()
+
+
+def _reason(cell: Cell, code: int) -> str:
+    said = [line.strip() for line in cell.log.read_text(errors="replace").splitlines() if line.strip()]
+    why = said[-1].removeprefix("localgrad: ") if said else "it said nothing"
+    return f"ended by {signal.Signals(-code).name}" if code < 0 else f"{why} (exit code {code})"
+
+
+@contextmanager
+def _locked(output: Path) -> Iterator[int]:
+    """Holds the folder's lock file; the processes inherit it, so it is held until the last one has ended.
+
+    Raises:
+        LocalGradError: another process holds it, or the folder cannot be written.
+    """
+    path = output / "runs" / "lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    except OSError as error:
+        raise LocalGradError(f"the folder {output} cannot be written: {error.strerror or error}") from error
+    with file:
+        try:
+            lock(file)
+        except BlockingIOError:
+            raise LocalGradError(f"runs of {output} are going on; wait for them, or give another --output") from None
+        yield file.fileno()
+
+
+def collect(cell: Cell) -> None:
+    """Write the cell's result file from its run folder: `result.json`, the command, and the test error by epoch.
+
+    Raises:
+        LocalGradError: the run is not finished, its files are damaged, or the file cannot be written.
+    """
+    command = shlex.join(["localgrad", *cell.command])
+    write_json(cell.result, {"command": command, **_load(cell.run.result), "test_errors": _test_errors(cell)})
+
+
+def _collect(cell: Cell, failures: dict[str, str]) -> None:
+    """Collects a finished run; where it cannot be, that is among the failures, and the others go on."""
+    try:
+        collect(cell)
+    except LocalGradError as error:
+        failures[cell.name] = str(error)
+
+
+def _test_errors(cell: Cell) -> list[float | None]:
+    """Test error in percent after each epoch so far; None where it was not evaluated."""
+    path = cell.run.metrics
+    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+    try:
+        return [json.loads(line)["test_error"] for line in lines if line.endswith("\n")]  # the last may be in writing
+    except (ValueError, TypeError, KeyError) as error:
+        raise LocalGradError(f"{path} is damaged ({error}): remove {cell.run.path} to run it anew") from error
+
+
+def _test_errors_so_far(cell: Cell, failures: dict[str, str]) -> list[float | None]:
+    """The same, for the display; none where the file is damaged, which is then among the failures."""
+    try:
+        return _test_errors(cell)
+    except LocalGradError as error:
+        failures[cell.name] = str(error)
+        return []
+
+
+# Show
+def show_table(name: str, output: Path) -> None:
+    """Print the table of all results in the folder: mean ± standard deviation (number of seeds), beside the paper's.
+
+    Raises:
+        LocalGradError: a result file is damaged.
+    """
+    rows = {row: [_load(path) for path in _results(output, row)] for row in table(name).rows}
+    lines = [("row", "label", "blocks", "test error %", "best epoch's %", "paper's %", "MiB a step", "minutes")]
+    lines += [_line(row, results) for row, results in rows.items()]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    print(f"{table(name).title}; results in {output}")
+    for first, *cells in lines:
+        print(
+            f"{first:{widths[0]}}  "
+            + "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
+        )
+    for changed in _changes(rows):
+        print(f"not as in the recipe: {changed}")
+
+
+def _line(row: str, results: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    made = recipe(row)
+    paper = "-" if made.paper_error is None else f"{made.paper_error:.2f}"
+    if not results:
+        return (row, made.label, str(made.num_blocks), "-", "-", paper, "-", "-")
+    return (
+        row,
+        made.label,
+        str(results[0]["num_blocks"]),
+        mean_std([result["test_error"] for result in results]),
+        mean_std([result["best_test_error"] for result in results]),
+        paper,
+        f"{statistics.mean(result['peak_memory_bytes'] for result in results) / 2**20:.0f}",
+        f"{statistics.mean(result['wall_seconds'] for result in results) / 60:.1f}",
+    )
+
+
+def mean_std(values: Sequence[float]) -> str:
+    """`mean ± std (n)`, with the standard deviation of a sample (n - 1), which one value has none of."""
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{deviation} ({len(values)})"
+
+
+def _changes(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """In what the runs differ from their recipes, the seed left out; each change once."""
+    lines: dict[str, None] = {}
+    for row, results in rows.items():
+        intended = with_defaults(recipe(row).config)
+        for result in results:
+            seed = result["config"]["seed"]
+            lines |= dict.fromkeys(differences(dataclasses.replace(intended, seed=seed), from_dict(result["config"])))
+    return list(lines)

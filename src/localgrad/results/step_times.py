@@ -1,0 +1,312 @@
+"""Seconds of a training step, of several trainings in turns: a step each, round by round.
+
+Whatever else the machine does hits all of them alike, so that their times can be compared, which those of runs that
+were made at different times cannot.
+"""
+
+import contextlib
+import itertools
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from localgrad.config.checks import validate
+from localgrad.config.methods import with_defaults
+from localgrad.config.saved import from_dict, to_dict
+from localgrad.config.schema import TrainConfig
+from localgrad.data.config import DataConfig
+from localgrad.data.loading import load_images
+from localgrad.data.sets import ImageSet
+from localgrad.errors import LocalGradError
+from localgrad.results.read import read_results
+from localgrad.results.tables import Row, Table, step_key, tables, told_seconds
+from localgrad.runs.folder import RunFolder
+from localgrad.runs.provenance import provenance
+from localgrad.training.devices import resolve_precision
+from localgrad.training.state import Run
+from localgrad.training.trainer import set_up, train_step
+
+Step = Callable[[], object]
+
+
+WARM_UP = 3
+"""Rounds that are not counted: the first makes the optimizers' state, the third records where CUDA graphs are used."""
+
+
+BATCHES = 4
+"""Batches of images that a timed training has."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is timed: a row of a table of results."""
+
+    table: Table
+    row: Row
+    config: TrainConfig
+    """Of one of its runs, complete."""
+
+    @property
+    def label(self) -> str:
+        """What its table calls it."""
+        return next(label for label, row in zip(self.table.labels, self.table.rows, strict=True) if row is self.row)
+
+    @property
+    def images(self) -> int:
+        """Images of a step."""
+        batch_size = self.config.optim.batch_size
+        return min(batch_size, self.config.data.train_limit or batch_size)
+
+
+def time_results(
+    folder: Path,
+    *,
+    data: str | None = None,
+    rounds: int = 15,
+    accelerator: str = "auto",
+    warn: Callable[[str], None],
+) -> dict[str, Any]:
+    """Measures the steps of all trainings that have a finished run below a folder, in turns, on this machine.
+
+    The networks start from the seed's weights, with a learning rate of 0, so that nothing can grow without bound. A
+    step gets its images from a few batches in memory; where a run streams them, reading them is no part of the step.
+    All networks are in memory at once, with their optimizers' state; the activations are those of one step.
+
+    Args:
+        folder: with results, as `report` takes it. Runs whose steps are the same but for seed or budget are one row.
+        data: other images, a hub name or a folder; None for those of the runs.
+        rounds: steps of each training that count.
+        accelerator: `auto`, `cpu`, `cuda` or `mps`.
+        warn: told, in one line each, which trainings are left out and why, and which runs are of another device.
+
+    Returns:
+        What `step-times.json` holds: `rows` with `row`, `seconds_per_step` (median over the rounds), `ratio_to_first`
+        (median of the ratios of a round), `num_blocks`, `num_classes`, `precision` and `config`; `seconds` of every
+        round by row; `settings` (network and batch size where all have the same); device, versions and commit.
+
+    Raises:
+        LocalGradError: there is nothing in the folder that can be timed here, or not all of it at once.
+    """
+    if rounds < 1:
+        raise LocalGradError(f"rounds is {rounds}; give 1 or more")
+    trainings = _trainings(tables(read_results(folder, warn).runs), accelerator, warn)
+    shared = _shared(trainings)
+    timed: dict[str, tuple[Step, Run, TrainConfig]] = {}
+    with contextlib.ExitStack() as held, _memory_errors(len(trainings)):
+        for label, training in _labelled(trainings, shared).items():
+            try:
+                step, run = timed_step(_elsewhere(training.config, data, accelerator), held)
+                if data is not None:
+                    _check_images(training, run)
+            except LocalGradError as problem:
+                warn(f"left out: {training.row.runs[0].path}: {problem}")
+            else:
+                timed[label] = step, run, training.config
+        if not timed:
+            raise LocalGradError(f"{folder} has no finished run that can be timed here")
+        origin = provenance(next(run for _, run, _ in timed.values()).fabric.device)
+        _compare_devices(trainings, origin["device"], warn)
+        seconds = take_turns({label: step for label, (step, _, _) in timed.items()}, rounds)
+    first = next(iter(seconds.values()))
+    rows = [
+        {
+            "row": label,
+            "seconds_per_step": statistics.median(seconds[label]),
+            "ratio_to_first": ratio(seconds[label], first),
+            "num_blocks": len(run.blocks),
+            "num_classes": run.train.num_classes,
+            "precision": resolve_precision(run.config),
+            "config": to_dict(config),
+        }
+        for label, (_, run, config) in timed.items()
+    ]
+    return {"settings": {**shared, "rounds": rounds}, "rows": rows, "seconds": seconds, **origin}
+
+
+def _trainings(grouped: Sequence[Table], accelerator: str, warn: Callable[[str], None]) -> list[Training]:
+    """One for each step that is another, in the order of a table's rows."""
+    chosen: dict[str, Training] = {}
+    rows = [(table, row) for table in grouped for row in table.rows]
+    rows.sort(key=lambda each: (each[0].title, each[1].config["optim"]["batch_size"], *each[1].place))
+    for table, row in rows:
+        values = next((run.result.config for run in row.runs if run.result.config.get("devices", 1) == 1), row.config)
+        path = row.runs[0].path
+        try:
+            config = with_defaults(validate(from_dict(values)))
+        except LocalGradError as problem:
+            warn(f"left out: {path}: {problem}")
+            continue
+        if config.devices > 1:
+            warn(f"left out: {path} is a run on {config.devices} devices, and these are timed on one")
+            continue
+        precision = resolve_precision(replace(config, accelerator=accelerator))
+        key = step_key(values, row.num_blocks, row.num_classes, precision)
+        chosen.setdefault(key, Training(table, row, config))
+    return list(chosen.values())
+
+
+def _shared(trainings: Sequence[Training]) -> dict[str, Any]:
+    """The network and batch size of all of them; None where these differ."""
+    titles = {training.table.title for training in trainings}
+    batches = {training.images for training in trainings}
+    return {
+        "network": titles.pop() if len(titles) == 1 else None,
+        "batch_size": batches.pop() if len(batches) == 1 else None,
+    }
+
+
+def _labelled(trainings: Sequence[Training], shared: dict[str, Any]) -> dict[str, Training]:
+    """The trainings by labels that tell them apart."""
+
+    def told(training: Training, label: str) -> str:
+        title = [training.table.title] * (shared["network"] is None)
+        batch = [f"batch size {training.images}"] * (shared["batch_size"] is None)
+        return ", ".join([*title, label, *batch])
+
+    labels = [told(training, training.label) for training in trainings]
+    for fuller in (lambda each: each.row.full_label, lambda each: f"{each.row.full_label}, {each.config.precision}"):
+        twice = {label for label, count in Counter(labels).items() if count > 1}
+        labels = [
+            told(training, fuller(training)) if label in twice else label
+            for label, training in zip(labels, trainings, strict=True)
+        ]
+    twice = {label for label, count in Counter(labels).items() if count > 1}
+    labels = [f"{label} ({number})" if label in twice else label for number, label in enumerate(labels, start=1)]
+    return dict(zip(labels, trainings, strict=True))
+
+
+def _elsewhere(config: TrainConfig, data: str | None, accelerator: str) -> TrainConfig:
+    """The config with other images, on another device."""
+    images = config.data if data is None else replace(config.data, source=data)
+    return replace(config, data=images, accelerator=accelerator)
+
+
+def _check_images(training: Training, run: Run) -> None:
+    """Refuses other images that are fewer than a step takes."""
+    if len(run.train) < training.images:
+        raise LocalGradError(
+            f"a step takes {training.images} images, and {run.config.data.source} has {len(run.train)}: give --data "
+            "with more"
+        )
+
+
+def _compare_devices(trainings: Sequence[Training], device: str, warn: Callable[[str], None]) -> None:
+    """Says where the runs were made, if none of a row was made on the device that is timed."""
+    others = {
+        ", ".join(sorted(made))
+        for made in ({run.result.device for run in training.row.runs} for training in trainings)
+        if device not in made
+    }
+    if others:
+        warn(
+            f"timed on {device}, while runs are of {'; '.join(sorted(others))}: the report takes times for runs of the "
+            "same device only (on a processor OMP_NUM_THREADS sets the threads)"
+        )
+
+
+@contextlib.contextmanager
+def _memory_errors(count: int) -> Iterator[None]:
+    """Says what does not fit, in words."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise LocalGradError(
+            f"{count} networks with their optimizers, and a step, do not fit into the memory together "
+            f"({str(error)[:200]}): time fewer, in folders of their own"
+        ) from error
+
+
+def timed_step(config: TrainConfig, held: contextlib.ExitStack) -> tuple[Step, Run]:
+    """A step of the trainer, as `localgrad train` does it, on a few batches over and over; also the run.
+
+    Args:
+        config: the run; its learning rate is left aside.
+        held: closed when the step is no longer needed.
+    """
+    images = _few_images(config.data, BATCHES * config.optim.batch_size)
+    scratch = held.enter_context(tempfile.TemporaryDirectory())
+    run = set_up(replace(config, tensorboard=False), RunFolder(Path(scratch)), False, held, images)
+    for optimizer in run.optimizers:
+        optimizer.param_groups[0]["lr"] = 0.0 if run.rate is None else run.rate  # which is 0 too
+    batches = endless_batches(run, channels_last=config.channels_last)
+    return lambda: train_step(run, *next(batches)), run
+
+
+@lru_cache(maxsize=1)  # the trainings of a table have the same ones
+def _few_images(config: DataConfig, count: int) -> tuple[ImageSet, ImageSet]:
+    """So many training images, or all where there are fewer, and one to test on; in memory."""
+    if config.streaming:
+        config = replace(config, streaming=False, workers=0, crop="none")
+    few = replace(config, train_limit=min(count, config.train_limit or count), test_limit=1)
+    try:
+        return load_images(few)
+    except LocalGradError:  # the set is smaller than that, or cannot be had, which the whole one says
+        return load_images(replace(few, train_limit=None))
+
+
+def endless_batches(run: Run, *, channels_last: bool) -> Iterator[tuple[Tensor, ...]]:
+    """Augmented training batches of full size, epoch after epoch."""
+    size = min(run.batch_size, len(run.train))
+    for epoch in itertools.count(1):
+        batches = run.train.batches(size, train=True, seed=run.config.seed, epoch=epoch, channels_last=channels_last)
+        yield from (batch for batch in batches if len(batch[0]) == size)
+
+
+def take_turns(steps: Mapping[str, Step], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each step, round by round, after three rounds that are not counted. Shows how far it is on a terminal.
+
+    Args:
+        steps: what to measure, by name.
+        rounds: how often each is measured.
+    """
+    seconds: dict[str, list[float]] = {label: [] for label in steps}
+    console = Console(stderr=True)
+    shown = {"description": "rounds", "console": console, "transient": True, "disable": not console.is_terminal}
+    for number in track(range(WARM_UP + rounds), **shown):
+        for label, step in steps.items():
+            begin = _now()
+            step()
+            taken = _now() - begin
+            if number >= WARM_UP:
+                seconds[label].append(taken)
+    return seconds
+
+
+def _now() -> float:
+    """Seconds on a clock, once the device has done what it was given."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+def ratio(times: Sequence[float], reference: Sequence[float]) -> float:
+    """Median over the rounds of one time over the other of the same round."""
+    return statistics.median(a / b for a, b in zip(times, reference, strict=True))
+
+
+def show_times(found: dict[str, Any]) -> None:
+    """Print seconds a step, and what they are to the first row's."""
+    lines = [("row", "blocks", "s a step", "to the first")]
+    lines += [
+        (row["row"], str(row["num_blocks"]), told_seconds(row["seconds_per_step"]), f"{row['ratio_to_first']:.2f}")
+        for row in found["rows"]
+    ]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    settings = found["settings"]
+    parts = [settings["network"], settings["batch_size"] and f"batch size {settings['batch_size']}"]
+    parts += [f"median of {settings['rounds']} round{'s' * (settings['rounds'] > 1)}", f"on {found['device']}"]
+    print(", ".join(filter(None, parts)))
+    for first, *cells in lines:
+        told = (f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
+        print(f"{first:{widths[0]}}  {'  '.join(told)}")

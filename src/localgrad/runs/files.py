@@ -1,0 +1,120 @@
+"""Files that are written whole or not at all, the versions that they had before, and locks."""
+
+from typing import BinaryIO
+from collections.abc import Iterator
+from localgrad.errors import LocalGradError
+from pathlib import Path
+from contextlib import contextmanager
+import os
+from typing import TextIO
+import time
+from typing import Any
+import json
+
+
+@contextmanager
+def atomic_write(path: Path, keep: int = 1) -> Iterator[BinaryIO]:
+    """Opens a temporary file that takes the name of `path` only once everything is on the disk.
+
+    With `keep` above 1 what `path` held before stays as `path.1`, what that held as `path.2`, and so on, `keep`
+    versions in all. There are never fewer whole ones than before the call, wherever it is killed.
+
+    A link is written through, and so is what is no file, such as /dev/stdout.
+
+    Raises:
+        LocalGradError: the disk is full or cannot be written; what `path` held before is still whole.
+    """
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):  # noqa: PTH110, PTH112, PTH113
+        with path.open("wb") as file:
+            yield file
+        return
+    path = Path(os.path.realpath(path))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if keep > 1:
+            _make_room(path)
+        temporary.replace(path)
+        _sync(path.parent)
+        if keep > 1:
+            for version in list(versions(path).values())[keep:]:
+                version.unlink()
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise LocalGradError(f"{path} could not be written ({why}); what it held before is whole") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _make_room(path: Path) -> None:
+    """Renames the versions to `path.1`, `path.2`, ..., in an order in which none takes the name of another."""
+    for number, version in enumerate(versions(path).values()):  # a kill may have left a gap
+        version.rename(path if number == 0 else f"{path}.{number}")
+    for number, version in reversed(versions(path).items()):
+        version.rename(f"{path}.{number + 1}")
+
+
+def versions(path: Path) -> dict[int, Path]:
+    """`path`, `path.1`, `path.2`, ..., those that are there, by number: the newest first. 0 is `path` itself."""
+    found = {int(file.suffix[1:]): file for file in path.parent.glob(f"{path.name}.*") if file.suffix[1:].isdecimal()}
+    if os.path.lexists(path):
+        found[0] = path
+    return dict(sorted(found.items()))
+
+
+def lock(file: TextIO, seconds: float = 0.0) -> None:
+    """Locks a file for as long as it is open, here or in a process that inherited it.
+
+    Raises:
+        BlockingIOError: another one still has it after so many seconds.
+    """
+    import fcntl
+
+    give_up = time.monotonic() + seconds
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > give_up:
+                raise
+            time.sleep(0.1)
+
+
+def _sync(folder: Path) -> None:
+    """Makes the names in a folder as lasting as the files' contents; Windows has no such call."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as JSON, whole or not at all."""
+    with atomic_write(path) as file:
+        file.write((json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path, *, finite: bool = False) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+        LocalGradError: it is missing, cannot be read, or is no JSON; with `finite`, also one with NaN or infinities.
+    """
+
+    def refused(constant: str) -> None:
+        raise ValueError(f"{constant} is no number of JSON")
+
+    try:
+        return json.loads(path.read_text(), parse_constant=refused if finite else None)
+    except FileNotFoundError:
+        raise LocalGradError(f"{path.parent} is no run folder: it has no {path.name}") from None
+    except OSError as error:
+        raise LocalGradError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number too long, nested too deep
+        raise LocalGradError(f"{path} is not readable as JSON ({error}); it was changed or cut short") from None

@@ -1,0 +1,297 @@
+"""The folder of a run, and its files."""
+
+import logging
+from typing import Any
+from collections.abc import Iterator
+from localgrad.errors import LocalGradError
+from pathlib import Path
+from localgrad.runs.result import Result
+from torch import Tensor
+from localgrad.config.schema import TrainConfig
+from localgrad.runs.files import atomic_write
+from contextlib import contextmanager
+from dataclasses import dataclass
+import dataclasses
+from localgrad.config.saved import differences
+from localgrad.config.saved import from_dict
+import io
+import json
+from localgrad.runs.files import lock
+from torch import nn
+import os
+from localgrad.runs.files import read_json
+from localgrad.config.saved import to_dict
+import torch
+from localgrad.runs.files import versions
+from localgrad.runs.files import write_json
+import pickle
+import zipfile
+from collections.abc import Callable
+
+
+logger = logging.getLogger(__name__)
+
+
+LOCK_SECONDS = 10.0
+"""How long to wait for a folder: the workers of a killed process notice its end within seconds."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of one run."""
+
+    path: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        return self._own("checkpoint.pt")
+
+    @property
+    def metrics(self) -> Path:
+        return self._own("metrics.jsonl")
+
+    @property
+    def model(self) -> Path:
+        return self._own("model.safetensors")
+
+    @property
+    def result(self) -> Path:
+        return self._own("result.json")
+
+    @property
+    def _config(self) -> Path:
+        return self._own("config.json")
+
+    @property
+    def is_started(self) -> bool:
+        return self._config.exists()
+
+    @property
+    def is_finished(self) -> bool:
+        return self.result.exists()
+
+    @property
+    def has_checkpoint(self) -> bool:
+        return bool(versions(self.checkpoint))
+
+    def _own(self, name: str) -> Path:
+        """The path of a file of the run; a link is refused, for it may lead to a file that is not the run's."""
+        path = self.path / name
+        if path.is_symlink():
+            raise LocalGradError(f"{path} is a link to {path.readlink()}: a run folder holds its files itself; copy it")
+        return path
+
+    def check(self, config: TrainConfig, resume: bool) -> None:
+        """Looks, without writing anything, whether this run may use the folder.
+
+        Raises:
+            LocalGradError: the folder is another run's, or finished, or, without `resume`, in use.
+        """
+        try:
+            started = self._config.exists()
+        except OSError as error:
+            raise LocalGradError(
+                f"{str(self.path)[:80]!r} cannot be a run folder: {error.strerror}; give another --run-dir"
+            ) from error
+        if not started:
+            if resume:
+                raise LocalGradError(f"{self.path} holds no run to resume; leave out --resume to start one there")
+            return
+        if self.is_finished:
+            raise LocalGradError(f"{self.path} holds a finished run; give another --run-dir")
+        changed = differences(self.config(), config)
+        if changed:
+            raise LocalGradError(
+                f"{self.path} holds a different run (saved -> asked for: {'; '.join(changed)}); give another --run-dir"
+            )
+        if not resume:
+            raise LocalGradError(f"{self.path} holds this run, not finished; continue it with --resume")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Makes the folder and keeps other processes from training in it; a process that is killed leaves it free.
+
+        Raises:
+            LocalGradError: another process trains there, or the folder cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = self._own(".lock").open("w")
+        except (OSError, ValueError) as error:
+            raise self._unusable(error) from error
+        with file:
+            try:
+                lock(file, LOCK_SECONDS)
+            except BlockingIOError:
+                raise LocalGradError(
+                    f"another process is training in {self.path}; wait for it, or give another --run-dir"
+                ) from None
+            except (ImportError, OSError) as error:  # Windows, or a file system without locks
+                logger.warning("%s cannot be locked (%s): start no second process there", self.path, error)
+            yield
+
+    def _unusable(self, error: Exception) -> LocalGradError:
+        why = getattr(error, "strerror", None) or error
+        return LocalGradError(f"the run folder {str(self.path)!r} cannot be made or read: {why}")
+
+    def start(self, config: TrainConfig, lines: int) -> None:
+        """Makes the folder, saves the config in it and cuts the metrics back to their first `lines` lines.
+
+        What a killed write left is cleared away.
+
+        Raises:
+            LocalGradError: the folder cannot be made or written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            for left_over in self.path.glob(".*.tmp"):
+                left_over.unlink()
+            for version in list(versions(self.checkpoint).values())[config.keep_checkpoints :]:
+                version.unlink()
+            kept = self.metrics.read_bytes().splitlines(keepends=True)[:lines] if self.metrics.exists() else []
+        except (OSError, ValueError) as error:
+            raise self._unusable(error) from error
+        if len(kept) < lines:
+            logger.warning("%s has lost %d of its first %d lines", self.metrics, lines - len(kept), lines)
+        write_json(self._config, to_dict(config))
+        with atomic_write(self.metrics) as file:
+            file.writelines(kept)
+
+    def config(self) -> TrainConfig:
+        """The saved config."""
+        return from_dict(read_json(self._config))
+
+    def append_metrics(self, line: dict[str, Any]) -> None:
+        """Adds one line to the metrics and flushes it to the disk."""
+        try:
+            with self.metrics.open("a") as file:
+                file.write(json.dumps(line, allow_nan=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise LocalGradError(f"{self.metrics} could not be written: {error.strerror or error}") from error
+
+    def save_checkpoint(self, state: dict[str, Any], keep: int = 1) -> None:
+        """Writes the checkpoint, whole or not at all; the last `keep` of them stay.
+
+        Each holds a checksum (CRC-32) of every part, which `torch.save` writes.
+        """
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        with atomic_write(self.checkpoint, keep) as file:
+            file.write(buffer.getbuffer())
+
+    def newest_checkpoint(self) -> tuple[Path, dict[str, Any]]:
+        """Reads the newest checkpoint that is whole, with a warning where that is not the last one written.
+
+        Only tensors and plain values are accepted, no code is run.
+
+        Returns:
+            Its path and its content.
+
+        Raises:
+            LocalGradError: there is none, none is whole, or the newest whole one holds anything else.
+        """
+        damaged: list[str] = []
+        for path in versions(self.checkpoint).values():
+            try:
+                content = _read_checkpoint(self._own(path.name))
+            except _DamagedError as error:
+                damaged.append(str(error))
+                continue
+            if damaged:
+                logger.warning("%s; %s is taken, the one before", "; ".join(damaged), path)
+            return path, content
+        if damaged:
+            raise LocalGradError(f"{'; '.join(damaged)}; no whole one is left, so start again in another --run-dir")
+        raise LocalGradError(f"{self.path} has no checkpoint.pt: its run has saved none yet, or it was removed")
+
+    def set_aside_newer(self, taken: Path) -> None:
+        """Renames the damaged checkpoints newer than the one taken, so that they do not count among the kept ones."""
+        for path in versions(self.checkpoint).values():
+            if path == taken:
+                return
+            path.replace(f"{path}.damaged")
+
+    def save_model(self, weights: dict[str, Tensor]) -> None:
+        """Writes the weights under the model's own names."""
+        from safetensors.torch import save
+
+        state = {name: value.detach().cpu().contiguous().clone() for name, value in weights.items()}
+        with atomic_write(self.model) as file:
+            file.write(save(state))
+
+    def load_model(self, model: nn.Module) -> None:
+        """Loads the saved weights into a model.
+
+        Raises:
+            LocalGradError: there are none, or they are cut short, or of another model.
+        """
+        from safetensors.torch import load
+
+        if not self.model.exists():
+            raise LocalGradError(f"{self.path} has no model.safetensors: its run is not finished (train --resume)")
+        try:
+            state = load(self.model.read_bytes())
+        except Exception as error:  # safetensors raises many kinds for a broken file
+            raise LocalGradError(
+                f"{self.model} is cut short or damaged ({_reason(error)}); remove it and result.json, and "
+                "train --resume writes it again from the checkpoint"
+            ) from error
+        load_state(model.load_state_dict, state, self.model)
+
+    def classes(self) -> tuple[int | None, list[str] | None]:
+        """Number and names of the classes that the finished run's network tells apart; None where no result says so."""
+        result = read_json(self.result) if self.is_finished else None
+        return (result.get("num_classes"), result.get("class_names")) if isinstance(result, dict) else (None, None)
+
+    def save_result(self, result: Result) -> None:
+        """Writes the result, which marks the run as finished."""
+        write_json(self.result, dataclasses.asdict(result))
+
+
+class _DamagedError(LocalGradError):
+    """A file that is not as it was written."""
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    try:
+        data = path.read_bytes()
+        with zipfile.ZipFile(io.BytesIO(data)) as file:
+            broken = file.testzip()
+    except Exception as error:  # zipfile raises many kinds for a broken file
+        raise _DamagedError(f"{path} is cut short or damaged ({_reason(error) or 'it cannot be read'})") from error
+    if broken is not None:
+        raise _DamagedError(f"{path} is damaged (the checksum of its part {broken} is wrong)")
+    try:
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # the parts are as they were written, so it was written like that
+        raise LocalGradError(
+            f"{path} is refused: it holds more than tensors and plain values, which no checkpoint of localgrad does; "
+            "do not trust this folder, or remove that file to go on from the checkpoint before"
+        ) from error
+    except Exception as error:
+        raise _DamagedError(f"{path} is cut short or damaged ({_reason(error)})") from error
+    return _table(state, path)
+
+
+def _reason(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def _table(state: Any, path: Path) -> dict[str, Any]:
+    if not isinstance(state, dict):
+        raise LocalGradError(f"{path} is not a localgrad file: it holds a {type(state).__name__}, not a table")
+    return state
+
+
+def load_state(load: Callable[[Any], Any], state: Any, path: Path) -> None:
+    """Calls a `load_state_dict` and names the file when the state is that of something else.
+
+    Raises:
+        LocalGradError: names or shapes do not match.
+    """
+    try:
+        load(state)
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise LocalGradError(f"{path} belongs to another model: {' '.join(str(error).split())[:300]}") from error

@@ -1,0 +1,93 @@
+"""The devices of a run: their Fabric and their precision."""
+
+import ctypes
+import os
+import sys
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from localgrad.config.schema import TrainConfig
+from localgrad.errors import LocalGradError
+from localgrad.parallel.processes import join_again, restarted
+
+
+def as_launched(config: TrainConfig) -> TrainConfig:
+    """The config with as many devices as torchrun has started processes, where it has and the config names none.
+
+    Raises:
+        LocalGradError: the config names another number.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1")) if dist.is_torchelastic_launched() else 1
+    if started > 1 and config.devices not in (1, started):
+        raise LocalGradError(
+            f"devices is {config.devices} and torchrun started {started} processes: leave --devices out under torchrun"
+        )
+    return config if started == 1 else replace(config, devices=started)
+
+
+def make_fabric(config: TrainConfig) -> Any:
+    """The Fabric of a config: its devices, with `auto` precision decided.
+
+    Raises:
+        LocalGradError: this machine does not have the accelerator, or not as many devices.
+    """
+    from lightning.fabric import Fabric
+
+    if restarted() and not dist.is_initialized():
+        join_again(config.accelerator)
+    here = config.devices
+    if dist.is_torchelastic_launched():
+        here = min(here, int(os.environ["LOCAL_WORLD_SIZE"]))
+    try:
+        return Fabric(
+            accelerator=config.accelerator,
+            devices=here,
+            num_nodes=config.devices // here,
+            plugins=_precision_plugins(config),
+        )
+    except (RuntimeError, ValueError, ImportError) as error:  # the last for an accelerator that needs a package
+        given = f"accelerator {config.accelerator!r} with {config.devices} device(s)"
+        raise LocalGradError(f"{given} cannot be used on this machine: {error}") from error
+
+
+def _precision_plugins(config: TrainConfig) -> list[Any]:
+    """What `precision` stands for, made here: Fabric would log a line about it."""
+    from lightning.fabric.plugins import MixedPrecision, Precision
+
+    if resolve_precision(config) == "32-true":
+        return [Precision()]
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    device = next((kind for kind, here in present.items() if here and config.accelerator in ("auto", kind)), "cpu")
+    return [MixedPrecision(precision="bf16-mixed", device=device)]
+
+
+def resolve_precision(config: TrainConfig) -> Any:
+    """What `auto` stands for: bf16-mixed where the processor or GPU computes bfloat16 natively, else 32-true."""
+    if config.precision != "auto":
+        return config.precision
+    if config.accelerator in ("auto", "cuda") and torch.cuda.is_available():
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif config.accelerator == "mps" or (config.accelerator == "auto" and torch.backends.mps.is_available()):
+        native = False
+    else:
+        native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "bf16-mixed" if native else "32-true"
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what is freed for the next allocation, instead of giving it back to the system.
+
+    A local step frees the activations of a block and allocates the next block's, over and over. With glibc's defaults
+    the heap may shrink and grow each time, at a page fault for every 4 KiB. The process keeps the peak of its tensors
+    of less than 32 MiB until it ends; larger ones go back to the system as before. Nothing happens where the C library
+    is another.
+    """
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(mmap_threshold, 32 << 20)  # the largest that glibc takes
+        mallopt(trim_threshold, (1 << 31) - 1)
+        mallopt(top_pad, 64 << 20)

@@ -1,0 +1,54 @@
+"""What to change in a run that does not fit into memory, in a sentence."""
+
+import torch
+
+from localgrad.config.build import build_factories, build_model
+from localgrad.config.schema import TrainConfig
+from localgrad.core.units import units
+from localgrad.errors import LocalGradError
+from localgrad.objectives.dgl import dgl
+from localgrad.planning.plan import plan, readable
+from localgrad.planning.step_peak import step_peak
+
+
+def memory_advice(config: TrainConfig, num_classes: int, cuts: list[str], capacity: int | None = None) -> str:
+    """What `plan` predicts for a step of a run as it is, and what it would choose instead.
+
+    Computed on `meta` tensors, so that it takes no memory of the device.
+
+    Args:
+        config: the run.
+        num_classes: of its images.
+        cuts: names of the units after which it cuts.
+        capacity: bytes that a step may take; None asks for the least.
+
+    Returns:
+        A sentence with the flags to give. Without a local loss in the config, the suggested one is `dgl`.
+    """
+    objective, momentum = build_factories(config, num_classes)
+    shares = config.replicas if config.parallel == "blocks" else config.devices
+    images = -(-config.optim.batch_size // (shares * config.optim.accumulate))
+    whole = config.step_each_block or config.parallel == "blocks"  # which take no batch in parts
+    fewer = "a smaller --optim.batch-size" if whole else f"--optim.accumulate {2 * config.optim.accumulate}"
+    smaller = f"fewer images at once, as {fewer}, would take less too"
+    try:
+        model = build_model(config.model, num_classes).to("meta")
+        example = torch.empty(images, 3, config.data.image_size, config.data.image_size, device="meta")
+        each = config.step_each_block
+        now = step_peak(model, example, cuts, objective, momentum, recompute=config.recompute, step_each_block=each)
+        most = len(units(model, example))
+        counts = [count for count in (2, 4, 8, 16, 32) if count < most] + [most]
+        local = objective or dgl(num_classes)
+        rows = plan(model, example, objective=local, momentum=momentum, num_blocks=counts, step_each_block=each)
+    except (LocalGradError, RuntimeError) as error:
+        return f"no plan could be made ({str(error).partition(chr(10))[0]}); {smaller}"
+    rows = [row for row in rows if row.recompute is config.recompute]
+    least = min(rows, key=lambda row: row.peak)
+    best = next((row for row in rows if capacity is not None and row.peak <= capacity), least)
+    said = (
+        f"`localgrad plan` predicts {readable(now)} for a float32 step of {len(cuts) + 1} block(s) and {images} images"
+    )
+    if best.peak >= now or best.cuts == tuple(cuts):
+        return f"{said}, and no other cuts take less; {smaller}"
+    loss = "" if objective else "--objective.name dgl "
+    return f"{said}, {readable(best.peak)} with {best.num_blocks} blocks: {loss}--cuts {' '.join(best.cuts)}; {smaller}"

@@ -1,0 +1,347 @@
+"""Block-parallel training gives what one process gives, bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import localgrad
+from helpers.processes import run_ranks
+from helpers.runs import LOCAL, assert_same_run, weights
+from localgrad.config.methods import with_defaults
+from localgrad.config.schema import MomentumConfig, TrainConfig
+from localgrad.core.block import Block
+from localgrad.core.step import local_step
+from localgrad.errors import LocalGradError
+from localgrad.models import cifar_resnet
+from localgrad.parallel.pipeline import Stage
+from localgrad.parallel.shards import shard
+from localgrad.results.evaluation import evaluate
+from localgrad.runs.folder import RunFolder
+from localgrad.training import state, trainer
+
+CUTS = ["layer1.0", "layer2.0", "layer3.0"]
+SIZES = [6] * 9 + [3] + [6] * 10
+STEPS = len(SIZES)
+
+
+def _blocks(momentum: str, objective: str, extra: nn.Module | None = None) -> tuple[nn.Module, list[Block]]:
+    torch.manual_seed(0)
+    model = cifar_resnet(14).to(memory_format=torch.channels_last)
+    momenta: dict[str, Any] = {
+        "none": None,
+        "man": localgrad.man(decay=0.9),
+        "fused": localgrad.man(decay=0.9, form="fused"),
+        "deep": localgrad.manpp(decay=0.9, depth=2),
+    }
+    objectives: dict[str, Any] = {
+        "dgl": localgrad.dgl(num_classes=10),
+        "infopro": localgrad.infopro(10, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), task=(0.5, 0.5)),
+    }
+    blocks = localgrad.split(
+        model, torch.empty(2, 3, 8, 8), cuts=CUTS, objective=objectives[objective], momentum=momenta[momentum]
+    )
+    return model, blocks
+
+
+def _batches(sizes: list[int]) -> list[tuple[Tensor, Tensor]]:
+    draw = torch.Generator().manual_seed(1)
+    return [
+        (
+            torch.rand(size, 3, 8, 8, generator=draw).to(memory_format=torch.channels_last),
+            torch.randint(10, (size,), generator=draw),
+        )
+        for size in sizes
+    ]
+
+
+def _optimizers(blocks: list[Block]) -> list[torch.optim.SGD]:
+    return [torch.optim.SGD(b.trainable_parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3) for b in blocks]
+
+
+def _state(model: nn.Module, blocks: list[Block]) -> dict[str, Tensor]:
+    auxiliary = {f"{i}.{k}": v for i, block in enumerate(blocks) for k, v in block.auxiliary_state_dict().items()}
+    return {name: value.detach().clone() for name, value in (model.state_dict() | auxiliary).items()}
+
+
+def _one_process(momentum: str, objective: str) -> tuple[dict[str, Tensor], list[list[float]]]:
+    model, blocks = _blocks(momentum, objective)
+    optimizers = _optimizers(blocks)
+    losses = [[float(loss) for loss in local_step(blocks, optimizers, *batch)] for batch in _batches(SIZES)]
+    return _state(model, blocks), losses
+
+
+def _many_processes(
+    momentum: str, objective: str, starts: list[int], ahead: bool
+) -> tuple[dict[str, Tensor], list[list[float]]]:
+    model, blocks = _blocks(momentum, objective)
+    stage = Stage(blocks, starts)
+    assert stage._receives_ahead, "on processors"
+    stage._receives_ahead = ahead
+    optimizers = _optimizers(stage.blocks)
+    losses = []
+    loader = _batches(SIZES) if stage.is_first else []
+    for part in (slice(0, 11), slice(11, STEPS)):  # two epochs: the receives begin anew
+        for inputs, targets, features in stage.batches(loader[part], SIZES[part]):
+            assert ahead or stage._weights is None, "no receive is waiting while a batch is trained"
+            losses.append([float(loss) for loss in stage.step(optimizers, inputs, targets, features)])
+        stage.gather()
+    return _state(model, blocks), losses
+
+
+@pytest.mark.parametrize(
+    ("momentum", "objective", "starts", "ahead"),
+    [
+        ("none", "dgl", [0, 2], True),
+        ("man", "dgl", [0, 1], False),
+        ("man", "infopro", [0, 1, 3], True),
+        ("fused", "dgl", [0, 1, 2], False),
+        ("deep", "dgl", [0, 3], True),
+    ],
+)
+def test_ranks_give_the_bits_of_one_process(momentum: str, objective: str, starts: list[int], ahead: bool) -> None:
+    """Also with receives that begin only where they are waited for, as on CUDA."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    expected, losses = _one_process(momentum, objective)
+    torch.set_num_threads(threads)
+    answers = run_ranks(_many_processes, len(starts), momentum, objective, starts, ahead)
+    for found, _ in answers:
+        assert found.keys() == expected.keys()
+        assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+    assert [list(chain(*parts)) for parts in zip(*(own for _, own in answers), strict=True)] == losses
+
+
+# The trainer
+
+BLOCKS = replace(LOCAL, devices=2, parallel="blocks", checkpoint_every=3)
+
+
+def _fit(config: TrainConfig, run_dir: Path, interrupt_at: int, resume: bool) -> Any:
+    """Train on a rank; with a step to interrupt at, as Ctrl-C would on the first rank."""
+    original = trainer.train_step
+
+    def step(run: state.Run, *batch: Tensor) -> Tensor:
+        if run.state.step + 1 == interrupt_at and run.fabric.is_global_zero:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(run, *batch)
+
+    trainer.train_step = step
+    return trainer.fit(config, run_dir, quiet=True, resume=resume).test_error
+
+
+def test_a_run_on_two_ranks_is_that_of_one_process(tmp_path: Path) -> None:
+    trainer.fit(LOCAL, tmp_path / "one", quiet=True)
+    run_ranks(_fit, 2, BLOCKS, tmp_path / "two", 0, False)
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    with pytest.raises(KeyboardInterrupt, match="after step 3; everything is saved"):
+        run_ranks(_fit, 2, BLOCKS, tmp_path / "resumed", 2, False)
+    run_ranks(_fit, 2, BLOCKS, tmp_path / "resumed", 0, True)
+    assert_same_run(tmp_path / "one", tmp_path / "resumed")
+
+
+def test_replicas_of_a_pipeline_are_data_parallel(tmp_path: Path) -> None:
+    data = replace(LOCAL, devices=2)
+    run_ranks(_fit, 2, data, tmp_path / "data", 0, False)
+    with pytest.raises(KeyboardInterrupt, match="after step 2; everything is saved"):
+        run_ranks(_fit, 2, data, tmp_path / "resumed", 2, False)
+    run_ranks(_fit, 2, data, tmp_path / "resumed", 0, True)
+    assert_same_run(tmp_path / "data", tmp_path / "resumed")
+    run_ranks(_fit, 4, replace(BLOCKS, devices=4, replicas=2), tmp_path / "both", 0, False)
+    assert_same_run(tmp_path / "data", tmp_path / "both")
+
+
+def test_synchronised_norms_see_the_whole_batch(tmp_path: Path) -> None:
+    """The last batch of 7 images gives one process 4 of them and the other 3."""
+    config = replace(LOCAL, data=replace(LOCAL.data, train_limit=55))
+    trainer.fit(config, tmp_path / "one", quiet=True)
+    run_ranks(_fit, 2, replace(config, devices=2, sync_batchnorm=True), tmp_path / "two", 0, False)
+    both = replace(config, devices=4, parallel="blocks", replicas=2, sync_batchnorm=True)
+    run_ranks(_fit, 4, both, tmp_path / "four", 0, False)
+    for name in ("two", "four"):
+        torch.testing.assert_close(weights(tmp_path / name), weights(tmp_path / "one"), rtol=1e-5, atol=1e-5)
+    run_ranks(_fit, 2, replace(config, devices=2), tmp_path / "apart", 0, False)
+    assert not torch.allclose(weights(tmp_path / "apart")["fc.weight"], weights(tmp_path / "one")["fc.weight"], 1e-4)
+
+
+def test_shards_of_the_weights_train_like_whole_ones(tmp_path: Path) -> None:
+    """MAN++ has a parameter of a single number, which is in one of the shards."""
+    local = replace(LOCAL, devices=2, momentum=MomentumConfig("manpp"))
+    run_ranks(_fit, 2, local, tmp_path / "whole", 0, False)
+    config = replace(local, parallel="shards")
+    with pytest.raises(KeyboardInterrupt, match="after step 3; everything is saved"):
+        run_ranks(_fit, 2, config, tmp_path / "sharded", 3, False)
+    run_ranks(_fit, 2, config, tmp_path / "sharded", 0, True)
+    torch.testing.assert_close(weights(tmp_path / "sharded"), weights(tmp_path / "whole"), rtol=1e-5, atol=1e-6)
+
+
+def test_weights_outside_of_layers_are_not_lost_in_shards() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=10)
+    blocks = localgrad.split(
+        model, torch.empty(2, 3, 32, 32), num_blocks=2, objective=localgrad.classifier(num_classes=10)
+    )
+    with pytest.raises(LocalGradError, match=r"the weights cls_token, pos_embed are in no layer of a unit.*--parallel"):
+        shard(model, blocks, torch.device("cpu"), 2)
+
+
+@pytest.mark.parametrize("shared", [{}, {"parallel": "shards"}, {"parallel": "blocks", "devices": 4, "replicas": 2}])
+def test_the_network_that_is_tested_is_the_one_that_is_saved(shared: dict[str, Any], tmp_path: Path) -> None:
+    """Each process has seen images of its own, and so has running statistics of its own."""
+    config = replace(LOCAL, data=replace(LOCAL.data, test_limit=360), local_heads=True, **{"devices": 2, **shared})
+    errors = run_ranks(_fit, config.devices, config, tmp_path, 0, False)
+    again = evaluate(tmp_path, local_heads=True)
+    assert errors == [again.test_error] * config.devices
+    assert json.loads((tmp_path / "result.json").read_text())["local_errors"] == again.local_errors
+
+
+# A rank that dies
+
+DYING = """
+import os, signal, sys
+from pathlib import Path
+from dataclasses import replace
+from helpers.runs import LOCAL
+from localgrad.training import trainer
+from test_pipeline import BLOCKS
+
+original, once = trainer.train_step, Path(sys.argv[1] + ".died")
+
+def step(run, *batch):
+    if run.state.step == 5 and run.fabric.global_rank == 1 and not once.exists():
+        once.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(run, *batch)
+
+trainer.train_step = step
+trainer.fit(BLOCKS if sys.argv[2] == "blocks" else replace(LOCAL, devices=2), sys.argv[1], quiet=True)
+"""
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+@pytest.mark.parametrize("parallel", ["blocks", "data"])
+def test_the_other_ranks_leave_when_one_dies(tmp_path: Path, parallel: str) -> None:
+    (tmp_path / "script.py").write_text(DYING)
+    begin = time.monotonic()
+    done = _run([str(tmp_path / "script.py"), str(tmp_path / "run"), parallel])
+    assert time.monotonic() - begin < 60, "a hang would end with the timeouts of the process groups, half an hour"
+    assert done.returncode != 0
+    assert (tmp_path / "run.died").exists()
+    assert "another process of this run has ended" in done.stderr
+
+
+def test_torchrun_starts_again_where_the_run_was(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(DYING)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    done = _run([*torchrun, str(tmp_path / "script.py"), str(tmp_path / "run"), "blocks"])
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run.died").exists()
+    trainer.fit(LOCAL, tmp_path / "one", quiet=True)
+    assert_same_run(tmp_path / "one", tmp_path / "run")
+
+
+# Starting and stopping together
+
+
+def test_metrics_of_three_ranks_are_those_of_one_process(tmp_path: Path) -> None:
+    trainer.fit(LOCAL, tmp_path / "one", quiet=True)
+    three = replace(BLOCKS, devices=3)
+    with pytest.raises(KeyboardInterrupt, match="after step 3; everything is saved"):
+        run_ranks(_fit, 3, three, tmp_path / "three", 2, False)
+    run_ranks(_fit, 3, three, tmp_path / "three", 0, True)
+    assert_same_run(tmp_path / "one", tmp_path / "three")
+
+
+def _losses_shown(config: TrainConfig, run_dir: Path) -> list[float]:
+    shown: list[float] = []
+    original = trainer.Display.step
+
+    def step(display: Any, **values: Any) -> None:
+        shown.extend(values["losses"])
+        return original(display, **values)
+
+    trainer.Display.step = step
+    trainer.Display.is_due = lambda self: True
+    trainer.fit(config, run_dir, quiet=True)
+    return shown[: 2 * len(config.cuts or ()) + 2]
+
+
+def test_losses_are_shown_as_they_are_on_several_ranks(tmp_path: Path) -> None:
+    """What rank 0 shows after its first two batches are the losses of its own blocks."""
+    (one,) = run_ranks(_losses_shown, 1, LOCAL, tmp_path / "one")
+    two, _ = run_ranks(_losses_shown, 2, BLOCKS, tmp_path / "two")
+    assert two[0] == one[0]
+
+
+def _stop_with_a_slow_disk(config: TrainConfig, run_dir: Path) -> float:
+    """When this rank has ended; the first one writes for a second."""
+    original = trainer.RunFolder.save_checkpoint
+
+    def save(self: Any, *arguments: Any) -> None:
+        time.sleep(1)
+        original(self, *arguments)
+        (run_dir.parent / "written").write_text(str(time.time()))
+
+    trainer.RunFolder.save_checkpoint = save
+    try:
+        _fit(config, run_dir, 1, False)
+    except KeyboardInterrupt:
+        return time.time()
+    raise AssertionError("it was not interrupted")
+
+
+@pytest.mark.parametrize("config", [replace(LOCAL, devices=2), BLOCKS])
+def test_no_rank_ends_before_the_checkpoint_is_written(config: TrainConfig, tmp_path: Path) -> None:
+    ended = run_ranks(_stop_with_a_slow_disk, 2, config, tmp_path / "run")
+    assert min(ended) > float((tmp_path / "written").read_text())
+
+
+def _fit_apart(config: TrainConfig, folder: Path) -> str:
+    """Each rank with a folder of its own, as on nodes that share none."""
+    try:
+        trainer.fit(config, folder / os.environ["RANK"], quiet=True, resume=True)
+    except localgrad.LocalGradError as error:
+        return str(error)
+    return "trained"
+
+
+def test_ranks_that_begin_at_other_steps_are_refused(tmp_path: Path) -> None:
+    config = replace(LOCAL, devices=2)
+    with pytest.raises(KeyboardInterrupt):
+        run_ranks(_fit, 2, config, tmp_path / "0", 2, False)
+    said = run_ranks(_fit_apart, 2, config, tmp_path)
+    assert all("the run folder" in each and "must be the same for all processes" in each for each in said)
+
+
+def test_shares_are_cut_into_as_many_parts(tmp_path: Path) -> None:
+    """The last batch leaves 16 images to one rank and 15 to the other, in five parts each."""
+    optim = replace(LOCAL.optim, batch_size=40, accumulate=5, epochs=1)
+    config = replace(LOCAL, data=replace(LOCAL.data, train_limit=71), optim=optim, sync_batchnorm=True, devices=2)
+    run_ranks(_fit, 2, config, tmp_path / "two", 0, False)
+    assert (tmp_path / "two" / "result.json").exists()
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "restarted", lambda: True)
+    RunFolder(tmp_path).start(with_defaults(LOCAL), 0)
+    trainer.fit(LOCAL, tmp_path, quiet=True)
+    assert (tmp_path / "result.json").exists()

@@ -1,0 +1,283 @@
+"""On devices that compute beside the host, the device itself keeps a bad step from changing anything.
+
+A processor has no such device, so the guard is put in the host's place here: the fused optimizers read it there too.
+"""
+
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from helpers.cases import MOMENTA, NUM_CLASSES, OBJECTIVES, batch
+from helpers.processes import run_ranks
+from helpers.runs import (
+    ADAMW,
+    LOCAL,
+    SKIP,
+    assert_same_run,
+    equal,
+    everything,
+    read_metrics,
+    set_up,
+    spoil_batches,
+    spoil_gradient,
+    weights,
+)
+from localgrad import split
+from localgrad.config.schema import TrainConfig
+from localgrad.core.step import apply_updates, local_gradients
+from localgrad.errors import LocalGradError
+from localgrad.models import cifar_resnet
+from localgrad.training import nonfinite, state, trainer
+from localgrad.training.guard import Guard
+from localgrad.training.trainer import fit
+
+CLIPPED = replace(
+    LOCAL,
+    optim=replace(LOCAL.optim, clip_norm=0.1, accumulate=2),
+    data=replace(LOCAL.data, train_limit=48),
+)
+
+
+@pytest.fixture
+def guarded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every run has a guard, and its host never looks before an update."""
+    monkeypatch.setattr(trainer, "make_guard", Guard)
+    monkeypatch.setattr(trainer, "all_finite", lambda *arguments: pytest.fail("the host looked"))
+
+
+def _run(config: TrainConfig, tmp_path: Path) -> tuple[state.Run, Guard, Tensor, Tensor]:
+    run = set_up(config, tmp_path)
+    assert run.guard is not None
+    return run, run.guard, *next(iter(trainer._batches(run)))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LOCAL,
+        SKIP,
+        replace(LOCAL, step_each_block=True),
+        replace(
+            LOCAL, optim=replace(LOCAL.optim, clip_norm=0.1, accumulate=2), data=replace(LOCAL.data, train_limit=48)
+        ),
+        replace(SKIP, optim=ADAMW),
+    ],
+    ids=["stop", "skip", "each block", "clipped", "adamw"],
+)
+def test_a_guarded_run_is_the_same_run(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit(config, tmp_path / "host", quiet=True)
+    monkeypatch.setattr(trainer, "make_guard", Guard)
+    fit(config, tmp_path / "guard", quiet=True)
+    assert_same_run(tmp_path / "host", tmp_path / "guard")
+
+
+@pytest.mark.usefixtures("guarded")
+@pytest.mark.parametrize("optim", [LOCAL.optim, ADAMW], ids=["sgd", "adamw"])
+@pytest.mark.parametrize("first", [True, False], ids=["first step", "second step"])
+def test_a_bad_step_changes_no_weight_and_neither_does_the_next(tmp_path: Path, optim: Any, first: bool) -> None:
+    run, guard, inputs, targets = _run(replace(LOCAL, optim=optim), tmp_path)
+    if not first:
+        trainer.train_step(run, inputs, targets)
+    before = {name: value for name, value in everything(run).items() if "running" not in name and "num_b" not in name}
+    before = {name: value for name, value in before.items() if "momentum.ema" not in name}
+    bad = inputs.clone()
+    bad[0, 0, 0, 0] = float("inf")
+    run.state.step, run.state.batch = 3, 3
+    trainer.train_step(run, bad, targets)
+    run.state.step, run.state.batch = 4, 4
+    with pytest.raises(LocalGradError, match=r"loss of block 1 of 3 .* is nan at epoch 1, step 4, .* in batch 4 of"):
+        trainer.train_step(run, inputs, targets)
+        guard.settle(run)
+    after = everything(run)
+    started = {name: after[name] for name in before}
+    assert equal(started, before)
+    if first:  # whatever state the optimizers made is still what they begin with
+        made = [value for name, value in after.items() if name.startswith("optimizer")]
+        assert made
+        assert not any(value.any() for value in made)
+
+
+@pytest.mark.usefixtures("guarded")
+@pytest.mark.parametrize("optim", [LOCAL.optim, ADAMW], ids=["sgd", "adamw"])
+@pytest.mark.parametrize("how", ["loss", "gradient"])
+def test_a_skipped_batch_leaves_no_trace(tmp_path: Path, optim: Any, how: str) -> None:
+    run, guard, inputs, targets = _run(replace(SKIP, optim=optim), tmp_path)
+    trainer.train_step(run, inputs, targets)
+    before = everything(run)
+    if how == "gradient":
+        spoil_gradient(run, float("nan"))
+    bad = inputs.clone()
+    bad[0, 0, 0, 0] = float("inf") if how == "loss" else 0.0
+    losses = trainer.train_step(run, bad, targets)
+    assert losses is not None
+    assert equal(everything(run), before)
+    assert not guard.only_if_open(losses).any()
+    guard.settle(run)
+    assert (run.state.skipped, run.state.skipped_in_a_row) == (1, 1)
+
+
+@pytest.mark.usefixtures("guarded")
+def test_skipped_batches_are_counted_as_the_host_counts_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil_batches(monkeypatch, {1, 2, 5})
+    fit(SKIP, tmp_path / "guard", quiet=True)
+    assert [line["skipped"] for line in read_metrics(tmp_path / "guard")] == [2, 3]
+    monkeypatch.setattr(trainer, "make_guard", lambda run: None)
+    monkeypatch.setattr(trainer, "all_finite", nonfinite.all_finite)
+    fit(SKIP, tmp_path / "host", quiet=True)
+    assert_same_run(tmp_path / "host", tmp_path / "guard")
+
+
+@pytest.mark.usefixtures("guarded")
+@pytest.mark.parametrize("saved_in_between", [0, 5])
+def test_too_many_in_a_row_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved_in_between: int) -> None:
+    """Counted over the end of the epoch and over a checkpoint; what is saved comes from before them all."""
+    spoil_batches(monkeypatch, {3, 4, 5})
+    with pytest.raises(LocalGradError, match=r"loss of block 1 of 3.*step 6.*after 2 batches in a row were skipped"):
+        fit(replace(SKIP, checkpoint_every=saved_in_between), tmp_path, quiet=True)
+    saved = torch.load(tmp_path / "checkpoint.pt")["state"]
+    expected = (5, 2, 2) if saved_in_between else (4, 1, 1)
+    assert (saved["step"], saved["skipped"], saved["skipped_in_a_row"]) == expected
+
+
+@pytest.mark.usefixtures("guarded")
+def test_the_count_in_a_row_goes_on_after_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil_batches(monkeypatch, {3, 4, 5})
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "finish_epoch", lambda run, display: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            fit(replace(SKIP, checkpoint_every=4), tmp_path, quiet=True)
+    with pytest.raises(LocalGradError, match=r"step 6.*after 2 batches in a row were skipped"):
+        fit(replace(SKIP, checkpoint_every=4), tmp_path, resume=True, quiet=True)
+
+
+@pytest.mark.usefixtures("guarded")
+def test_a_run_with_as_many_skips_behind_it_is_stopped_on_the_device(tmp_path: Path) -> None:
+    run, guard, inputs, targets = _run(SKIP, tmp_path)
+    run.state.skipped_in_a_row = SKIP.max_skips
+    guard = run.guard = Guard(run)
+    trainer.train_step(run, inputs * float("nan"), targets)
+    guard.look(run, torch.ones(3), torch.ones(3))
+    assert guard.closed == 1
+
+
+@pytest.mark.usefixtures("guarded")
+def test_a_bad_last_batch_of_an_epoch_is_never_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil_batches(monkeypatch, {3})
+    with pytest.raises(LocalGradError, match=r"loss of block 1 of 3 .* at epoch 1, step 4"):
+        fit(LOCAL, tmp_path, quiet=True)
+    assert not (tmp_path / "checkpoint.pt").exists()
+    assert not (tmp_path / "metrics.jsonl").read_text()
+
+
+@pytest.mark.usefixtures("guarded")
+def test_each_block_at_once_stops_at_the_block_that_is_not_finite(tmp_path: Path) -> None:
+    run, guard, inputs, targets = _run(replace(LOCAL, step_each_block=True), tmp_path)
+    nn.init.constant_(run.blocks[1].trainable_parameters()[0], float("inf"))
+    before = [[p.clone() for p in block.trainable_parameters()] for block in run.blocks]
+    trainer.train_step(run, inputs, targets)
+    with pytest.raises(LocalGradError, match=r"block 2 of 3 .* is nan .*, those of the blocks before it were not"):
+        guard.settle(run)
+    same = [all(map(torch.equal, b.trainable_parameters(), w)) for b, w in zip(run.blocks, before, strict=True)]
+    assert same == [False, True, True]
+
+
+TWO = replace(LOCAL, devices=2)
+
+
+def _fit_guarded(config: TrainConfig, run_dir: Path, interrupt_at: int, resume: bool, bad_at: int) -> int:
+    """Train on a rank that has a guard; with a step to interrupt at on the first rank, or a bad one on the second."""
+    trainer.make_guard = Guard
+    original = trainer.train_step
+
+    def step(run: state.Run, inputs: Tensor, targets: Tensor) -> Tensor | None:
+        first, number = run.fabric.is_global_zero, run.state.step + 1
+        if number == interrupt_at and first:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(run, inputs * float("inf") if number == bad_at and not first else inputs, targets)
+
+    trainer.train_step = step
+    return trainer.fit(config, run_dir, quiet=True, resume=resume).skipped
+
+
+def _fit_plainly(config: TrainConfig, run_dir: Path) -> None:
+    trainer.fit(config, run_dir, quiet=True)
+
+
+def test_processes_stop_together_without_waiting_for_each_other_s_answer(tmp_path: Path) -> None:
+    run_ranks(_fit_plainly, 2, TWO, tmp_path / "host")
+    with pytest.raises(KeyboardInterrupt, match="after step 3; everything is saved"):
+        run_ranks(_fit_guarded, 2, TWO, tmp_path / "guard", 2, False, 0)
+    run_ranks(_fit_guarded, 2, TWO, tmp_path / "guard", 0, True, 0)
+    assert_same_run(tmp_path / "host", tmp_path / "guard")
+
+
+def test_a_batch_that_is_bad_on_one_process_is_skipped_by_all(tmp_path: Path) -> None:
+    config = replace(TWO, on_nonfinite="skip")
+    assert run_ranks(_fit_guarded, 2, config, tmp_path, 0, False, 3) == [1, 1]
+    assert all(value.isfinite().all() for value in weights(tmp_path).values())
+
+
+class _NoHost(TorchDispatchMode):
+    """Refuses what makes a host wait for its device: a number out of a tensor, or a shape that depends on one."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "unique_dim", "item")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket._qualified_op_name.partition("::")[2]
+        masked = name.startswith("index") and any(one.dtype == torch.bool for one in tree_leaves(args[1:]))
+        assert name not in self.WAITS and not masked, f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_refusal_sees_what_waits() -> None:
+    waits: list[Callable[[Tensor], Any]] = [lambda t: t.item(), lambda t: bool(t > 0), lambda t: t[None][t[None] > 0]]
+    for wait in waits:
+        with pytest.raises(AssertionError, match="waits for the device"), _NoHost():
+            wait(torch.ones(()))
+
+
+@pytest.mark.usefixtures("guarded")
+@pytest.mark.parametrize("config", [LOCAL, SKIP, replace(LOCAL, optim=replace(LOCAL.optim, clip_norm=1.0))])
+def test_a_guarded_step_never_waits_for_the_device(config: TrainConfig, tmp_path: Path) -> None:
+    run, guard, _, _ = _run(config, tmp_path)
+    batches = trainer._batches(run)
+    next(batches)  # the first draws what is random in the epoch
+    with _NoHost():
+        inputs, targets = next(batches)
+        done = trainer._work(run, inputs, targets)
+        assert done is not None
+        guard.only_if_open(done[0])
+
+
+@pytest.mark.parametrize("momentum", MOMENTA)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_no_objective_or_momentum_waits_for_the_device(
+    objective: str, momentum: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # PyTorch's own looks whether the classes exist, on a processor and not on CUDA
+    monkeypatch.setattr(F, "one_hot", lambda targets, count: (targets[:, None] == torch.arange(count)).long())
+    torch.manual_seed(0)
+    inputs, targets = batch()
+    blocks = split(
+        cifar_resnet(8, NUM_CLASSES),
+        inputs,
+        cuts=["layer1.0", "layer2.0"],
+        objective=OBJECTIVES[objective],
+        momentum=MOMENTA[momentum],
+    )
+    make = partial(torch.optim.SGD, lr=0.1, momentum=0.9, fused=True)
+    optimizers = [make(block.trainable_parameters()) for block in blocks]
+    with _NoHost():
+        local_gradients(blocks, inputs, targets)
+        apply_updates(blocks, optimizers)
