@@ -14,7 +14,7 @@ from helpers.cases import IMAGE, MEAN, NUM_CLASSES, STD, batch
 from localgrad import LocalGradError, classifier, dgl, infopro, local_step, man, manpp, plan, predsim, split
 from localgrad.commands.main import main
 from localgrad.config.schema import TrainConfig
-from localgrad.core import units
+from localgrad import units
 from localgrad.models import cifar_resnet
 from localgrad.results.evaluation import evaluate
 from localgrad.training.trainer import fit

@@ -24,7 +24,7 @@ from localgrad.config.methods import with_defaults
 from localgrad.config.saved import from_dict, to_dict
 from localgrad.errors import LocalGradError
 from localgrad.runs.folder import RunFolder
-from localgrad.training import state, trainer
+from localgrad.training import checkpoint, state, trainer
 
 many = settings(few, max_examples=60)
 
@@ -51,7 +51,7 @@ def run() -> state.Run:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    state.save(made)
+    checkpoint.save(made)
     return made
 
 
@@ -171,7 +171,7 @@ def test_a_checkpoint_of_changed_content(data: st.DataObject) -> None:
         folder = RunFolder(Path(scratch))
         folder.save_checkpoint(tree)
         other = replace(made, folder=folder)
-        refused_or(lambda: state.load(other))
+        refused_or(lambda: checkpoint.load(other))
 
 
 @many
@@ -189,7 +189,7 @@ def test_weights_of_damaged_bytes(data: st.DataObject) -> None:
 def test_what_was_written_is_read() -> None:
     """So that the refusals above are not for another reason."""
     made = run()
-    state.load(made)
+    checkpoint.load(made)
     made.folder.save_model(made.model.state_dict())
     made.folder.load_model(made.model)
     with pytest.raises(LocalGradError, match="belongs to another model"):
@@ -197,4 +197,4 @@ def test_what_was_written_is_read() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             folder = RunFolder(Path(scratch))
             folder.save_checkpoint(broken)
-            state.load(replace(made, folder=folder))
+            checkpoint.load(replace(made, folder=folder))

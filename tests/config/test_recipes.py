@@ -30,7 +30,7 @@ def _rows() -> dict[str, Recipe]:
 
 @cache
 def _unit_names(depth: int) -> list[str]:
-    return [unit.name for unit in localgrad.core.units(cifar_resnet(depth), torch.zeros(2, 3, 32, 32))]
+    return [unit.name for unit in localgrad.units(cifar_resnet(depth), torch.zeros(2, 3, 32, 32))]
 
 
 def test_every_row_is_a_valid_config_under_its_own_name() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from helpers.runs import few
 from localgrad import Block, LocalGradError, classifier, dgl, infopro, local_step, man, manpp, predsim, split
-from localgrad.core import units
+from localgrad import units
 
 torch.set_num_threads(1)
 

@@ -15,7 +15,7 @@ import torchvision.models as vision
 from torch import nn
 
 from localgrad import LocalGradError
-from localgrad.core import units
+from localgrad import units
 from localgrad.core.tracing import seeded
 from localgrad.core.units import Unit
 from localgrad.models import cifar_resnet

@@ -6,7 +6,7 @@ from torch import nn
 
 import localgrad
 from helpers.cases import MOMENTA, NUM_CLASSES, OBJECTIVES
-from localgrad.core import units
+from localgrad import units
 from localgrad.core.costs import unit_costs
 from localgrad.models import cifar_resnet
 from localgrad.planning.measure import PeakMemory, measure_peak

@@ -84,7 +84,7 @@ def page(found: Results, folder: Path) -> str:
     main = "\n".join(
         f'<section id="{ids[title]}"><h2>{escape(title)}</h2>{body}</section>' for title, body in shown.items()
     )
-    style = files("localgrad").joinpath("report.css").read_text()
+    style = files("localgrad.results").joinpath("report.css").read_text()
     return f"""<!doctype html>
 <html lang="en">
 <head>

@@ -3,7 +3,7 @@
 import statistics
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,6 @@ from localgrad.parallel.pipeline import Stage
 from localgrad.runs.folder import RunFolder
 from localgrad.training.schedule import learning_rate
 from localgrad.training.tensorboard import Board
-
-if TYPE_CHECKING:
-    from localgrad.training.cuda_graphs import GraphedStep
-    from localgrad.training.guard import Guard
 
 
 @dataclass
@@ -67,9 +63,9 @@ class Run:
     optimizers: list[torch.optim.Optimizer]
     """One for each of them."""
     state: State
-    guard: "Guard | None" = None
+    guard: Any = None
     """What keeps a step that is not finite from changing anything, where the device decides that and not the host."""
-    graphed: "GraphedStep | None" = None
+    graphed: Any = None
     """The step as CUDA graphs, where that is asked for."""
     rate: Tensor | None = None
     """The learning rate on the device, where graphs read it there."""

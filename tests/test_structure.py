@@ -1,0 +1,117 @@
+"""The house: which package may import which, and what each needs from outside."""
+
+import ast
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "localgrad"
+FLOORS = (
+    "errors",
+    "core",
+    "objectives",
+    "planning parallel models",
+    "data",
+    "config",
+    "recipes runs",
+    "training",
+    "results",
+    "analysis",
+    "commands",
+)
+FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names.split()}
+CORE = ("core", "objectives", "planning", "parallel")
+MODULES = {
+    ".".join(path.relative_to(SOURCE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in SOURCE.rglob("*.py")
+}
+
+
+def arrows() -> dict[str, set[str]]:
+    """Of each module the modules of localgrad that it imports, inside functions too."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for module, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "localgrad":
+                for alias in node.names:
+                    full = f"{node.module}.{alias.name}"
+                    found[module].add(full if full in MODULES else str(node.module))
+            elif isinstance(node, ast.Import):
+                found[module] |= {alias.name for alias in node.names} & MODULES.keys()
+    return found
+
+
+def package(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+def test_no_package_imports_one_above_it() -> None:
+    wrong = [
+        f"{module} imports {target}"
+        for module, targets in arrows().items()
+        for target in targets
+        if package(module) != package(target)
+        and package(module)  # the root holds the public names
+        and FLOOR.get(package(module), len(FLOORS)) <= FLOOR.get(package(target), len(FLOORS))
+    ]
+    assert not wrong
+
+
+def test_no_circle_of_imports() -> None:
+    graph, done = arrows(), set[str]()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, f"circle: {' -> '.join([*path[path.index(module) :], module])}"
+        if module in done:
+            return
+        for target in graph[module]:
+            visit(target, (*path, module))
+        done.add(module)
+
+    for module in MODULES:
+        if module != "localgrad":  # the root imports what is public, and nothing imports the root
+            visit(module, ())
+
+
+def test_the_root_has_few_rooms() -> None:
+    rooms = [path for path in SOURCE.iterdir() if path.name not in ("__pycache__", "py.typed")]
+    assert len(rooms) <= 18
+
+
+def test_the_core_needs_torch_and_numpy_alone() -> None:
+    """Import `localgrad` and every module of the core packages where nothing else can be imported."""
+    modules = sorted(module for module in MODULES if package(module) in CORE)
+    program = f"""
+import importlib, sys
+import torch, numpy
+import torch.distributed.fsdp, torch.utils.flop_counter, torch._subclasses.fake_tensor, torch.utils.checkpoint
+import torch.nn.parallel, torch.optim.swa_utils, torch.distributed._composable
+allowed = set(sys.stdlib_module_names) | {{name.partition(".")[0] for name in sys.modules}} | {{"localgrad"}}
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] not in allowed:
+            raise ImportError(f"{{name}} is not torch, NumPy or the standard library")
+
+sys.meta_path.insert(0, Blocked())
+for name in ["localgrad", *{modules!r}]:
+    importlib.import_module(name)
+import localgrad
+localgrad.plan
+print("imported")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
+    assert done.stdout == "imported\n", done.stderr
+
+
+@pytest.mark.parametrize("name", ["localgrad.planning.plan", "torch.utils.flop_counter"])
+def test_importing_localgrad_leaves_the_planner_out(name: str) -> None:
+    program = (
+        f"import sys, torch; before = {name!r} in sys.modules; import localgrad; print(before, {name!r} in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    before, after = done.stdout.split()
+    assert after == before
