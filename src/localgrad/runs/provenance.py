@@ -1,0 +1,48 @@
+"""Where a result comes from: device, versions, commit."""
+
+from typing import Any
+import platform
+import torch
+from pathlib import Path
+import subprocess
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Where a result comes from: `device` name, `versions` and `commit`, as `Result` has them."""
+    from importlib.metadata import version
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor_name()
+    versions = {package: version(package) for package in ("torch", "torchvision", "lightning")}
+    return {
+        "device": name,
+        "versions": {"localgrad": version("localgrad"), "python": platform.python_version(), **versions},
+        "commit": _commit(),
+    }
+
+
+def _processor_name() -> str:
+    """Name of the processor, with the number of threads that torch uses."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
+        name = models[0] if models else name
+    return f"{name}, {torch.get_num_threads()} thread(s)"
+
+
+def _commit() -> str | None:
+    """Commit of the code, with `-dirty` if it was changed; None where it does not lie in its git repository."""
+    source = Path(__file__)
+    git = ["git", "-C", str(source.parent)]
+    try:
+        subprocess.run([*git, "ls-files", "--error-unmatch", source.name], check=True, capture_output=True, timeout=10)
+        described = subprocess.run(
+            [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip()
