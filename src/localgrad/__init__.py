@@ -9,6 +9,7 @@ from localgrad.core.split import split
 from localgrad.core.step import local_step
 from localgrad.core.units import units
 from localgrad.errors import LocalGradError as LocalGradError
+from localgrad.objectives.auglocal import auglocal
 from localgrad.objectives.classifier import classifier
 from localgrad.objectives.dgl import dgl
 from localgrad.objectives.infopro import infopro
@@ -30,6 +31,7 @@ __all__ = [
     "predsim",
     "dgl",
     "infopro",
+    "auglocal",
     "man",
     "manpp",
     "plan",

@@ -73,3 +73,25 @@ def cifar_resnet(depth: int, num_classes: int = 10) -> CifarResNet:
     if num_classes < 1:
         raise LocalGradError(f"num_classes is {num_classes}: it must be at least 1")
     return CifarResNet((depth - 2) // 6, num_classes)
+
+
+def small_stem(model: nn.Module) -> nn.Module:
+    """Give a ResNet a stem for small images: a 3x3 convolution of stride 2 and no max pool, in place of 7x7 and both.
+
+    Images of 64 pixels enter the first stage with 32, where the stem for 224 pixels leaves 16.
+
+    Args:
+        model: with `conv1` (3 to C channels) and `maxpool`, as torchvision's; changed in place.
+
+    Raises:
+        LocalGradError: it has no such stem.
+    """
+    conv = getattr(model, "conv1", None)
+    if not isinstance(conv, nn.Conv2d) or not isinstance(getattr(model, "maxpool", None), nn.MaxPool2d):
+        raise LocalGradError(
+            f"a {type(model).__name__} has no conv1 and maxpool: small_stem takes a torchvision ResNet"
+        )
+    small = nn.Conv2d(3, conv.out_channels, 3, stride=2, padding=1, bias=False)
+    nn.init.kaiming_normal_(small.weight, mode="fan_out", nonlinearity="relu")
+    model.conv1, model.maxpool = small, nn.Identity()
+    return model

@@ -14,7 +14,7 @@ from localgrad.core.momentum import Momentum
 from localgrad.core.site import Objective
 from localgrad.core.split import split
 from localgrad.errors import LocalGradError, closest
-from localgrad.models import cifar_resnet
+from localgrad.models import cifar_resnet, small_stem
 
 
 def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
@@ -23,6 +23,8 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
     Raises:
         LocalGradError: the name belongs to no network, or the extra that holds it is not installed.
     """
+    if config.small_stem and not config.name.startswith("torchvision:"):
+        raise LocalGradError(f"model.small_stem is on and model.name {config.name}: it takes a torchvision ResNet")
     if config.name == "cifar_resnet":
         return cifar_resnet(config.depth, num_classes=num_classes)
     library, _, name = config.name.partition(":")
@@ -31,7 +33,8 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
 
         names = torchvision.models.list_models(module=torchvision.models)
         _check_model_name(name, names, library)
-        return torchvision.models.get_model(name, weights=None, num_classes=num_classes)
+        model = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
+        return small_stem(model) if config.small_stem else model
     if library == "timm":
         try:
             import timm

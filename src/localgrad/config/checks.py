@@ -40,6 +40,7 @@ def _number_problems(config: TrainConfig) -> list[str]:
         ),
         ("optim.accumulate", optim.accumulate, 1 <= optim.accumulate <= optim.batch_size, "from 1 to the batch size"),
         ("optim.label_smoothing", optim.label_smoothing, 0 <= optim.label_smoothing < 1, "from 0 to less than 1"),
+        ("reach", config.reach, config.reach >= 1, "1 or more"),
         ("devices", config.devices, config.devices >= 1, "1 or more"),
         ("replicas", config.replicas, config.replicas >= 1, "1 or more"),
         ("seed", config.seed, 0 <= config.seed < 2**32, "from 0 to 2**32 - 1"),
@@ -60,6 +61,13 @@ def _number_problems(config: TrainConfig) -> list[str]:
         )
     if config.step_each_block and (config.parallel == "blocks" or config.on_nonfinite == "skip"):
         problems.append("step_each_block goes neither with --parallel blocks nor with --on-nonfinite skip")
+    if config.reach > 1 and (config.parallel == "blocks" or (config.parallel == "shards" and config.devices > 1)):
+        problems.append(
+            f"reach is {config.reach}, which needs a gradient from the next block while its own waits: it goes neither "
+            "with --parallel blocks nor with --parallel shards"
+        )
+    if config.reach > 1 and not (config.cuts or (config.num_blocks or 1) > 1):
+        problems.append(f"reach is {config.reach}, but without a cut there is no block before; leave it out")
     if config.cuda_graph and (config.devices > 1 or config.accelerator not in ("auto", "cuda")):
         problems.append(
             f"cuda_graph is on with accelerator {config.accelerator} and devices {config.devices}: it takes one CUDA "

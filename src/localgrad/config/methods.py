@@ -8,6 +8,7 @@ from typing import Any
 from localgrad.config.schema import MomentumConfig, ObjectiveConfig, TrainConfig
 from localgrad.core.momentum import man, manpp
 from localgrad.errors import closest
+from localgrad.objectives.auglocal import auglocal
 from localgrad.objectives.classifier import classifier
 from localgrad.objectives.dgl import dgl
 from localgrad.objectives.infopro import infopro
@@ -18,6 +19,7 @@ OBJECTIVES: dict[str, Callable[..., Any]] = {
     "predsim": predsim,
     "dgl": dgl,
     "infopro": infopro,
+    "auglocal": auglocal,
 }
 
 

@@ -32,6 +32,8 @@ class ModelConfig:
     """Which network: `cifar_resnet`, `torchvision:NAME` (as `torchvision:resnet50`) or `timm:NAME`."""
     depth: int = 32
     """Number of layers of a `cifar_resnet`, 6n + 2; other networks have it in their name."""
+    small_stem: bool = False
+    """Begin a torchvision ResNet with a 3x3 convolution of stride 2 alone, for images of 64 pixels or so."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class ObjectiveConfig:
     """The local loss of every block but the last. An option left out keeps the method's own default."""
 
     name: str = "none"
-    """Which local loss: `none` (one block, end-to-end), `classifier`, `predsim`, `dgl` or `infopro`."""
+    """Which local loss: `none` (one block, end-to-end), `classifier`, `predsim`, `dgl`, `infopro` or `auglocal`."""
     head: str | None = None
     """Form of the task head, by the method's own names (as `compact`, `original`, `wide`, `light` for dgl)."""
     beta: float | None = None
@@ -54,6 +56,10 @@ class ObjectiveConfig:
     """Form of the task loss: `cross_entropy` or `contrast`."""
     feature_dim: int | None = None
     """Width of the task head's hidden layer, and of the embedding that `contrast` compares."""
+    depth: int | None = None
+    """Units of an `auglocal` head, at the first block."""
+    pyramid: float | None = None
+    """How far the depth of `auglocal` heads falls over the blocks: 0 not, 1 to a single unit."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,10 @@ class MomentumConfig:
     """Where the auxiliary weights begin: `copy` of the next unit, or `random`."""
     recompute: bool | None = None
     """Recompute the auxiliary network in the backward pass, which saves memory and costs time."""
+    bias_form: str | None = None
+    """The trained part: `unit`, a whole copy (as released), or `conv1x1`."""
+    pool: int | None = None
+    """Side of the squares that features are averaged over before the copies; 1 for none."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +158,8 @@ class TrainConfig:
     """Copies of the network with `--parallel blocks`; each is spread over devices / replicas of them."""
     sync_batchnorm: bool = False
     """Normalise by the statistics of the whole batch where its images are shared between devices."""
+    reach: int = 1
+    """Blocks that a local loss trains: 1, its own; 2, that and the one before, through its own; and so on."""
     step_each_block: bool = False
     """Step each block right after its own backward pass, so that gradients of one block live at a time."""
     cuda_graph: bool = False

@@ -14,18 +14,25 @@ from localgrad.errors import LocalGradError
 def build_auxiliary(
     last: Unit,
     following: Sequence[Unit],
+    rest: Sequence[Unit],
     example: Tensor,
     index: int,
     num_blocks: int,
     objective: Objective,
     momentum: Momentum | None,
 ) -> tuple[nn.Module | None, nn.Module]:
-    """The momentum auxiliary network (or None) and the objective of a block that ends with the unit `last`."""
+    """The momentum auxiliary network (or None) and the objective of a block that ends with the unit `last`.
+
+    The momentum copies from `following`, the next block's units; the objective is told of `rest`, the model's units
+    after `last` (after the copied ones, where there is a momentum).
+    """
     like = next((p for unit in (last, *following) for p in unit.module.parameters()), example)
     with torch.device(like.device):
         branches = None if momentum is None else momentum(following)
-        seen = last if branches is None else following[branches.depth - 1]
-        site = Site(seen.features, seen.channel_dim, example.shape, index, num_blocks)
+        copies = 0 if branches is None else branches.depth
+        seen = following[copies - 1] if copies else last
+        features = seen.features if branches is None else branches.features(seen)
+        site = Site(features, seen.channel_dim, example.shape, index, num_blocks, tuple(rest[copies:]))
         head = objective(site)
     if not isinstance(head, nn.Module):
         raise LocalGradError(

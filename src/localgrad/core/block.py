@@ -43,25 +43,35 @@ class Block(nn.Module):
         self._layers = [module for module in self.body.modules() if module._parameters]
         self._modes = [module for module in self.body if isinstance(module, TwoModes)]
 
-    def forward(self, features: Tensor, targets: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, features: Tensor, targets: Tensor, inputs: Tensor, *, cut_loss: bool = False
+    ) -> tuple[Tensor, ...]:
         """Features before the block to features after it, and the block's loss.
 
         Args:
             features: output of the block before, detached; the inputs for the first block.
             targets: class of each sample, `(N,)`, or what the criterion takes.
             inputs: the batch, `(N, 3, H, W)`; an objective may reconstruct it.
+            cut_loss: compute the loss on a leaf of the output's values, so that its graph ends there.
 
         Returns:
-            The body's output, still attached to the block's graph, and a scalar loss. The last block's output is the
-            model's.
+            The body's output, still attached to the block's graph, and a scalar loss; with `cut_loss` the leaf too.
+            The last block's output is the model's.
         """
-        if self.body[0] in self._in_place and features.data_ptr() == inputs.data_ptr():
-            features = features.clone()  # objectives of later blocks read the inputs too
+        # objectives of later blocks read the inputs too, and a leaf cannot be changed
+        if self.body[0] in self._in_place and (features.requires_grad or features.data_ptr() == inputs.data_ptr()):
+            features = features.clone()
         for unit in self.body:
             features = recomputed(unit, features, unit, unit in self._in_place) if self.recompute else unit(features)
+        if not cut_loss:
+            return features, self._loss(features, targets, inputs)
+        leaf = features.detach().requires_grad_()
+        return features, self._loss(leaf, targets, inputs), leaf
+
+    def _loss(self, features: Tensor, targets: Tensor, inputs: Tensor) -> Tensor:
         if self.objective is None:
             assert self.criterion is not None
-            return features, self.criterion(features, targets)
+            return self.criterion(features, targets)
         version = features._version
         loss = self.objective(self._mixed(features), targets, inputs)
         if features._version != version:
@@ -69,7 +79,7 @@ class Block(nn.Module):
                 f"the objective of block {self.names[0]}..{self.names[-1]} changes its features in place, and the next "
                 "block would get them changed: start it without inplace=True, or with features.clone()"
             )
-        return features, loss
+        return loss
 
     def _mixed(self, features: Tensor) -> Tensor:
         return features if self.momentum is None else self.momentum(features)

@@ -72,7 +72,9 @@ def unit_costs(
         if objective is None:
             end = (0.0, 0.0, 0.0)
         elif following:
-            end = _end_cost(unit, following, result, targets, inputs, objective, momentum, num_blocks)
+            end = _end_cost(
+                unit, following, on_meta[position + 1 :], result, targets, inputs, objective, momentum, num_blocks
+            )
         parameters = sum(parameter.numel() for parameter in unit.module.parameters())
         costs.append(UnitCost(unit.name, parameters, kept, flops, *end))
         features = result.detach()
@@ -82,6 +84,7 @@ def unit_costs(
 def _end_cost(
     unit: Unit,
     following: Sequence[Unit],
+    rest: Sequence[Unit],
     features: Tensor,
     targets: Tensor,
     inputs: Tensor,
@@ -90,7 +93,7 @@ def _end_cost(
     num_blocks: int,
 ) -> tuple[float, float, float]:
     try:
-        branches, head = build_auxiliary(unit, following, inputs, 0, num_blocks, objective, momentum)
+        branches, head = build_auxiliary(unit, following, rest, inputs, 0, num_blocks, objective, momentum)
     except LocalGradError:
         return NOWHERE
     mixed, kept, flops = (features, 0, 0) if branches is None else _forward_cost(branches, features)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -26,6 +27,7 @@ class MomentumAuxiliary(nn.Module):
         scale: the learnable scalar of MAN++, or None.
         decay: m in `ema <- m * ema + (1 - m) * next unit`.
         depth: how many units of the next block are copied.
+        pool: side of the squares that the features are averaged over first; 1 for none.
     """
 
     def __init__(
@@ -36,17 +38,20 @@ class MomentumAuxiliary(nn.Module):
         scale: nn.Parameter | None,
         decay: float,
         recompute: bool,
+        pool: int = 1,
     ) -> None:
         super().__init__()
         self.bias, self.ema, self.scale = bias, ema, scale
-        self.decay, self.recompute = decay, recompute
+        self.decay, self.recompute, self.pool = decay, recompute, pool
         self.depth = len(source)
         # a tuple is not registered: the next block's parameters are not this module's
         self._source = tuple(unit.module for unit in source)
-        self._source_writes_input = source[0].writes_input
+        self._source_writes_input, self._inputs = source[0].writes_input, source[0].inputs
 
     def forward(self, features: Tensor) -> Tensor:
         """Features of the block, `(N, C, H, W)` or `(N, L, D)`, as the next block's first unit sees them."""
+        if self.pool > 1:
+            features = F.avg_pool2d(features, self.pool, ceil_mode=True)
         if not isinstance(self.bias, nn.Module):
             assert self.ema is not None
             mixed = self._branch(self.ema, features)
@@ -71,6 +76,18 @@ class MomentumAuxiliary(nn.Module):
         return [] if self.ema is None else [p for module in self._source for p in module.parameters()]
 
     @torch.no_grad()
+    def features(self, source: Unit) -> torch.Size:
+        """Shape of what `forward` gives, where `source` is the last unit that is copied."""
+        if self.pool == 1:
+            return source.features
+        like = next(self.parameters())
+        modes = [(module, module.training) for module in self.modules()]
+        shape = self.eval()(torch.zeros(self._inputs, dtype=like.dtype, device=like.device)).shape
+        for module, training in modes:
+            module.training = training
+        return shape
+
+    @torch.no_grad()
     def update(self) -> None:
         """Pull the copy towards the next unit: `ema <- m * ema + (1 - m) * unit`, in one fused call."""
         if self.ema is not None:
@@ -86,6 +103,8 @@ def man(
     initial: Literal["copy", "random"] = "copy",
     recompute: bool = False,
     depth: int = 1,
+    bias_form: Literal["unit", "conv1x1"] = "unit",
+    pool: int = 1,
 ) -> Momentum:
     """The momentum auxiliary network (MAN).
 
@@ -114,6 +133,12 @@ def man(
             statistics are still counted once a step.
         depth: how many of the next block's first units are copied (fewer where it has fewer; the model's head
             only where nothing else is left).
+        bias_form: the trained part of the sum: `"unit"`, a whole copy (as released), or `"conv1x1"`, a 1x1 convolution
+            `W h + b` from the channels before the unit to those after it, with the unit's stride and initially 0 (a
+            linear layer where channels come last). The text speaks of a "lightweight" bias. It costs 1/18 of a
+            residual unit of two 3x3 convolutions.
+        pool: average maps `(N, C, H, W)` over squares of this side before the branches, whose cost falls by its
+            square; the objective sees the smaller map. No paper's: the heads that follow average further anyway.
 
     Returns:
         A function of the next block's units that builds the module.
@@ -126,6 +151,12 @@ def man(
     "EMA-based information transfer"; released code of the paper, `networks/resnetInfoPro_MAN.py`.
     """
     _check(decay, initial, depth)
+    if bias_form not in ("unit", "conv1x1"):
+        raise LocalGradError(f"bias_form is {bias_form!r}: it is 'unit' (a copy, as released) or 'conv1x1'")
+    if bias_form != "unit" and not (bias and form == "sum"):
+        raise LocalGradError("bias_form is 'conv1x1' without a trained part beside the average: form='sum', bias=True")
+    if isinstance(pool, bool) or not isinstance(pool, int) or pool < 1:
+        raise LocalGradError(f"pool is {pool!r}: it is the side of a square of pixels, 1 for none, or 2")
     if form not in ("sum", "fused"):
         raise LocalGradError(f"form is {form!r}: it is 'sum' (as released) or 'fused' (as the paper's formula reads)")
     if not (bias or ema):
@@ -138,7 +169,11 @@ def man(
     def build(following: Sequence[Unit]) -> MomentumAuxiliary:
         source = _source(following, depth)
         follower = _follower(source, initial, decay) if ema else None
-        trained: nn.Module | nn.Parameter | None = _copy(source, initial) if bias and form == "sum" else None
+        if pool > 1 and not _is_map(source[0]):
+            raise LocalGradError(f"pool is {pool} and features are {tuple(source[0].inputs)}: it takes (N, C, H, W)")
+        trained: nn.Module | nn.Parameter | None = None
+        if bias and form == "sum":
+            trained = copied(source, initial) if bias_form == "unit" else _conv1x1(source)
         if follower is not None and form == "sum":
             follower.requires_grad_(False)
         if bias and form == "fused":
@@ -147,7 +182,7 @@ def man(
             shape[unit.channel_dim - 1] = unit.features[unit.channel_dim]
             like = next(source[0].module.parameters())
             trained = nn.Parameter(torch.zeros(shape, dtype=like.dtype, device=like.device))
-        return MomentumAuxiliary(source, trained, follower, None, decay, recompute)
+        return MomentumAuxiliary(source, trained, follower, None, decay, recompute, pool)
 
     return build
 
@@ -187,9 +222,34 @@ def manpp(
         follower = _follower(source, initial, decay).requires_grad_(False)
         like = next(source[0].module.parameters())
         scale = nn.Parameter(torch.ones(1, dtype=like.dtype, device=like.device))  # FSDP2 takes no scalar
-        return MomentumAuxiliary(source, _copy(source, initial), follower, scale, decay, recompute)
+        return MomentumAuxiliary(source, copied(source, initial), follower, scale, decay, recompute)
 
     return build
+
+
+def _is_map(unit: Unit) -> bool:
+    return len(unit.inputs) == len(unit.features) == 4 and unit.channel_dim == 1
+
+
+def _conv1x1(source: Sequence[Unit]) -> nn.Module:
+    """`W h + b` from what the units take to what they give, initially 0."""
+    inputs, outputs, dim = source[0].inputs, source[-1].features, source[-1].channel_dim
+    layer: nn.Module | None = None
+    if _is_map(source[0]) and len(outputs) == 4:
+        stride = tuple(max(1, round(before / after)) for before, after in zip(inputs[2:], outputs[2:], strict=True))
+        if all(-(-b // s) == a for b, s, a in zip(inputs[2:], stride, outputs[2:], strict=True)):
+            layer = nn.Conv2d(inputs[1], outputs[1], 1, stride)  # pyright: ignore[reportArgumentType]
+    elif dim == len(outputs) - 1 and inputs[1:-1] == outputs[1:-1]:
+        layer = nn.Linear(inputs[-1], outputs[-1])
+    if layer is None:
+        raise LocalGradError(
+            f"bias_form is 'conv1x1', and no 1x1 convolution leads from {tuple(inputs)} to {tuple(outputs)} "
+            f"(unit {source[0].name!r}): use 'unit'"
+        )
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    like = next(source[0].module.parameters())
+    return layer.to(like.device, like.dtype)
 
 
 def _check(decay: float, initial: str, depth: int) -> None:
@@ -224,10 +284,11 @@ def _follower(source: Sequence[Unit], initial: str, decay: float) -> nn.Module:
             f"the weights after a cut are {coarse[0]}, in which an average with decay {decay} stands still: keep the "
             "weights in float32 and compute under autocast, or give decay=0"
         )
-    return _copy(source, initial)
+    return copied(source, initial)
 
 
-def _copy(source: Sequence[Unit], initial: str) -> nn.Module:
+def copied(source: Sequence[Unit], initial: str) -> nn.Module:
+    """A trainable copy of units; with `initial="random"` from draws of its own, wherever a layer can reset itself."""
     copies = [copy.deepcopy(unit.module) for unit in source]
     module = copies[0] if len(copies) == 1 else nn.Sequential(*copies)
     module.requires_grad_(True)

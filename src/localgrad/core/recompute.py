@@ -1,7 +1,7 @@
 """Activation checkpointing that counts a batch once."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -36,23 +36,26 @@ def recomputed(
         if buffer is not None
     ]
     return checkpoint(  # pyright: ignore[reportReturnType]
-        function, features, use_reentrant=False, context_fn=lambda: (nullcontext(), _as_it_was(norms, begun))
+        function, features, use_reentrant=False, context_fn=lambda: (nullcontext(), _AsItWas(norms, begun))
     )
 
 
-@contextmanager
-def _as_it_was(norms: Sequence[Any], begun: Sequence[tuple[nn.Module, str, Tensor]]) -> Iterator[None]:
-    kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
-    after = [(module, name, module._buffers[name]) for module, name, _ in begun]
-    for module, name, value in begun:
-        module._buffers[name] = value
-    for norm in norms:  # with factor 0 a running average stays; without one, fewer tensors would be saved than before
-        counted = norm.num_batches_tracked
-        norm.momentum, norm.num_batches_tracked = 0.0, None if counted is None else counted.clone()
-    try:
-        yield
-    finally:
-        for norm, factor, batches in kept:
-            norm.momentum, norm.num_batches_tracked = factor, batches
-        for module, name, value in after:
-            module._buffers[name] = value
+class _AsItWas:
+    """Puts the module back to before the first pass; entered once for each backward pass through a kept graph."""
+
+    def __init__(self, norms: Sequence[Any], begun: Sequence[tuple[nn.Module, str, Tensor]]) -> None:
+        self.norms, self.begun = norms, begun
+        self.left = ExitStack()
+
+    def __enter__(self) -> None:
+        for module, name, value in self.begun:
+            self.left.callback(module._buffers.__setitem__, name, module._buffers[name])
+            module._buffers[name] = value.clone()
+        for norm in self.norms:  # with factor 0 a running average stays; without one, fewer tensors would be saved
+            counted = norm.num_batches_tracked
+            self.left.callback(setattr, norm, "momentum", norm.momentum)
+            self.left.callback(setattr, norm, "num_batches_tracked", counted)
+            norm.momentum, norm.num_batches_tracked = 0.0, None if counted is None else counted.clone()
+
+    def __exit__(self, *raised: object) -> None:
+        self.left.close()

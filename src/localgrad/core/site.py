@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from localgrad.core.units import Unit
+
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -20,6 +22,7 @@ class Site:
         inputs: shape of the network's input, `(N, 3, H, W)` for images.
         index: of the block, from 0.
         num_blocks: K, the last block included, which has no objective.
+        following: the model's units after these features, its head included.
     """
 
     features: torch.Size
@@ -27,6 +30,7 @@ class Site:
     inputs: torch.Size
     index: int
     num_blocks: int
+    following: tuple[Unit, ...] = ()
 
 
 Objective = Callable[[Site], nn.Module]

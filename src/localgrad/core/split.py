@@ -95,7 +95,8 @@ def split(
         following = runs[index + 1]
         if following is runs[-1]:
             following = following[:-1] or following  # the model's head is copied only where nothing else is left
-        auxiliary = build_auxiliary(run[-1], following, example, index, len(runs), objective, momentum)
+        rest = found[edges[index + 1] :]
+        auxiliary = build_auxiliary(run[-1], following, rest, example, index, len(runs), objective, momentum)
         blocks.append(Block(run, *auxiliary, None, recompute))
     blocks.append(Block(runs[-1], None, None, criterion, recompute))
     match_mode(blocks, model)

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from localgrad.core.block import Block
 from localgrad.core.checks import check_optimizers, check_parameters
 from localgrad.core.explain import OutOfMemoryError, explained, inner, of_another_process
+from localgrad.core.reach import Span, check_reach
 from localgrad.errors import LocalGradError
 
 
@@ -21,6 +22,7 @@ def local_step(
     targets: Tensor,
     *,
     step_each_block: bool = False,
+    reach: int = 1,
 ) -> list[Tensor]:
     """Train every block on one batch.
 
@@ -33,12 +35,19 @@ def local_step(
     bit: no block reads the weights of a block before it, and block j's EMA reads block j + 1, which has not stepped
     yet. What differs is a batch that fails in the middle: blocks before the one that failed have stepped.
 
+    With `reach` above 1 a loss trains the blocks before its own too: block j gets
+    `sum of dL_i / dtheta_j, i = j..min(j + reach - 1, K)`. Its graph, without that of its auxiliary network, waits for
+    the last of these losses; `reach` bodies' graphs are alive at a time. `reach=2` costs one more pass for the input's
+    gradient a body; `reach=K` is end-to-end training with deep supervision. With `step_each_block` a block steps when
+    the last loss that reaches it has been back-propagated, and gradients of `reach` blocks live at a time.
+
     Args:
         blocks: what `split` gave, in training mode.
         optimizers: one a block, over `block.trainable_parameters()`.
         inputs: `(N, 3, H, W)`, or what the model takes.
         targets: `(N,)` classes, or what the objectives and the criterion take.
         step_each_block: see above.
+        reach: number of blocks that a loss trains, its own included.
 
     Returns:
         One detached scalar loss a block.
@@ -49,6 +58,7 @@ def local_step(
             dtype, device or shape).
         OutOfMemoryError: a block does not fit into the device's memory; it is torch's error too.
     """
+    check_reach(reach)
     check_optimizers(blocks, optimizers)
     for index, (block, optimizer) in enumerate(zip(blocks, optimizers, strict=True)):
         block.check_training()
@@ -59,8 +69,8 @@ def local_step(
         def update(index: int, loss: Tensor) -> None:
             apply_updates([blocks[index]], [optimizers[index]])
 
-        return local_gradients(blocks, inputs, targets, after_block=update)
-    losses = local_gradients(blocks, inputs, targets)
+        return local_gradients(blocks, inputs, targets, after_block=update, reach=reach)
+    losses = local_gradients(blocks, inputs, targets, reach=reach)
     apply_updates(blocks, optimizers)
     return losses
 
@@ -75,6 +85,7 @@ def local_gradients(
     context: Callable[[int], AbstractContextManager[Any]] = nullcontext,
     on_output: Callable[[Tensor], Any] | None = None,
     after_block: Callable[[int, Tensor], Any] | None = None,
+    reach: int = 1,
 ) -> list[Tensor]:
     """The first half of `local_step`: add the gradients of every block's loss, times `scale`, to its parameters.
 
@@ -87,6 +98,8 @@ def local_gradients(
         context: what a block's forward pass runs in, such as autocast, by its place among these blocks.
         on_output: called with the last block's detached output before that block's backward pass begins.
         after_block: called with a block's place and its loss when it has its gradients, before the next block starts.
+        reach: number of blocks that a loss trains, its own included, as in `local_step`; blocks have their gradients
+            `reach - 1` blocks later, the last `reach` of them together.
 
     Returns:
         One detached scalar loss a block, not scaled.
@@ -98,15 +111,22 @@ def local_gradients(
         raise LocalGradError(f"inputs are {tuple(inputs.shape)}: an empty batch has no loss; leave it out")
     inputs = inputs.detach() if inputs.requires_grad else inputs
     passed, losses = inputs if features is None else features, []
+    span = Span(reach, len(blocks))
     for index, block in enumerate(blocks):
         try:
             with context(index):
-                output, loss = block(passed, targets, inputs)
-            passed = output.detach()
-            del output  # its graph goes with the backward pass
+                output, loss, *leaf = block(passed, targets, inputs, **({} if reach == 1 else {"cut_loss": True}))
+            entry, passed = passed if reach > 1 else None, output.detach()
             if on_output is not None and index == len(blocks) - 1:
                 on_output(passed)
+            if reach == 1:
+                del output  # its graph goes with the backward pass
             (loss if scale == 1.0 else loss * scale).backward()
+            done = range(index, index + 1)
+            if entry is not None:
+                done = span.add(inner(block).body, entry, output, leaf[0].grad)
+                passed.requires_grad_(passed.is_floating_point())  # the next block's entry
+                del output, leaf, entry
         except torch.OutOfMemoryError as error:
             names = inner(block).names
             raise OutOfMemoryError(
@@ -123,8 +143,8 @@ def local_gradients(
             raise found from error
         losses.append(loss.detach())
         del loss
-        if after_block is not None:
-            after_block(index, losses[-1])
+        for place in done if after_block is not None else ():
+            after_block(place, losses[place])
     return losses
 
 

@@ -23,6 +23,7 @@ class Unit:
             or `(N, D)`.
         channel_dim: the dimension of `features` that holds channels, 1 or the last.
         writes_input: whether the unit changes its input in place (it starts with an in-place activation, say).
+        inputs: shape of what it takes, for the example batch.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Unit:
     features: torch.Size
     channel_dim: int
     writes_input: bool
+    inputs: torch.Size = torch.Size()
 
 
 def units(model: nn.Module, example: Tensor, names: Sequence[str] | None = None) -> list[Unit]:
@@ -79,9 +81,9 @@ def _measured(pieces: Sequence[tuple[str, nn.Module]], features: Tensor, writes:
     for position, (name, module) in enumerate(pieces):
         following = pieces[position + 1][1] if position + 1 < len(pieces) else None
         writes_input = _writes_input(module, features) if writes is None else writes[position]
-        features = module.eval()(features)
+        taken, features = features.shape, module.eval()(features)
         channel_dim = _channel_dim(features.shape, module, following)
-        found.append(Unit(name, module, features.shape, channel_dim, writes_input))
+        found.append(Unit(name, module, features.shape, channel_dim, writes_input, taken))
     return found
 
 

@@ -68,9 +68,10 @@ def profile(
         with simulation.running():
             features = torch.empty(shape, dtype=dtype, device=simulation.device)
         profiles.append(profiled)
-        following = on_meta[position + 1 : -1] or on_meta[position + 1 :]
+        rest = on_meta[position + 1 :]
+        following = rest[:-1] or rest
         for role in range(3):
-            modules = _auxiliary(unit, following, example, role, objective, momentum) if following else []
+            modules = _auxiliary(unit, following, rest, example, role, objective, momentum) if following else []
             if isinstance(modules, str):
                 ends[role].append(EndProfile(INFINITE, 0, 0, 0, 0, 0, refused=modules))
                 continue
@@ -217,6 +218,7 @@ def _run_unit(
 def _auxiliary(
     unit: Unit,
     following: Sequence[Unit],
+    rest: Sequence[Unit],
     example: Tensor,
     role: int,
     objective: Objective | None,
@@ -226,7 +228,7 @@ def _auxiliary(
     if objective is None:
         return "there is no objective"
     try:
-        branches, head = build_auxiliary(unit, following, example, role, 4, objective, momentum)
+        branches, head = build_auxiliary(unit, following, rest, example, role, 4, objective, momentum)
     except LocalGradError as error:
         return str(error)
     return [head] if branches is None else [branches, head]

@@ -26,6 +26,7 @@ def step_peak(
     recompute: bool = False,
     precision: Precision = "32-true",
     step_each_block: bool = False,
+    reach: int = 1,
 ) -> int:
     """Peak bytes of a `local_step` of a copy of the model, with SGD and all that lives in it included.
 
@@ -38,6 +39,7 @@ def step_peak(
         cuts: as for `split`, like `objective`, `momentum`, `names` and `recompute`.
         precision: `"bf16-mixed"` runs each block's forward pass under autocast; `meta` has none.
         step_each_block: as in `local_step`.
+        reach: as in `local_step`.
     """
     device = example.device
     blocks = split(
@@ -59,7 +61,7 @@ def step_peak(
     inputs, targets = torch.zeros_like(example), torch.zeros(len(example), dtype=torch.long, device=device)
 
     def step() -> None:
-        local_step(blocks, optimizers, inputs, targets, step_each_block=step_each_block)
+        local_step(blocks, optimizers, inputs, targets, step_each_block=step_each_block, reach=reach)
 
     step()
     _, peak = measure_peak(step, device)

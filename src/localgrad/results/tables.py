@@ -14,7 +14,14 @@ from localgrad.errors import LocalGradError
 from localgrad.recipes import RECIPES, Recipe
 from localgrad.results.read import FinishedRun
 
-METHODS = {"none": "End-to-end", "classifier": "Greedy", "predsim": "PredSim", "dgl": "DGL", "infopro": "InfoPro"}
+METHODS = {
+    "none": "End-to-end",
+    "classifier": "Greedy",
+    "predsim": "PredSim",
+    "dgl": "DGL",
+    "infopro": "InfoPro",
+    "auglocal": "AugLocal",
+}
 
 
 MOMENTA = {"none": "", "man": " + MAN", "manpp": " + MAN++"}
@@ -304,6 +311,11 @@ def method_label(config: dict[str, Any]) -> str:
         "direct use" if decay == 0 else "" if decay in (None, 0.995) else f"decay {decay}",
         "random start" if momentum.get("initial") == "random" else "",
         f"depth {momentum['depth']}" if (momentum.get("depth") or 1) > 1 else "",
+        "1x1 bias" if momentum.get("bias_form") == "conv1x1" else "",
+        f"pooled {momentum['pool']}" if (momentum.get("pool") or 1) > 1 else "",
+        f"d={config['objective']['depth']}" if config["objective"].get("depth") else "",
+        f"reach {config['reach']}" if config.get("reach", 1) > 1 else "",
+        f"{config['optim']['accumulate']} parts" if config.get("optim", {}).get("accumulate", 1) > 1 else "",
         "checkpointed" if config.get("recompute") else "",
         "block by block" if config.get("step_each_block") else "",
         "CUDA graph" if config.get("cuda_graph") else "",

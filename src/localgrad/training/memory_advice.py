@@ -35,7 +35,16 @@ def memory_advice(config: TrainConfig, num_classes: int, cuts: list[str], capaci
         model = build_model(config.model, num_classes).to("meta")
         example = torch.empty(images, 3, config.data.image_size, config.data.image_size, device="meta")
         each = config.step_each_block
-        now = step_peak(model, example, cuts, objective, momentum, recompute=config.recompute, step_each_block=each)
+        now = step_peak(
+            model,
+            example,
+            cuts,
+            objective,
+            momentum,
+            recompute=config.recompute,
+            step_each_block=each,
+            reach=config.reach,
+        )
         most = len(units(model, example))
         counts = [count for count in (2, 4, 8, 16, 32) if count < most] + [most]
         local = objective or dgl(num_classes)
@@ -48,6 +57,8 @@ def memory_advice(config: TrainConfig, num_classes: int, cuts: list[str], capaci
     said = (
         f"`localgrad plan` predicts {readable(now)} for a float32 step of {len(cuts) + 1} block(s) and {images} images"
     )
+    if config.reach > 1:
+        return f"{said}, with the graphs of {config.reach} blocks alive; --reach 1 or {smaller}"
     if best.peak >= now or best.cuts == tuple(cuts):
         return f"{said}, and no other cuts take less; {smaller}"
     loss = "" if objective else "--objective.name dgl "

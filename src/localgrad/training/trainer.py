@@ -399,6 +399,7 @@ def _work(
                 features=features,
                 scale=len(part) * run.replicas / whole,
                 context=context or _seeded(run, number),
+                reach=run.config.reach,
                 on_output=stage.send if stage else None,
                 after_block=partial(_update_block, run, block_norms) if run.config.step_each_block else None,
             )

@@ -1,0 +1,99 @@
+"""Reach: local losses that train the blocks before their own too, each block's graph waiting for the last of them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from localgrad.errors import LocalGradError
+
+
+def check_reach(reach: int) -> None:
+    """Refuse a number of blocks that no loss can train."""
+    if isinstance(reach, bool) or not isinstance(reach, int) or reach < 1:
+        raise LocalGradError(
+            f"reach is {reach!r}: a loss trains 1 block, its own (local learning), 2, that and the one before, or more"
+        )
+
+
+@dataclass(eq=False)
+class _Waiting:
+    """A body whose graph is kept until the last loss that reaches it.
+
+    Attributes:
+        entry: what the body was given, a leaf that gets a gradient where there is a block before.
+        output: the body's output, at the end of its graph.
+        parameters: of the body, those to train.
+        total: gradient at the output of all losses so far.
+        pending: the part of it that the block before has not got yet.
+    """
+
+    entry: Tensor
+    output: Tensor
+    parameters: list[nn.Parameter]
+    total: Tensor | None = None
+    pending: Tensor | None = None
+
+    def receive(self, gradient: Tensor | None) -> None:
+        """Add the gradient of one more loss, or of several."""
+        if gradient is None:
+            return
+        nothing_passed = self.pending is self.total
+        self.total = gradient if self.total is None else self.total + gradient
+        if nothing_passed:
+            self.pending = self.total
+        else:
+            self.pending = gradient if self.pending is None else self.pending + gradient
+
+    def input_gradient(self) -> Tensor | None:
+        """What is pending, at the input; the graph stays."""
+        if self.pending is None or not self.entry.requires_grad:
+            return None
+        (gradient,) = torch.autograd.grad(self.output, self.entry, self.pending, retain_graph=True)
+        self.pending = None
+        return gradient
+
+    def finish(self, with_input: bool) -> Tensor | None:
+        """The parameters' gradients of the total, and with them the input's where the whole total is pending."""
+        wanted: list[Tensor] = [*self.parameters, *[self.entry] * (with_input and self.entry.requires_grad)]
+        if wanted and self.total is not None and self.output.requires_grad:
+            torch.autograd.backward(self.output, self.total, inputs=wanted)
+        return self.entry.grad if with_input else None
+
+
+class Span:
+    """The blocks whose graphs wait: block j is trained by the losses of blocks j to j + reach - 1.
+
+    A body's parameter gradients are linear in the gradient at its output. So each body is passed once for its
+    parameters, with the sum over all losses that reach it, and before that once for each later block of its reach, for
+    its input alone, with the losses that reach the block before. At the end of the network one pass does both.
+    """
+
+    def __init__(self, reach: int, num_blocks: int) -> None:
+        self.reach, self.num_blocks, self.finished = reach, num_blocks, 0
+        self.waiting: list[_Waiting] = []
+
+    def add(self, body: nn.Module, entry: Tensor, output: Tensor, gradient: Tensor | None) -> range:
+        """Take in the next block, with its loss's gradient at the output; gives the places of the blocks now done."""
+        parameters = [parameter for parameter in body.parameters() if parameter.requires_grad]
+        self.waiting.append(_Waiting(entry, output, parameters))
+        self.waiting[-1].receive(gradient)
+        begin, at_end = self.finished, self.finished + len(self.waiting) == self.num_blocks
+        if at_end or len(self.waiting) == self.reach:
+            self._descend(at_end)
+            self.finished = self.num_blocks if at_end else begin + 1
+            del self.waiting[: self.finished - begin]
+        return range(begin, self.finished)
+
+    def _descend(self, at_end: bool) -> None:
+        """Hand what is pending down from the last block to the first of those that wait, and finish that one or all."""
+        for place in reversed(range(len(self.waiting))):
+            block, ends = self.waiting[place], at_end or place == 0
+            passes_down = place > 0
+            at_once = ends and passes_down and block.pending is block.total
+            gradient = block.input_gradient() if passes_down and not at_once else None
+            if ends:
+                whole = block.finish(with_input=at_once)
+                gradient = whole if at_once else gradient
+            if passes_down:
+                self.waiting[place - 1].receive(gradient)

@@ -1,0 +1,183 @@
+"""AugLocal: local heads shaped like units sampled from the rest of the network."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from localgrad.core.initialise import initialise
+from localgrad.core.momentum import copied
+from localgrad.core.site import Site
+from localgrad.errors import LocalGradError
+from localgrad.objectives.classifier import Classifier
+from localgrad.objectives.layout import check_num_classes
+
+
+class AugLocal(nn.Module):
+    """Cross-entropy behind fresh units shaped like the network's later ones; see `auglocal`."""
+
+    def __init__(self, site: Site, num_classes: int, depth: int, pyramid: float) -> None:
+        super().__init__()
+        later = site.following[:-1]  # the last unit is the model's own head
+        local_depth = depth_at(site.index, site.num_blocks, depth, pyramid)
+        picks = picked(site.index, len(later), local_depth)
+        units = [unit for start, stop in zip([0, *picks], picks, strict=False) for unit in _fresh(site, start, stop)]
+        end = replace(site, features=later[-1].features, channel_dim=later[-1].channel_dim) if picks else site
+        self.classifier = nn.Sequential(*units, *_output(end, num_classes, len(picks)))
+        initialise(self)
+        # a unit that starts in place must not spoil what the next block gets
+        self._clones = bool(picks) and site.following[0].writes_input
+
+    def predict(self, features: Tensor) -> Tensor:
+        """Features to class scores `(N, num_classes)`."""
+        return self.classifier(features.clone() if self._clones else features)
+
+    def forward(self, features: Tensor, targets: Tensor, inputs: Tensor) -> Tensor:
+        """Features, classes `(N,)` and inputs (unused) to a scalar loss in float32."""
+        return F.cross_entropy(self.predict(features).float(), targets)
+
+
+def depth_at(index: int, num_blocks: int, depth: int, pyramid: float) -> int:
+    """Number of units of the head of a block: `max(1, round(d (1 - c r) + c r))`, r from 0 to 1 over the local blocks.
+
+    Args:
+        index: of the block, from 0 to K - 2.
+        num_blocks: K.
+        depth: d, at the first block.
+        pyramid: c; the depth falls to `d - c (d - 1)`.
+    """
+    share = index / (num_blocks - 2) if num_blocks > 2 else 0.0
+    return max(1, round(depth * (1 - pyramid * share) + pyramid * share))
+
+
+def picked(index: int, count: int, depth: int) -> list[int]:
+    """How far behind the cut the sampled units are, 1 for the next: `round(l + count / depth * i) - l`, i = 1..depth.
+
+    Args:
+        index: l, of the layer before the cut. It matters only to halves, which are rounded to even numbers.
+        count: units from the cut to the last one that can be picked, which always is.
+        depth: how many to pick; all of them where there are no more.
+    """
+    if depth >= count:
+        return list(range(1, count + 1))
+    return [round(index + count / depth * step) - index for step in range(1, depth + 1)]
+
+
+def _fresh(site: Site, start: int, stop: int) -> list[nn.Module]:
+    """Units with weights of their own that lead from the features after `start` units to those after `stop`.
+
+    One copy of the picked unit where it keeps the shape. Where the shape changes on the way, one copy of the unit that
+    changes it last, if that is of the picked one's kind and can be made to take other channels; otherwise copies of
+    all that change it, and of the picked one.
+    """
+    way, chosen = site.following[start:stop], site.following[stop - 1]
+    shapes = [site.features, *(unit.features for unit in site.following)]
+    changing = [start + i for i, unit in enumerate(way) if shapes[start + i][1:] != unit.features[1:]]
+    if not changing:
+        return [copied([chosen], "random")]
+    last = changing[-1]
+    if type(site.following[last].module) is type(chosen.module):
+        unit = copied([site.following[last]], "random")
+        if len(changing) == 1 or _widened(unit, shapes[last], shapes[start][site.channel_dim]):
+            return [unit]
+    positions = changing if last == stop - 1 else [*changing, stop - 1]
+    return [copied([site.following[position]], "random") for position in positions]
+
+
+def _widened(unit: nn.Module, features: torch.Size, channels: int) -> bool:
+    """Give the layers that read the unit's input another number of channels; False where one of them cannot."""
+    readers: list[nn.Module] = []
+    like = next(unit.parameters())
+    entry = torch.zeros(features, dtype=like.dtype, device=like.device)
+
+    def note(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
+        if given and given[0] is entry:
+            readers.append(layer)
+
+    leaves = [layer for layer in unit.modules() if not any(True for _ in layer.children())]
+    handles = [layer.register_forward_pre_hook(note) for layer in leaves]
+    with torch.no_grad():
+        unit.eval()(entry)
+    unit.train()
+    for handle in handles:
+        handle.remove()
+    if not readers or not all(isinstance(layer, nn.Conv2d) and layer.groups == 1 for layer in readers):
+        return False
+    names = {layer: name for name, layer in unit.named_modules()}
+    for layer in readers:
+        assert isinstance(layer, nn.Conv2d)
+        made = nn.Conv2d(
+            channels,
+            layer.out_channels,
+            layer.kernel_size,  # pyright: ignore[reportArgumentType]
+            layer.stride,  # pyright: ignore[reportArgumentType]
+            layer.padding,  # pyright: ignore[reportArgumentType]
+            layer.dilation,  # pyright: ignore[reportArgumentType]
+            bias=layer.bias is not None,
+            device=like.device,
+            dtype=like.dtype,
+        )
+        unit.set_submodule(names[layer], made)
+    return True
+
+
+def _output(site: Site, num_classes: int, depth: int) -> list[nn.Module]:
+    """The pooled linear layer of `classifier`; behind a single unit, or none, with a batch norm in front."""
+    *pool, linear = Classifier(site, num_classes).classifier
+    if depth > 1 or isinstance(pool[0], nn.LayerNorm):
+        return [*pool, linear]
+    return [*pool, nn.BatchNorm1d(site.features[site.channel_dim]), linear]
+
+
+def auglocal(num_classes: int, depth: int = 2, pyramid: float = 0.5) -> Callable[[Site], nn.Module]:
+    """AugLocal: `L = CE(W pool(a(h)) + b, y)`, with `a` fresh units shaped like some of the network's later ones.
+
+    The head of local block l (from 0, of K blocks) has `d_l = max(1, round(d (1 - c r) + c r))` units,
+    `r = l / (K - 2)`: the depth falls linearly over the blocks. Of the n units after the cut, the model's head left
+    out, those at `round(l + n / d_l * i) - l`, i = 1..d_l, are picked (all where there are no more than d_l; Python's
+    rounding, half to even). Each becomes a unit of the same kind with weights of its own, from the channels that come
+    in to the channels of the picked one. Its stride comes from the change of shape inside the head, not from the picked
+    unit: where the shape has changed since the unit before, the unit that changes it (the first of a stage) is the
+    model. Where it has changed twice, as from 16 to 64 channels, one unit makes the whole jump, with the stride of the
+    last change alone (as released), if it can be made to: else there is one unit for each change (a ConvNeXt's
+    downsampling layers, each stage of a VGG).
+
+    The head ends with the mean over space and a linear layer, behind a BatchNorm where there is one unit or none (as
+    released); tokens are pooled as in `classifier`. It is initialised like the network.
+
+    The papers' K is nominal: "K" blocks with depth d are K - d, one layer each, and the last one keeps d + 1 layers.
+
+    With a momentum auxiliary network in front, the units after the copied one are sampled.
+
+    Args:
+        num_classes: at least 2.
+        depth: d, at the first block.
+        pyramid: c, from 0 (the same depth at each block) to 1 (one unit at the last local block).
+
+    Returns:
+        A function of a site that builds the module; its head is `.classifier`.
+
+    Raises:
+        LocalGradError: `num_classes` is less than 2, `depth` less than 1, or `pyramid` not from 0 to 1; on building,
+            the site has no following units.
+
+    Source: Ma et al., Scaling Supervised Local Learning with Augmented Auxiliary Networks, ICLR 2024
+    (arXiv 2402.17318), section 4; released code, `networks/resnet.py` and `networks/auxiliary_nets.py`.
+    """
+    check_num_classes(num_classes)
+    if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
+        raise LocalGradError(f"depth is {depth!r}: a head has at least one unit, depth=1")
+    if isinstance(pyramid, bool) or not isinstance(pyramid, int | float) or not 0 <= pyramid <= 1:
+        raise LocalGradError(f"pyramid is {pyramid!r}: it is from 0 (the same depth everywhere) to 1")
+
+    def build(site: Site) -> nn.Module:
+        if not site.following:
+            raise LocalGradError(
+                f"auglocal samples the units after a cut, and the site of block {site.index} has none: "
+                "build it with split, or give Site(..., following=units[end + 1:])"
+            )
+        return AugLocal(site, num_classes, depth, pyramid)
+
+    return build
