@@ -28,6 +28,7 @@ class MomentumAuxiliary(nn.Module):
         decay: m in `ema <- m * ema + (1 - m) * next unit`.
         depth: how many units of the next block are copied.
         pool: side of the squares that the features are averaged over first; 1 for none.
+        residual_once: whether the features are subtracted from the sum.
     """
 
     def __init__(
@@ -39,10 +40,11 @@ class MomentumAuxiliary(nn.Module):
         decay: float,
         recompute: bool,
         pool: int = 1,
+        residual_once: bool = False,
     ) -> None:
         super().__init__()
         self.bias, self.ema, self.scale = bias, ema, scale
-        self.decay, self.recompute, self.pool = decay, recompute, pool
+        self.decay, self.recompute, self.pool, self.residual_once = decay, recompute, pool, residual_once
         self.depth = len(source)
         # a tuple is not registered: the next block's parameters are not this module's
         self._source = tuple(unit.module for unit in source)
@@ -60,7 +62,8 @@ class MomentumAuxiliary(nn.Module):
         if self.ema is None:
             return biased
         if self.scale is None:
-            return biased + self._branch(self.ema, features)
+            mixed = biased + self._branch(self.ema, features)
+            return mixed - features if self.residual_once else mixed
         return self.scale * biased + (2 - self.scale) * self._branch(self.ema, features)
 
     def _branch(self, branch: nn.Module, features: Tensor) -> Tensor:
@@ -97,7 +100,7 @@ class MomentumAuxiliary(nn.Module):
 def man(
     decay: float = 0.995,
     *,
-    form: Literal["sum", "fused"] = "sum",
+    form: Literal["sum", "residual", "fused"] = "sum",
     bias: bool = True,
     ema: bool = True,
     initial: Literal["copy", "random"] = "copy",
@@ -112,6 +115,9 @@ def man(
     trained with the block; `ema` gets no gradient of its own (one flows through it into h) and follows
     `ema <- m * ema + (1 - m) * unit` with the weights that the next unit had when the batch began.
     `y` feeds the local objective; the next block gets `h`.
+
+    `form="residual"`: `y = bias(h) + ema(h) - h`. Where a unit is `u(h) = h + f(h)` the sum counts the residual path
+    twice, `2 h + f + f'`; this counts it once. For units that keep the shape of their features.
 
     `form="fused"`, after the paper's text: `y = unit(h) + b`, one copy, trained by its gradient and then pulled by the
     same average, and one learnable number `b` a channel, initially 0. The text leaves the shape and the place of b
@@ -157,10 +163,17 @@ def man(
         raise LocalGradError("bias_form is 'conv1x1' without a trained part beside the average: form='sum', bias=True")
     if isinstance(pool, bool) or not isinstance(pool, int) or pool < 1:
         raise LocalGradError(f"pool is {pool!r}: it is the side of a square of pixels, 1 for none, or 2")
-    if form not in ("sum", "fused"):
-        raise LocalGradError(f"form is {form!r}: it is 'sum' (as released) or 'fused' (as the paper's formula reads)")
+    if form not in ("sum", "residual", "fused"):
+        raise LocalGradError(
+            f"form is {form!r}: it is 'sum' (as released), 'residual' (the sum with the residual path once) or 'fused' "
+            "(as the paper's formula reads)"
+        )
     if not (bias or ema):
         raise LocalGradError("bias and ema are both False: keep one of them, or give momentum=None for none")
+    if form == "residual" and not (bias and ema):
+        raise LocalGradError(
+            "form is 'residual' and a part is off: one part counts the residual path once already; use form='sum'"
+        )
     if form == "fused" and not ema:
         raise LocalGradError(
             "form is 'fused' and ema is False: the fused form is one module that the EMA pulls; use 'sum'"
@@ -171,10 +184,15 @@ def man(
         follower = _follower(source, initial, decay) if ema else None
         if pool > 1 and not _is_map(source[0]):
             raise LocalGradError(f"pool is {pool} and features are {tuple(source[0].inputs)}: it takes (N, C, H, W)")
+        if form == "residual" and source[0].inputs != source[-1].features:
+            raise LocalGradError(
+                f"form is 'residual' and {source[-1].name!r} takes {tuple(source[0].inputs)} to "
+                f"{tuple(source[-1].features)}: its residual path is not its input; cut elsewhere, or use form='sum'"
+            )
         trained: nn.Module | nn.Parameter | None = None
-        if bias and form == "sum":
+        if bias and form != "fused":
             trained = copied(source, initial) if bias_form == "unit" else _conv1x1(source)
-        if follower is not None and form == "sum":
+        if follower is not None and form != "fused":
             follower.requires_grad_(False)
         if bias and form == "fused":
             unit = source[-1]
@@ -182,7 +200,7 @@ def man(
             shape[unit.channel_dim - 1] = unit.features[unit.channel_dim]
             like = next(source[0].module.parameters())
             trained = nn.Parameter(torch.zeros(shape, dtype=like.dtype, device=like.device))
-        return MomentumAuxiliary(source, trained, follower, None, decay, recompute, pool)
+        return MomentumAuxiliary(source, trained, follower, None, decay, recompute, pool, form == "residual")
 
     return build
 
