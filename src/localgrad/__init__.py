@@ -10,10 +10,13 @@ from localgrad.core.step import local_step
 from localgrad.core.units import units
 from localgrad.errors import LocalGradError as LocalGradError
 from localgrad.objectives.auglocal import auglocal
+from localgrad.objectives.barlow import barlow
 from localgrad.objectives.classifier import classifier
+from localgrad.objectives.dense import dense
 from localgrad.objectives.dgl import dgl
 from localgrad.objectives.infopro import infopro
 from localgrad.objectives.predsim import predsim
+from localgrad.objectives.readout import readout
 
 if TYPE_CHECKING:
     from localgrad.planning.plan import plan
@@ -32,6 +35,9 @@ __all__ = [
     "dgl",
     "infopro",
     "auglocal",
+    "dense",
+    "readout",
+    "barlow",
     "man",
     "manpp",
     "plan",

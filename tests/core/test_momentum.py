@@ -783,8 +783,42 @@ ERRORS: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "manpp depth": (lambda: manpp(depth=-1), ["depth", "-1"]),
     "form": (lambda: man(form="product"), ["form", "'product'", "'sum'", "'fused'"]),  # pyright: ignore
     "nothing left": (lambda: man(bias=False, ema=False), ["bias", "ema", "False"]),
+    "residual of one part": (lambda: man(form="residual", ema=False), ["form", "'residual'", "'sum'"]),
     "fused without average": (lambda: man(form="fused", ema=False), ["form", "'fused'", "ema", "False"]),
 }
+
+
+def test_the_residual_form_counts_the_residual_path_once() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.tanh(self.linear(x))
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Residual(), Residual(), Residual(), nn.Linear(4, CLASSES))
+    module = man(form="residual", depth=2)(units(model, torch.empty(2, 4))[1:])
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    x = torch.randn(5, 4)
+
+    def branch(copied: nn.Module, h: Tensor) -> Tensor:
+        for linear in (m for m in copied.modules() if isinstance(m, nn.Linear)):
+            h = h + torch.tanh(h @ linear.weight.double().T + linear.bias.double())
+        return h
+
+    assert module.bias is not None and module.ema is not None
+    expected = branch(module.bias, x.double()) + branch(module.ema, x.double()) - x.double()
+    torch.testing.assert_close(module(x).double(), expected, rtol=0, atol=1e-6)
+    assert not any(parameter.requires_grad for parameter in module.ema.parameters())
+
+
+def test_the_residual_form_is_refused_where_the_unit_changes_the_shape() -> None:
+    with pytest.raises(LocalGradError, match="residual path is not its input"):
+        blocks_of(chain(), man(form="residual"))
 
 
 @pytest.mark.parametrize("name", ERRORS)

@@ -23,6 +23,8 @@ class Site:
         index: of the block, from 0.
         num_blocks: K, the last block included, which has no objective.
         following: the model's units after these features, its head included.
+        model: the whole network, for an objective that reads another part of it, such as its output layer. A module
+            that keeps it must not register it: `self.model = (site.model,)`.
     """
 
     features: torch.Size
@@ -31,6 +33,7 @@ class Site:
     index: int
     num_blocks: int
     following: tuple[Unit, ...] = ()
+    model: nn.Module | None = None
 
 
 Objective = Callable[[Site], nn.Module]

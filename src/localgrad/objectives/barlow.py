@@ -6,9 +6,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from localgrad.core.initialise import initialise
 from localgrad.core.site import Site
 from localgrad.errors import LocalGradError
-from localgrad.core.initialise import initialise
 from localgrad.objectives.layout import AsMap, MeanOverSpace, conv_norm_relu, full_precision
 
 

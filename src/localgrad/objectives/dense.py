@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from localgrad.core.initialise import initialise
 from localgrad.core.site import Criterion, Site
 from localgrad.errors import LocalGradError
-from localgrad.core.initialise import initialise
 from localgrad.objectives.decoder import decoder
-from localgrad.objectives.layout import AsMap, check_num_classes, conv_norm_relu, full_precision
 from localgrad.objectives.infopro import binary_cross_entropy
+from localgrad.objectives.layout import AsMap, check_num_classes, conv_norm_relu, full_precision
 from localgrad.objectives.tokens import check_shift, shifted
 
 

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from localgrad.core.initialise import initialise
 from localgrad.core.site import Site
 from localgrad.errors import LocalGradError
-from localgrad.core.initialise import initialise
 from localgrad.objectives.layout import full_precision
 from localgrad.objectives.tokens import check_shift, shifted
 
