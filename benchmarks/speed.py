@@ -28,10 +28,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from localgrad import plan
 from localgrad.config.build import build_factories, build_model
 from localgrad.config.schema import TrainConfig
 from localgrad.models import CifarResNet, cifar_resnet
-from localgrad import plan
 from localgrad.planning.measure import measure_peak
 from localgrad.recipes import recipe
 from localgrad.results.step_times import Step, endless_batches, ratio, take_turns, timed_step

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 import localgrad
 from helpers.cases import IMAGE, MEAN, NUM_CLASSES, STD, batch
-from localgrad import LocalGradError, classifier, dgl, infopro, local_step, man, manpp, plan, predsim, split
+from localgrad import LocalGradError, classifier, dgl, infopro, local_step, man, manpp, plan, predsim, split, units
 from localgrad.commands.main import main
 from localgrad.config.schema import TrainConfig
-from localgrad import units
 from localgrad.models import cifar_resnet
 from localgrad.results.evaluation import evaluate
 from localgrad.training.trainer import fit

@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from localgrad import Block, LocalGradError, classifier, local_step, man, manpp, split
-from localgrad import units
+from localgrad import Block, LocalGradError, classifier, local_step, man, manpp, split, units
 from localgrad.models import cifar_resnet
 
 torch.set_num_threads(1)

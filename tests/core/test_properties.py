@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from helpers.runs import few
-from localgrad import Block, LocalGradError, classifier, dgl, infopro, local_step, man, manpp, predsim, split
-from localgrad import units
+from localgrad import Block, LocalGradError, classifier, dgl, infopro, local_step, man, manpp, predsim, split, units
 
 torch.set_num_threads(1)
 

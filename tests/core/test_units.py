@@ -14,8 +14,7 @@ import torch
 import torchvision.models as vision
 from torch import nn
 
-from localgrad import LocalGradError
-from localgrad import units
+from localgrad import LocalGradError, units
 from localgrad.core.tracing import seeded
 from localgrad.core.units import Unit
 from localgrad.models import cifar_resnet

@@ -17,8 +17,7 @@ from torchvision.models.convnext import CNBlockConfig
 
 import localgrad
 from helpers.cases import MODELS, MOMENTA, NUM_CLASSES, OBJECTIVES
-from localgrad import LocalGradError, plan
-from localgrad import units
+from localgrad import LocalGradError, plan, units
 from localgrad.core.units import Unit
 from localgrad.models import cifar_resnet
 from localgrad.planning.measure import PeakMemory

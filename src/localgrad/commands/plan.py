@@ -49,7 +49,8 @@ def plan(arguments: Sequence[str]) -> int:
         """Folder for plan.json and plan.png; nothing is written unless given."""
 
     options = parse(Plan, arguments, "localgrad plan", PLAN_HELP)
-    from localgrad.commands.plan_table import head_for, parse_bytes, plan_model, show_sheets, write_sheets
+    from localgrad.commands.plan_table import parse_bytes, plan_model, show_sheets, write_sheets
+    from localgrad.config.methods import planned_objective
 
     small = options.model == "cifar_resnet"
     size = (32 if small else 224) if options.image_size is None else options.image_size
@@ -69,7 +70,7 @@ def plan(arguments: Sequence[str]) -> int:
     )
     name = f"cifar_resnet {options.depth}" if small else options.model
     precision = "float32" if options.precision == "32-true" else options.precision
-    head = head_for(options.objective, size)
+    head = planned_objective(options.objective, size).head
     loss = options.objective if head is None else f"{options.objective} with head {head}"
     title = f"{name}, batch {options.batch_size}, {size} px, {precision}, SGD, {loss}"
     title += ", each block stepped at once" if options.step_each_block else ""

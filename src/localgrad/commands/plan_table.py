@@ -5,25 +5,17 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from localgrad.config.build import build_model
+from localgrad.config.build import build_model, build_planned
 from localgrad.config.methods import MOMENTA, OBJECTIVES
 from localgrad.config.schema import ModelConfig
-from localgrad.core.site import Objective
 from localgrad.data.config import MAX_IMAGE_SIZE
 from localgrad.errors import LocalGradError, closest
-from localgrad.objectives.dgl import dgl
-from localgrad.objectives.infopro import infopro
 from localgrad.planning.plan import PlanRow, plan_rows
 from localgrad.planning.simulation import Precision
 from localgrad.runs.provenance import provenance
-
-LARGE_IMAGES = 96
-"""Pixels above which a network is taken for one of ImageNet's, with wide features."""
-
 
 UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
@@ -82,11 +74,11 @@ def plan_model(
         raise LocalGradError("; ".join(wrong))
     model = build_model(ModelConfig(name=name, depth=depth), num_classes)
     example = torch.empty(batch_size, 3, image_size, image_size, device="meta")
-    factory = _objective(objective, num_classes, head_for(objective, image_size))
+    factory = build_planned(objective, num_classes, image_size)
     choices = {"no momentum": None}
     if momentum != "none":
-        choices[momentum] = MOMENTA[momentum]()
-        choices[f"{momentum}, recomputed"] = MOMENTA[momentum](recompute=True)
+        choices[momentum] = MOMENTA[momentum].factory()
+        choices[f"{momentum}, recomputed"] = MOMENTA[momentum].factory(recompute=True)
     sheets, refusals, known = [], [], {}
     for label, choice in choices.items():
         rows, refusal = plan_rows(
@@ -106,22 +98,6 @@ def plan_model(
     if not any(row.fits for sheet in sheets for row in sheet.rows):
         raise LocalGradError(min(refusals)[1])
     return sheets
-
-
-def head_for(objective: str, image_size: int) -> str | None:
-    """The head that is planned with, of an objective that has several: for wide features where images are large."""
-    heads = {"dgl": ("compact", "light"), "infopro": ("1c2f", "imagenet")}
-    return heads[objective][image_size > LARGE_IMAGES] if objective in heads else None
-
-
-def _objective(name: str, num_classes: int, head: Any) -> Objective:
-    """The objective with its defaults, and that head."""
-    if name == "dgl":
-        return dgl(num_classes, head)
-    if name == "infopro":
-        half = (0.5, 0.5, 0.5)
-        return infopro(num_classes, half, half, task=(0.5, 0.5), head=head)
-    return OBJECTIVES[name](num_classes)
 
 
 def show_sheets(title: str, sheets: Sequence[Sheet], budget: int | None) -> None:

@@ -1,18 +1,14 @@
 """The table of a model's units: where it may be cut, and what each unit costs."""
 
-from typing import Any
-
 import torch
 
-from localgrad.commands.plan_table import head_for
-from localgrad.config.build import build_model
+from localgrad.config.build import build_model, build_planned
+from localgrad.config.methods import DEFAULT_OBJECTIVE
 from localgrad.config.schema import ModelConfig
 from localgrad.core.costs import UnitCost, unit_costs
-from localgrad.core.site import Objective
 from localgrad.core.units import Unit, units
 from localgrad.data.config import MAX_IMAGE_SIZE
 from localgrad.errors import LocalGradError
-from localgrad.objectives.dgl import dgl
 
 
 def inspect_model(name: str, *, depth: int, image_size: int, batch_size: int) -> tuple[list[Unit], list[UnitCost]]:
@@ -35,8 +31,7 @@ def inspect_model(name: str, *, depth: int, image_size: int, batch_size: int) ->
     num_classes = 10 if name == "cifar_resnet" else 1000
     model = build_model(ModelConfig(name=name, depth=depth), num_classes)
     found = units(model, torch.empty(2, 3, image_size, image_size))
-    head: Any = head_for("dgl", image_size)
-    objective: Objective = dgl(num_classes, head)
+    objective = build_planned(DEFAULT_OBJECTIVE, num_classes, image_size)
     return found, unit_costs(found, torch.empty(batch_size, 3, image_size, image_size, device="meta"), objective)
 
 

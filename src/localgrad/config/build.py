@@ -1,13 +1,13 @@
 """From a config to objects: the model, its blocks, the optimizers."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from localgrad.config.methods import MOMENTA, OBJECTIVES
+from localgrad.config.methods import MOMENTA, OBJECTIVES, Method, planned_objective
 from localgrad.config.schema import ModelConfig, OptimConfig, TrainConfig
 from localgrad.core.block import Block
 from localgrad.core.momentum import Momentum
@@ -72,10 +72,17 @@ def build_factories(config: TrainConfig, num_classes: int) -> tuple[Objective | 
     return _make(config.objective, OBJECTIVES, data), _make(config.momentum, MOMENTA, {})
 
 
-def _make(chosen: Any, choices: dict[str, Callable[..., Any]], data: dict[str, Any]) -> Any:
+def build_planned(name: str, num_classes: int, image_size: int) -> Objective:
+    """The objective that `localgrad plan` takes for a network of images of that size."""
+    half = (0.5, 0.5, 0.5)
+    chosen = planned_objective(name, image_size)
+    return _make(chosen, OBJECTIVES, {"num_classes": num_classes, "mean": half, "std": half})
+
+
+def _make(chosen: Any, choices: dict[str, Method], data: dict[str, Any]) -> Any:
     if chosen.name == "none":
         return None
-    factory = choices[chosen.name]
+    factory = choices[chosen.name].factory
     options = {name: value for name, value in vars(chosen).items() if value is not None and name != "name"}
     wanted = {name: data[name] for name in inspect.signature(factory).parameters if name in data}
     return factory(**wanted, **options)

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from localgrad.config.schema import MomentumConfig, ObjectiveConfig, TrainConfig
@@ -14,19 +14,43 @@ from localgrad.objectives.dgl import dgl
 from localgrad.objectives.infopro import infopro
 from localgrad.objectives.predsim import predsim
 
-OBJECTIVES: dict[str, Callable[..., Any]] = {
-    "classifier": classifier,
-    "predsim": predsim,
-    "dgl": dgl,
-    "infopro": infopro,
-    "auglocal": auglocal,
+LARGE_IMAGES = 96
+"""Pixels above which a network is taken for one of ImageNet's, with wide features."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method by name: its factory, and what tables and the planner know of it.
+
+    Attributes:
+        factory: builds the objective or the momentum network from its options.
+        label: its name in tables and charts.
+        planned: options that have no default, with the values that `localgrad plan` takes.
+        large_images: options for networks of large images, whose features are wide.
+    """
+
+    factory: Callable[..., Any]
+    label: str
+    planned: dict[str, Any] = field(default_factory=dict)
+    large_images: dict[str, Any] = field(default_factory=dict)
+
+
+OBJECTIVES: dict[str, Method] = {
+    "classifier": Method(classifier, "Greedy"),
+    "predsim": Method(predsim, "PredSim"),
+    "dgl": Method(dgl, "DGL", large_images={"head": "light"}),
+    "infopro": Method(infopro, "InfoPro", planned={"task": (0.5, 0.5)}, large_images={"head": "imagenet"}),
+    "auglocal": Method(auglocal, "AugLocal"),
 }
+"""The objectives, in the order of tables."""
 
+MOMENTA: dict[str, Method] = {"man": Method(man, "MAN"), "manpp": Method(manpp, "MAN++")}
+"""The momentum auxiliary networks, in the order of tables."""
 
-MOMENTA: dict[str, Callable[..., Any]] = {"man": man, "manpp": manpp}
+DEFAULT_OBJECTIVE = "dgl"
+"""The local loss that is planned with and advised where none is named."""
 
-
-_CHOICES: dict[str, dict[str, Callable[..., Any]]] = {"objective": OBJECTIVES, "momentum": MOMENTA}
+_CHOICES: dict[str, dict[str, Method]] = {"objective": OBJECTIVES, "momentum": MOMENTA}
 
 
 _FROM_DATA = ("num_classes", "mean", "std")
@@ -41,7 +65,7 @@ def option_problems(kind: str, chosen: ObjectiveConfig | MomentumConfig) -> list
     if chosen.name not in choices:
         allowed = ", ".join(["none", *choices])
         return [f"{kind}.name is {chosen.name!r}{closest(chosen.name, list(choices))}, it must be one of {allowed}"]
-    allowed_options = _options(choices[chosen.name])
+    allowed_options = _options(choices[chosen.name].factory)
     return [
         f"{kind}.{name} is given, but {chosen.name} has no such option, it has {', '.join(allowed_options) or 'none'}"
         for name in given
@@ -62,10 +86,35 @@ def with_defaults(config: TrainConfig) -> TrainConfig:
     )
 
 
-def _with_defaults(chosen: Any, choices: dict[str, Callable[..., Any]]) -> Any:
+def _with_defaults(chosen: Any, choices: dict[str, Method]) -> Any:
     if chosen.name == "none":
         return chosen
-    parameters = inspect.signature(choices[chosen.name]).parameters
+    parameters = inspect.signature(choices[chosen.name].factory).parameters
     missing = [name for name, value in vars(chosen).items() if value is None and name in parameters]
     defaults = {name: parameters[name].default for name in missing}
     return replace(chosen, **{name: value for name, value in defaults.items() if value is not inspect.Parameter.empty})
+
+
+def planned_objective(name: str, image_size: int) -> ObjectiveConfig:
+    """The config of an objective that is planned with: its defaults, and the head for images of that size."""
+    method = OBJECTIVES[name]
+    large = method.large_images if image_size > LARGE_IMAGES else {}
+    return _with_defaults(ObjectiveConfig(name, **method.planned, **large), OBJECTIVES)
+
+
+def method_label(objective: str, momentum: str) -> str:
+    """What tables call a method, as `DGL + MAN`; `End-to-end` without an objective."""
+    label = OBJECTIVES[objective].label if objective in OBJECTIVES else objective
+    label = "End-to-end" if objective == "none" else label
+    if momentum == "none":
+        return label
+    return f"{label} + {MOMENTA[momentum].label if momentum in MOMENTA else momentum}"
+
+
+def method_order(objective: str, momentum: str) -> tuple[int, int]:
+    """Where a method stands in a table: end-to-end first, then as the methods are listed, unknown ones last."""
+    objectives, momenta = ["none", *OBJECTIVES], ["none", *MOMENTA]
+    return (
+        objectives.index(objective) if objective in objectives else len(objectives),
+        momenta.index(momentum) if momentum in momenta else len(momenta),
+    )

@@ -8,24 +8,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from localgrad.config import methods
 from localgrad.config.methods import with_defaults
 from localgrad.config.saved import flat, from_dict, to_dict
 from localgrad.errors import LocalGradError
 from localgrad.recipes import RECIPES, Recipe
 from localgrad.results.read import FinishedRun
-
-METHODS = {
-    "none": "End-to-end",
-    "classifier": "Greedy",
-    "predsim": "PredSim",
-    "dgl": "DGL",
-    "infopro": "InfoPro",
-    "auglocal": "AugLocal",
-}
-
-
-MOMENTA = {"none": "", "man": " + MAN", "manpp": " + MAN++"}
-
 
 DATASETS = {
     "cifar10": "CIFAR-10",
@@ -293,8 +281,7 @@ def _complete(config: dict[str, Any]) -> dict[str, Any]:
 
 def place(config: dict[str, Any], num_blocks: int) -> tuple[Any, ...]:
     """What to sort by: the number of blocks, then the method as the papers' tables have it."""
-    names = ((METHODS, config["objective"]["name"]), (MOMENTA, config["momentum"]["name"]))
-    order = [list(known).index(name) if name in known else len(known) for known, name in names]
+    order = methods.method_order(config["objective"]["name"], config["momentum"]["name"])
     return (num_blocks, *order, method_label(config))
 
 
@@ -302,7 +289,7 @@ def method_label(config: dict[str, Any]) -> str:
     """What a config trains, in the papers' words, as `DGL + MAN (EMA only)`."""
     objective: str = config["objective"]["name"]
     momentum: dict[str, Any] = config["momentum"]
-    name = METHODS.get(objective, objective) + MOMENTA.get(momentum["name"], f" + {momentum['name']}")
+    name = methods.method_label(objective, momentum["name"])
     decay = momentum.get("decay")
     parts = [
         "bias only" if momentum.get("ema") is False else "",

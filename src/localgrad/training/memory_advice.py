@@ -2,11 +2,11 @@
 
 import torch
 
-from localgrad.config.build import build_factories, build_model
+from localgrad.config.build import build_factories, build_model, build_planned
+from localgrad.config.methods import DEFAULT_OBJECTIVE
 from localgrad.config.schema import TrainConfig
 from localgrad.core.units import units
 from localgrad.errors import LocalGradError
-from localgrad.objectives.dgl import dgl
 from localgrad.planning.plan import plan, readable
 from localgrad.planning.step_peak import step_peak
 
@@ -23,7 +23,7 @@ def memory_advice(config: TrainConfig, num_classes: int, cuts: list[str], capaci
         capacity: bytes that a step may take; None asks for the least.
 
     Returns:
-        A sentence with the flags to give. Without a local loss in the config, the suggested one is `dgl`.
+        A sentence with the flags to give. Without a local loss in the config, the suggested one is `DEFAULT_OBJECTIVE`.
     """
     objective, momentum = build_factories(config, num_classes)
     shares = config.replicas if config.parallel == "blocks" else config.devices
@@ -47,7 +47,7 @@ def memory_advice(config: TrainConfig, num_classes: int, cuts: list[str], capaci
         )
         most = len(units(model, example))
         counts = [count for count in (2, 4, 8, 16, 32) if count < most] + [most]
-        local = objective or dgl(num_classes)
+        local = objective or build_planned(DEFAULT_OBJECTIVE, num_classes, config.data.image_size)
         rows = plan(model, example, objective=local, momentum=momentum, num_blocks=counts, step_each_block=each)
     except (LocalGradError, RuntimeError) as error:
         return f"no plan could be made ({str(error).partition(chr(10))[0]}); {smaller}"
@@ -61,5 +61,5 @@ def memory_advice(config: TrainConfig, num_classes: int, cuts: list[str], capaci
         return f"{said}, with the graphs of {config.reach} blocks alive; --reach 1 or {smaller}"
     if best.peak >= now or best.cuts == tuple(cuts):
         return f"{said}, and no other cuts take less; {smaller}"
-    loss = "" if objective else "--objective.name dgl "
+    loss = "" if objective else f"--objective.name {DEFAULT_OBJECTIVE} "
     return f"{said}, {readable(best.peak)} with {best.num_blocks} blocks: {loss}--cuts {' '.join(best.cuts)}; {smaller}"
