@@ -1,15 +1,14 @@
 """Files that are written whole or not at all, the versions that they had before, and locks."""
 
-from typing import BinaryIO
-from collections.abc import Iterator
-from localgrad.errors import LocalGradError
-from pathlib import Path
-from contextlib import contextmanager
-import os
-from typing import TextIO
-import time
-from typing import Any
 import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO
+
+from localgrad.errors import LocalGradError
 
 
 @contextmanager

@@ -1,33 +1,26 @@
 """The folder of a run, and its files."""
 
-import logging
-from typing import Any
-from collections.abc import Iterator
-from localgrad.errors import LocalGradError
-from pathlib import Path
-from localgrad.runs.result import Result
-from torch import Tensor
-from localgrad.config.schema import TrainConfig
-from localgrad.runs.files import atomic_write
-from contextlib import contextmanager
-from dataclasses import dataclass
 import dataclasses
-from localgrad.config.saved import differences
-from localgrad.config.saved import from_dict
 import io
 import json
-from localgrad.runs.files import lock
-from torch import nn
+import logging
 import os
-from localgrad.runs.files import read_json
-from localgrad.config.saved import to_dict
-import torch
-from localgrad.runs.files import versions
-from localgrad.runs.files import write_json
 import pickle
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from localgrad.config.saved import differences, from_dict, to_dict
+from localgrad.config.schema import TrainConfig
+from localgrad.errors import LocalGradError
+from localgrad.runs.files import atomic_write, lock, read_json, versions, write_json
+from localgrad.runs.result import Result
 
 logger = logging.getLogger(__name__)
 

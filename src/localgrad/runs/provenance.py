@@ -1,10 +1,11 @@
 """Where a result comes from: device, versions, commit."""
 
-from typing import Any
 import platform
-import torch
-from pathlib import Path
 import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
 
 
 def provenance(device: torch.device) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """The result of a run."""
 
-from typing import Any
 from dataclasses import dataclass
-from localgrad.runs.files import versions
+from typing import Any
 
 
 @dataclass(frozen=True)
