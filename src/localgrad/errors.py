@@ -13,6 +13,22 @@ class LocalGradError(ValueError):
     """
 
 
+class SettingsError(LocalGradError):
+    """An argument is outside what is allowed."""
+
+
+class NotTraceableError(LocalGradError):
+    """The model's forward pass cannot be turned into a chain of units."""
+
+
+class CannotSitError(LocalGradError):
+    """An objective or a momentum network cannot be built at this cut; at another it may."""
+
+
+class DoesNotFitError(LocalGradError):
+    """Nothing that is allowed fits into the memory that there is."""
+
+
 def check_rules(what: str, rules: list[tuple[str, bool]]) -> None:
     """Refuse `what` with every problem whose rule does not hold, all at once."""
     problems = [problem for problem, holds in rules if not holds]

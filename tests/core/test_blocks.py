@@ -126,7 +126,9 @@ def test_local_heads_give_class_scores_where_they_have_any() -> None:
     for objective, has_scores in ((DGL, True), (contrast, False)):
         blocks = split(cifar_resnet(8, NUM_CLASSES), EXAMPLE, cuts=["layer1"], objective=objective)
         features = blocks[0].body(batch()[0])
-        scores = blocks[0].local_logits(features)
+        with pytest.raises(LocalGradError, match=r"training mode.*block\.eval\(\)"):
+            blocks[0].local_logits(features)
+        scores = blocks[0].eval().local_logits(features)
         assert (scores is not None) == has_scores
         assert scores is None or scores.shape == (6, NUM_CLASSES)
         logits = blocks[1].body(features)

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localgrad.core.momentum import Momentum
-from localgrad.core.site import Objective, Site
+from localgrad.core.site import Criterion, Objective, Site
 from localgrad.core.units import Unit
 from localgrad.errors import LocalGradError
 
@@ -20,11 +21,13 @@ def build_auxiliary(
     num_blocks: int,
     objective: Objective,
     momentum: Momentum | None,
+    criterion: Criterion = F.cross_entropy,
 ) -> tuple[nn.Module | None, nn.Module]:
     """The momentum auxiliary network (or None) and the objective of a block that ends with the unit `last`.
 
     The momentum copies from `following`, the next block's units; the objective is told of `rest`, the model's units
-    after `last` (after the copied ones, where there is a momentum).
+    after `last` (after the copied ones, where there is a momentum). The objective is made in the dtype of the features
+    that it gets, float32 where they are integers.
     """
     like = next((p for unit in (last, *following) for p in unit.module.parameters()), example)
     with torch.device(like.device):
@@ -32,11 +35,11 @@ def build_auxiliary(
         copies = 0 if branches is None else branches.depth
         seen = following[copies - 1] if copies else last
         features = seen.features if branches is None else branches.features(seen)
-        site = Site(features, seen.channel_dim, example.shape, index, num_blocks, tuple(rest[copies:]))
+        site = Site(features, seen.channel_dim, example.shape, index, num_blocks, tuple(rest[copies:]), criterion=criterion)
         head = objective(site)
     if not isinstance(head, nn.Module):
         raise LocalGradError(
             f"objective gave {type(head).__name__} for block {index}: a factory takes a Site and returns an nn.Module "
             "with forward(features, targets, inputs) -> loss"
         )
-    return branches, head.to(like.device, like.dtype)
+    return branches, head.to(like.device, seen.dtype if seen.dtype.is_floating_point else torch.float32)

@@ -1,9 +1,12 @@
 """A block: a run of units with a local loss."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from localgrad.core.momentum import MomentumAuxiliary
 from localgrad.core.recompute import recomputed
 from localgrad.core.site import Criterion
 from localgrad.core.tracing import TwoModes
@@ -17,7 +20,7 @@ class Block(nn.Module):
     Attributes:
         body: the units, the model's own modules.
         momentum: the momentum auxiliary network, or None.
-        objective: the auxiliary network and local loss, or None on the last block.
+        objective: the auxiliary network and local loss; None on the last block, and where the body trains nothing.
         criterion: loss of the model's output, or None on all blocks but the last.
         recompute: whether the activations of each unit are computed again in the backward pass.
         names: names of the units.
@@ -43,20 +46,18 @@ class Block(nn.Module):
         self._layers = [module for module in self.body.modules() if module._parameters]
         self._modes = [module for module in self.body if isinstance(module, TwoModes)]
 
-    def forward(
-        self, features: Tensor, targets: Tensor, inputs: Tensor, *, cut_loss: bool = False
-    ) -> tuple[Tensor, ...]:
+    def forward(self, features: Tensor, targets: Any, inputs: Tensor, *, cut_loss: bool = False) -> tuple[Tensor, ...]:
         """Features before the block to features after it, and the block's loss.
 
         Args:
             features: output of the block before, detached; the inputs for the first block.
-            targets: class of each sample, `(N,)`, or what the criterion takes.
+            targets: what objective and criterion take, as classes `(N,)`.
             inputs: the batch, `(N, 3, H, W)`; an objective may reconstruct it.
             cut_loss: compute the loss on a leaf of the output's values, so that its graph ends there.
 
         Returns:
             The body's output, still attached to the block's graph, and a scalar loss; with `cut_loss` the leaf too.
-            The last block's output is the model's.
+            The loss is 0 for a block that trains nothing and is not the last. The last block's output is the model's.
         """
         # objectives of later blocks read the inputs too, and a leaf cannot be changed
         if self.body[0] in self._in_place and (features.requires_grad or features.data_ptr() == inputs.data_ptr()):
@@ -68,10 +69,10 @@ class Block(nn.Module):
         leaf = features.detach().requires_grad_()
         return features, self._loss(leaf, targets, inputs), leaf
 
-    def _loss(self, features: Tensor, targets: Tensor, inputs: Tensor) -> Tensor:
+    def _loss(self, features: Tensor, targets: Any, inputs: Tensor) -> Tensor:
         if self.objective is None:
-            assert self.criterion is not None
-            return self.criterion(features, targets)
+            nothing = torch.zeros((), device=features.device)
+            return nothing if self.criterion is None else self.criterion(features, targets)
         version = features._version
         loss = self.objective(self._mixed(features), targets, inputs)
         if features._version != version:
@@ -97,6 +98,11 @@ class Block(nn.Module):
                 "and dropout would not train: call block.train() for every block before the next step"
             )
 
+    def match_modes(self) -> None:
+        """Put the momentum's copies in the mode of what they copy, module by module; nothing where there are none."""
+        if isinstance(self.momentum, MomentumAuxiliary):
+            self.momentum.match_modes()
+
     def update_momentum(self) -> None:
         """Move the EMA branch towards the next block's first unit; nothing where there is none."""
         if self.momentum is not None:
@@ -109,16 +115,32 @@ class Block(nn.Module):
             features: output of this block's body.
 
         Returns:
-            None if the objective has no `predict(features)` that gives class scores.
+            None if the objective has no `predict(features)` that gives class scores, or there is no objective.
+
+        Raises:
+            LocalGradError: momentum or objective are in training mode, in which scores would change their statistics.
         """
         if self.objective is None:
-            return features
+            return None if self.criterion is None else features
         predict: Callable[[Tensor], Tensor | None] | None = getattr(self.objective, "predict", None)
-        return None if predict is None else predict(self._mixed(features))
+        if predict is None:
+            return None
+        if self.objective.training or (self.momentum is not None and self.momentum.training):
+            raise LocalGradError(
+                f"the auxiliary networks of block {self.names[0]}..{self.names[-1]} are in training mode, so that "
+                "scores would change their statistics: call block.eval() for every block, model.eval() leaves them out"
+            )
+        return predict(self._mixed(features))
 
     def auxiliary_state_dict(self) -> dict[str, Tensor]:
-        """Momentum and objective tensors, under `momentum.` and `objective.`; the model has the body's."""
-        return {key: value for key, value in self.state_dict().items() if not key.startswith("body.")}
+        """Momentum and objective tensors, under `momentum.` and `objective.`; the model has all others.
+
+        These are the body's, and what a momentum's copies share with the next block.
+        """
+        shared = self.momentum.shared() if isinstance(self.momentum, MomentumAuxiliary) else []
+        left_out = {id(parameter) for parameter in shared}
+        names = {n for n, p in self.named_parameters(remove_duplicate=False) if id(p) in left_out} if shared else set()
+        return {k: v for k, v in self.state_dict().items() if not k.startswith("body.") and k not in names}
 
     def load_auxiliary_state_dict(self, state: dict[str, Tensor]) -> None:
         """Load what `auxiliary_state_dict` gave.

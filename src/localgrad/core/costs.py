@@ -1,6 +1,5 @@
 """Cost of each unit, counted on `meta` tensors."""
 
-import copy
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,10 +9,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from localgrad.core.auxiliary import build_auxiliary
+from localgrad.core.copies import deep_copy
 from localgrad.core.momentum import Momentum
 from localgrad.core.site import Objective
 from localgrad.core.units import Unit
-from localgrad.errors import LocalGradError
+from localgrad.errors import CannotSitError
 
 NOWHERE = (float("inf"), float("inf"), float("inf"))
 
@@ -94,7 +94,7 @@ def _end_cost(
 ) -> tuple[float, float, float]:
     try:
         branches, head = build_auxiliary(unit, following, rest, inputs, 0, num_blocks, objective, momentum)
-    except LocalGradError:
+    except CannotSitError:
         return NOWHERE
     mixed, kept, flops = (features, 0, 0) if branches is None else _forward_cost(branches, features)
     _, head_kept, head_flops = _forward_cost(head, mixed, targets, inputs)
@@ -104,7 +104,7 @@ def _end_cost(
 
 def to_meta(module: nn.Module) -> nn.Module:
     """A copy on `meta`, in training mode."""
-    return copy.deepcopy(module).to("meta").train()
+    return deep_copy(module).to("meta").train()
 
 
 def _forward_cost(module: nn.Module, features: Tensor, *rest: Tensor) -> tuple[Tensor, int, int]:

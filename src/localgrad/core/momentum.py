@@ -1,6 +1,5 @@
 """Momentum auxiliary networks: what lets a block see its successor without a gradient."""
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -9,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from localgrad.core.copies import deep_copy
 from localgrad.core.initialise import initialise
 from localgrad.core.recompute import recomputed
 from localgrad.core.units import Unit
-from localgrad.errors import LocalGradError
+from localgrad.errors import CannotSitError, SettingsError
 
 Momentum = Callable[[Sequence[Unit]], "MomentumAuxiliary"]
 """Builds the momentum auxiliary network of a block from the units of the next block."""
@@ -20,6 +20,10 @@ Momentum = Callable[[Sequence[Unit]], "MomentumAuxiliary"]
 
 class MomentumAuxiliary(nn.Module):
     """What stands between a block's features and its objective: copies of the next block's first unit.
+
+    Parameters that the unit does not train are not copied: the copies hold the unit's own, and nobody moves them. The
+    average covers the unit's trained floating-point parameters. Each module of a copy is in the mode (training or
+    evaluation) of the module that it copies.
 
     Attributes:
         bias: the trained copy of the next unit, a per-channel parameter in the fused form, or None.
@@ -41,14 +45,18 @@ class MomentumAuxiliary(nn.Module):
         recompute: bool,
         pool: int = 1,
         residual_once: bool = False,
+        lightweight: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.bias, self.ema, self.scale = bias, ema, scale
         self.decay, self.recompute, self.pool, self.residual_once = decay, recompute, pool, residual_once
         self.depth = len(source)
-        # a tuple is not registered: the next block's parameters are not this module's
-        self._source = tuple(unit.module for unit in source)
         self._source_writes_input, self._inputs = source[0].writes_input, source[0].inputs
+        # tuples are not registered: the next block's modules are not this module's
+        units = tuple(unit.module for unit in source)
+        copies = [branch for branch in (bias, ema) if isinstance(branch, nn.Module) and branch is not lightweight]
+        self._modes = tuple(pair for branch in copies for pair in _pairs(branch, units))
+        self._averaged = () if ema is None else tuple(_trained(_pairs(ema, units)))
 
     def forward(self, features: Tensor) -> Tensor:
         """Features of the block, `(N, C, H, W)` or `(N, L, D)`, as the next block's first unit sees them."""
@@ -76,14 +84,18 @@ class MomentumAuxiliary(nn.Module):
 
     def followed(self) -> list[nn.Parameter]:
         """The next block's parameters that the EMA reads; none without an EMA."""
-        return [] if self.ema is None else [p for module in self._source for p in module.parameters()]
+        return [getattr(module, name) for _, module, name in self._averaged]
+
+    def averages(self) -> list[nn.Parameter]:
+        """The EMA's parameters that follow them, in the same order."""
+        return [getattr(module, name) for module, _, name in self._averaged]
 
     @torch.no_grad()
     def features(self, source: Unit) -> torch.Size:
         """Shape of what `forward` gives, where `source` is the last unit that is copied."""
         if self.pool == 1:
             return source.features
-        like = next(self.parameters())
+        like = next(parameter for parameter in self.parameters() if parameter.is_floating_point())
         modes = [(module, module.training) for module in self.modules()]
         shape = self.eval()(torch.zeros(self._inputs, dtype=like.dtype, device=like.device)).shape
         for module, training in modes:
@@ -93,8 +105,39 @@ class MomentumAuxiliary(nn.Module):
     @torch.no_grad()
     def update(self) -> None:
         """Pull the copy towards the next unit: `ema <- m * ema + (1 - m) * unit`, in one fused call."""
-        if self.ema is not None:
-            get_ema_multi_avg_fn(self.decay)(list(self.ema.parameters()), self.followed(), 0)  # pyright: ignore
+        if self._averaged:
+            get_ema_multi_avg_fn(self.decay)(self.averages(), self.followed(), 0)  # pyright: ignore
+
+    def match_modes(self) -> None:
+        """Put each module of the copies in the mode of the module that it copies, as norms that are kept frozen are."""
+        for module, source in self._modes:
+            if module.training != source.training:
+                module.training = source.training
+
+    def shared(self) -> list[nn.Parameter]:
+        """The next block's own parameters that the copies hold: those that it does not train."""
+        sources = {id(parameter) for _, source in self._modes for parameter in source.parameters(recurse=False)}
+        return [parameter for parameter in self.parameters() if id(parameter) in sources]
+
+
+def _pairs(branch: nn.Module, source: Sequence[nn.Module]) -> list[tuple[nn.Module, nn.Module]]:
+    """Each module of a copy beside the module that it copies."""
+    copies = [branch] if len(source) == 1 else list(branch.children())
+    return [
+        pair
+        for module, unit in zip(copies, source, strict=True)
+        for pair in zip(module.modules(), unit.modules(), strict=True)
+    ]
+
+
+def _trained(pairs: Sequence[tuple[nn.Module, nn.Module]]) -> list[tuple[nn.Module, nn.Module, str]]:
+    """Where the parameters are that the source trains: module of the copy, of the source, and name."""
+    found: dict[int, tuple[nn.Module, nn.Module, str]] = {}
+    for module, source in pairs:
+        for name, parameter in source.named_parameters(recurse=False):
+            if parameter.requires_grad:
+                found.setdefault(id(parameter), (module, source, name))
+    return list(found.values())
 
 
 def man(
@@ -124,8 +167,9 @@ def man(
     open, and has a second gradient update after the average.
 
     The ablation's rows are settings: `bias=False` (EMA only), `ema=False` (bias only: one more trained unit),
-    `decay=0` (the next unit's weights used directly, one step old). The average covers parameters; norms of the EMA
-    branch use the statistics of the batch.
+    `decay=0` (the next unit's weights used directly, one step old). The average covers trained parameters; norms of
+    the EMA branch use the statistics of the batch. What the next unit does not train (LoRA's base weights) both copies
+    share with it.
 
     Args:
         decay: m, from 0 to 1. The paper's is 0.995.
@@ -150,32 +194,33 @@ def man(
         A function of the next block's units that builds the module.
 
     Raises:
-        LocalGradError: `decay` is outside [0, 1], `depth` below 1, neither part is wanted, the fused form is to have no
-            average, or a choice is unknown; when built, the next block begins without parameters, or in a 16-bit type.
+        SettingsError: `decay` is outside [0, 1], `depth` below 1, neither part is wanted, the fused form is to have no
+            average, or a choice is unknown; when built, the weights to be averaged are of a 16-bit type.
+        CannotSitError: when built, the next block begins with nothing that is trained.
 
     Source: Su et al., Momentum Auxiliary Network for Supervised Local Learning, ECCV 2024 (arXiv 2407.05623), section
     "EMA-based information transfer"; released code of the paper, `networks/resnetInfoPro_MAN.py`.
     """
     _check(decay, initial, depth)
     if bias_form not in ("unit", "conv1x1"):
-        raise LocalGradError(f"bias_form is {bias_form!r}: it is 'unit' (a copy, as released) or 'conv1x1'")
+        raise SettingsError(f"bias_form is {bias_form!r}: it is 'unit' (a copy, as released) or 'conv1x1'")
     if bias_form != "unit" and not (bias and form == "sum"):
-        raise LocalGradError("bias_form is 'conv1x1' without a trained part beside the average: form='sum', bias=True")
+        raise SettingsError("bias_form is 'conv1x1' without a trained part beside the average: form='sum', bias=True")
     if isinstance(pool, bool) or not isinstance(pool, int) or pool < 1:
-        raise LocalGradError(f"pool is {pool!r}: it is the side of a square of pixels, 1 for none, or 2")
+        raise SettingsError(f"pool is {pool!r}: it is the side of a square of pixels, 1 for none, or 2")
     if form not in ("sum", "residual", "fused"):
-        raise LocalGradError(
+        raise SettingsError(
             f"form is {form!r}: it is 'sum' (as released), 'residual' (the sum with the residual path once) or 'fused' "
             "(as the paper's formula reads)"
         )
     if not (bias or ema):
-        raise LocalGradError("bias and ema are both False: keep one of them, or give momentum=None for none")
+        raise SettingsError("bias and ema are both False: keep one of them, or give momentum=None for none")
     if form == "residual" and not (bias and ema):
-        raise LocalGradError(
+        raise SettingsError(
             "form is 'residual' and a part is off: one part counts the residual path once already; use form='sum'"
         )
     if form == "fused" and not ema:
-        raise LocalGradError(
+        raise SettingsError(
             "form is 'fused' and ema is False: the fused form is one module that the EMA pulls; use 'sum'"
         )
 
@@ -183,24 +228,27 @@ def man(
         source = _source(following, depth)
         follower = _follower(source, initial, decay) if ema else None
         if pool > 1 and not _is_map(source[0]):
-            raise LocalGradError(f"pool is {pool} and features are {tuple(source[0].inputs)}: it takes (N, C, H, W)")
+            raise CannotSitError(f"pool is {pool} and features are {tuple(source[0].inputs)}: it takes (N, C, H, W)")
         if form == "residual" and source[0].inputs != source[-1].features:
-            raise LocalGradError(
+            raise CannotSitError(
                 f"form is 'residual' and {source[-1].name!r} takes {tuple(source[0].inputs)} to "
                 f"{tuple(source[-1].features)}: its residual path is not its input; cut elsewhere, or use form='sum'"
             )
         trained: nn.Module | nn.Parameter | None = None
         if bias and form != "fused":
-            trained = copied(source, initial) if bias_form == "unit" else _conv1x1(source)
+            is_unit = bias_form == "unit"
+            trained = copied(source, initial, share_frozen=True) if is_unit else _conv1x1(source)
         if follower is not None and form != "fused":
-            follower.requires_grad_(False)
+            follower.requires_grad_(False)  # what is shared is frozen already
         if bias and form == "fused":
             unit = source[-1]
             shape = [1] * (len(unit.features) - 1)
             shape[unit.channel_dim - 1] = unit.features[unit.channel_dim]
-            like = next(source[0].module.parameters())
+            like = _trained_parameters(source)[0]
             trained = nn.Parameter(torch.zeros(shape, dtype=like.dtype, device=like.device))
-        return MomentumAuxiliary(source, trained, follower, None, decay, recompute, pool, form == "residual")
+        lightweight = trained if bias_form == "conv1x1" and isinstance(trained, nn.Module) else None
+        residual_once = form == "residual"
+        return MomentumAuxiliary(source, trained, follower, None, decay, recompute, pool, residual_once, lightweight)
 
     return build
 
@@ -227,8 +275,7 @@ def manpp(
         A function of the next block's units that builds the module.
 
     Raises:
-        LocalGradError: `decay` is outside [0, 1], `depth` below 1, or `initial` is unknown; when built, the next block
-            begins without parameters, or in a 16-bit type.
+        SettingsError, CannotSitError: as `man`.
 
     Source: MAN++ (TPAMI 2026, doi 10.1109/TPAMI.2026.3679406; arXiv 2507.16279), released code,
     `networks/resnetDGL_MANPP.py`.
@@ -238,9 +285,10 @@ def manpp(
     def build(following: Sequence[Unit]) -> MomentumAuxiliary:
         source = _source(following, depth)
         follower = _follower(source, initial, decay).requires_grad_(False)
-        like = next(source[0].module.parameters())
+        like = _trained_parameters(source)[0]
         scale = nn.Parameter(torch.ones(1, dtype=like.dtype, device=like.device))  # FSDP2 takes no scalar
-        return MomentumAuxiliary(source, copied(source, initial), follower, scale, decay, recompute)
+        trained = copied(source, initial, share_frozen=True)
+        return MomentumAuxiliary(source, trained, follower, scale, decay, recompute)
 
     return build
 
@@ -260,60 +308,75 @@ def _conv1x1(source: Sequence[Unit]) -> nn.Module:
     elif dim == len(outputs) - 1 and inputs[1:-1] == outputs[1:-1]:
         layer = nn.Linear(inputs[-1], outputs[-1])
     if layer is None:
-        raise LocalGradError(
+        raise CannotSitError(
             f"bias_form is 'conv1x1', and no 1x1 convolution leads from {tuple(inputs)} to {tuple(outputs)} "
             f"(unit {source[0].name!r}): use 'unit'"
         )
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
-    like = next(source[0].module.parameters())
+    like = _trained_parameters(source)[0]
     return layer.to(like.device, like.dtype)
 
 
 def _check(decay: float, initial: str, depth: int) -> None:
     if not isinstance(decay, int | float) or not 0 <= decay <= 1:
         given = repr(decay) if isinstance(decay, int | float | str) else f"a {type(decay).__name__}"
-        raise LocalGradError(
+        raise SettingsError(
             f"decay is {given}: it is from 0 (use the next unit's weights) to 1 (never follow); try momentum=man(0.995)"
         )
     if initial not in ("copy", "random"):
-        raise LocalGradError(f"initial is {initial!r}: it is 'copy' (of the next unit) or 'random'")
+        raise SettingsError(f"initial is {initial!r}: it is 'copy' (of the next unit) or 'random'")
     if not isinstance(depth, int) or depth < 1:
-        raise LocalGradError(f"depth is {depth!r}: copy at least the first unit of the next block, depth=1")
+        raise SettingsError(f"depth is {depth!r}: copy at least the first unit of the next block, depth=1")
 
 
 def _source(following: Sequence[Unit], depth: int) -> Sequence[Unit]:
     source = following[:depth]
     if not any(True for _ in source[0].module.parameters()):
-        raise LocalGradError(
+        raise CannotSitError(
             f"the unit {source[0].name!r} after a cut has no parameters, so there is nothing for a momentum auxiliary "
             "network to follow: cut after it instead, or name it together with the unit that follows"
+        )
+    if not _trained_parameters(source):
+        raise CannotSitError(
+            f"the unit {source[0].name!r} after a cut trains none of its parameters (requires_grad is False), so there "
+            "is nothing for a momentum auxiliary network to follow: cut elsewhere, or give momentum=None"
         )
     return source
 
 
+def _trained_parameters(source: Sequence[Unit]) -> list[nn.Parameter]:
+    return [parameter for unit in source for parameter in unit.module.parameters() if parameter.requires_grad]
+
+
 def _follower(source: Sequence[Unit], initial: str, decay: float) -> nn.Module:
     """The copy that follows; refused in a type in which small steps towards the next unit are rounded away."""
-    coarse = [
-        p.dtype for unit in source for p in unit.module.parameters() if p.dtype in (torch.bfloat16, torch.float16)
-    ]
+    coarse = [p.dtype for p in _trained_parameters(source) if p.dtype in (torch.bfloat16, torch.float16)]
     if coarse and 0 < decay < 1:
-        raise LocalGradError(
+        raise SettingsError(
             f"the weights after a cut are {coarse[0]}, in which an average with decay {decay} stands still: keep the "
             "weights in float32 and compute under autocast, or give decay=0"
         )
-    return copied(source, initial)
+    return copied(source, initial, share_frozen=True)
 
 
-def copied(source: Sequence[Unit], initial: str) -> nn.Module:
-    """A trainable copy of units; with `initial="random"` from draws of its own, wherever a layer can reset itself."""
-    copies = [copy.deepcopy(unit.module) for unit in source]
-    module = copies[0] if len(copies) == 1 else nn.Sequential(*copies)
-    module.requires_grad_(True)
+def copied(source: Sequence[Unit], initial: str, *, share_frozen: bool = False) -> nn.Module:
+    """A copy of units in a row; with `initial="random"` from draws of its own, wherever a layer can reset itself.
+
+    All of it is trainable; with `share_frozen` what the units do not train stays their own, frozen, in the copy.
+    """
+    whole = nn.ModuleList(unit.module for unit in source)
+    copies = deep_copy(whole, [p for p in whole.parameters() if not p.requires_grad] if share_frozen else ())
+    module = copies[0] if len(source) == 1 else nn.Sequential(*copies.children())
+    for parameter in () if share_frozen else module.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
     if initial == "random":
-        for layer in module.modules():
+        own = [layer for layer in module.modules() if all(parameter.requires_grad for parameter in layer.parameters())]
+        for layer in own:  # what is shared stays as it is
             reset: Any = getattr(layer, "reset_parameters", None) or getattr(layer, "_reset_parameters", None)
             if callable(reset):
                 reset()
-        initialise(module)
+        for layer in own:
+            if isinstance(layer, nn.Conv2d):
+                initialise(layer)
     return module

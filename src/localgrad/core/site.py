@@ -2,13 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localgrad.core.units import Unit
 
-Criterion = Callable[[Tensor, Tensor], Tensor]
+Criterion = Callable[[Tensor, Any], Tensor]
+"""Model output and targets to a scalar loss; targets are whatever the criterion takes."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Site:
         following: the model's units after these features, its head included.
         model: the whole network, for an objective that reads another part of it, such as its output layer. A module
             that keeps it must not register it: `self.model = (site.model,)`.
+        criterion: loss of the model's output; heads use it unless their factory is given another.
     """
 
     features: torch.Size
@@ -34,6 +38,7 @@ class Site:
     num_blocks: int
     following: tuple[Unit, ...] = ()
     model: nn.Module | None = None
+    criterion: Criterion = F.cross_entropy
 
 
 Objective = Callable[[Site], nn.Module]

@@ -49,7 +49,8 @@ def split(
             the one with the smallest auxiliary networks is taken. For the smallest peak of a given batch see `plan`.
         objective: the local objective, such as `dgl(num_classes=10)`. Needed for more than one block.
         momentum: `man(...)`, `manpp(...)` or None.
-        criterion: loss of the model's output and the targets, for the last block.
+        criterion: loss of the model's output and the targets, for the last block; of the heads too, unless their
+            factory is given another.
         recompute: activation checkpointing inside the blocks: keep only what is between units, and compute each unit
             again in the backward pass. Weights and running statistics come out the same, bit for bit.
         names: the units by name, for a model that cannot be traced.
@@ -92,14 +93,20 @@ def split(
     blocks = []
     for index, run in enumerate(runs[:-1]):
         assert objective is not None
+        trains = [parameter.requires_grad for unit in run for parameter in unit.module.parameters()]
+        if trains and not any(trains):
+            blocks.append(Block(run, None, None, None, recompute))  # a frozen body gets no gradient
+            continue
         following = runs[index + 1]
         if following is runs[-1]:
             following = following[:-1] or following  # the model's head is copied only where nothing else is left
         rest = found[edges[index + 1] :]
-        auxiliary = build_auxiliary(run[-1], following, rest, example, index, len(runs), objective, momentum)
+        auxiliary = build_auxiliary(run[-1], following, rest, example, index, len(runs), objective, momentum, criterion)
         blocks.append(Block(run, *auxiliary, None, recompute))
     blocks.append(Block(runs[-1], None, None, criterion, recompute))
     match_mode(blocks, model)
+    for block in blocks:
+        block.match_modes()
     return blocks
 
 

@@ -24,6 +24,7 @@ class Unit:
         channel_dim: the dimension of `features` that holds channels, 1 or the last.
         writes_input: whether the unit changes its input in place (it starts with an in-place activation, say).
         inputs: shape of what it takes, for the example batch.
+        dtype: of the output for the example batch.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Unit:
     channel_dim: int
     writes_input: bool
     inputs: torch.Size = torch.Size()
+    dtype: torch.dtype = torch.float32
 
 
 def units(model: nn.Module, example: Tensor, names: Sequence[str] | None = None) -> list[Unit]:
@@ -83,7 +85,7 @@ def _measured(pieces: Sequence[tuple[str, nn.Module]], features: Tensor, writes:
         writes_input = _writes_input(module, features) if writes is None else writes[position]
         taken, features = features.shape, module.eval()(features)
         channel_dim = _channel_dim(features.shape, module, following)
-        found.append(Unit(name, module, features.shape, channel_dim, writes_input, taken))
+        found.append(Unit(name, module, features.shape, channel_dim, writes_input, taken, features.dtype))
     return found
 
 

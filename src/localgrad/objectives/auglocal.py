@@ -2,24 +2,26 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localgrad.core.initialise import initialise
 from localgrad.core.momentum import copied
-from localgrad.core.site import Site
-from localgrad.errors import LocalGradError
+from localgrad.core.site import Criterion, Site
+from localgrad.errors import CannotSitError, SettingsError
 from localgrad.objectives.classifier import Classifier
 from localgrad.objectives.layout import check_num_classes
+from localgrad.objectives.targets import HeadCriterion
 
 
 class AugLocal(nn.Module):
-    """Cross-entropy behind fresh units shaped like the network's later ones; see `auglocal`."""
+    """The criterion behind fresh units shaped like the network's later ones; see `auglocal`."""
 
-    def __init__(self, site: Site, num_classes: int, depth: int, pyramid: float) -> None:
+    def __init__(self, site: Site, num_classes: int, depth: int, pyramid: float, criterion: Criterion | None) -> None:
         super().__init__()
+        self.criterion = HeadCriterion(criterion, site, num_classes)
         later = site.following[:-1]  # the last unit is the model's own head
         local_depth = depth_at(site.index, site.num_blocks, depth, pyramid)
         picks = picked(site.index, len(later), local_depth)
@@ -34,9 +36,9 @@ class AugLocal(nn.Module):
         """Features to class scores `(N, num_classes)`."""
         return self.classifier(features.clone() if self._clones else features)
 
-    def forward(self, features: Tensor, targets: Tensor, inputs: Tensor) -> Tensor:
-        """Features, classes `(N,)` and inputs (unused) to a scalar loss in float32."""
-        return F.cross_entropy(self.predict(features).float(), targets)
+    def forward(self, features: Tensor, targets: Any, inputs: Tensor) -> Tensor:
+        """Features, the criterion's targets (classes `(N,)`) and inputs (unused) to a scalar loss."""
+        return self.criterion(self.predict(features), targets)
 
 
 def depth_at(index: int, num_blocks: int, depth: int, pyramid: float) -> int:
@@ -125,14 +127,16 @@ def _widened(unit: nn.Module, features: torch.Size, channels: int) -> bool:
 
 def _output(site: Site, num_classes: int, depth: int) -> list[nn.Module]:
     """The pooled linear layer of `classifier`; behind a single unit, or none, with a batch norm in front."""
-    *pool, linear = Classifier(site, num_classes).classifier
+    *pool, linear = Classifier(site, num_classes, None).classifier
     if depth > 1 or isinstance(pool[0], nn.LayerNorm):
         return [*pool, linear]
     return [*pool, nn.BatchNorm1d(site.features[site.channel_dim]), linear]
 
 
-def auglocal(num_classes: int, depth: int = 2, pyramid: float = 0.5) -> Callable[[Site], nn.Module]:
-    """AugLocal: `L = CE(W pool(a(h)) + b, y)`, with `a` fresh units shaped like some of the network's later ones.
+def auglocal(
+    num_classes: int, depth: int = 2, pyramid: float = 0.5, criterion: Criterion | None = None
+) -> Callable[[Site], nn.Module]:
+    """AugLocal: `L = criterion(W pool(a(h)) + b, y)`, with `a` fresh units shaped like some of the network's later ones.
 
     The head of local block l (from 0, of K blocks) has `d_l = max(1, round(d (1 - c r) + c r))` units,
     `r = l / (K - 2)`: the depth falls linearly over the blocks. Of the n units after the cut, the model's head left
@@ -152,32 +156,34 @@ def auglocal(num_classes: int, depth: int = 2, pyramid: float = 0.5) -> Callable
     With a momentum auxiliary network in front, the units after the copied one are sampled.
 
     Args:
-        num_classes: at least 2.
+        num_classes: width of the head: classes (2 or more under cross-entropy), labels, or values to predict.
         depth: d, at the first block.
         pyramid: c, from 0 (the same depth at each block) to 1 (one unit at the last local block).
+        criterion: loss of the head's scores `(N, num_classes)` and the targets. Without one the head takes the model's,
+            which is cross-entropy unless `split` is told otherwise.
 
     Returns:
         A function of a site that builds the module; its head is `.classifier`.
 
     Raises:
-        LocalGradError: `num_classes` is less than 2, `depth` less than 1, or `pyramid` not from 0 to 1; on building,
-            the site has no following units.
+        SettingsError: `num_classes` or `depth` is less than 1, or `pyramid` not from 0 to 1.
+        CannotSitError: when built, the site has no following units, or `num_classes` is 1 under cross-entropy.
 
     Source: Ma et al., Scaling Supervised Local Learning with Augmented Auxiliary Networks, ICLR 2024
     (arXiv 2402.17318), section 4; released code, `networks/resnet.py` and `networks/auxiliary_nets.py`.
     """
-    check_num_classes(num_classes)
+    check_num_classes(num_classes, at_least=1)
     if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
-        raise LocalGradError(f"depth is {depth!r}: a head has at least one unit, depth=1")
+        raise SettingsError(f"depth is {depth!r}: a head has at least one unit, depth=1")
     if isinstance(pyramid, bool) or not isinstance(pyramid, int | float) or not 0 <= pyramid <= 1:
-        raise LocalGradError(f"pyramid is {pyramid!r}: it is from 0 (the same depth everywhere) to 1")
+        raise SettingsError(f"pyramid is {pyramid!r}: it is from 0 (the same depth everywhere) to 1")
 
     def build(site: Site) -> nn.Module:
         if not site.following:
-            raise LocalGradError(
+            raise CannotSitError(
                 f"auglocal samples the units after a cut, and the site of block {site.index} has none: "
                 "build it with split, or give Site(..., following=units[end + 1:])"
             )
-        return AugLocal(site, num_classes, depth, pyramid)
+        return AugLocal(site, num_classes, depth, pyramid, criterion)
 
     return build

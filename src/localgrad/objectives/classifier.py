@@ -1,21 +1,23 @@
 """Greedy local learning: pooled features and one linear layer."""
 
 from collections.abc import Callable
+from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localgrad.core.initialise import initialise
-from localgrad.core.site import Site
-from localgrad.errors import LocalGradError
+from localgrad.core.site import Criterion, Site
+from localgrad.errors import CannotSitError
 from localgrad.objectives.layout import AsMap, MeanOverSpace, check_num_classes
+from localgrad.objectives.targets import HeadCriterion
 
 
 class Classifier(nn.Module):
-    """Cross-entropy of a linear layer on pooled features; see `classifier`."""
+    """The criterion of a linear layer on pooled features; see `classifier`."""
 
-    def __init__(self, site: Site, num_classes: int) -> None:
+    def __init__(self, site: Site, num_classes: int, criterion: Criterion | None) -> None:
         super().__init__()
+        self.criterion = HeadCriterion(criterion, site, num_classes)
         channels = site.features[site.channel_dim]
         if len(site.features) == 3 and site.channel_dim != 1:
             self.classifier = nn.Sequential(
@@ -30,15 +32,15 @@ class Classifier(nn.Module):
         """Features to class scores `(N, num_classes)`."""
         return self.classifier(features)
 
-    def forward(self, features: Tensor, targets: Tensor, inputs: Tensor) -> Tensor:
-        """Features, classes `(N,)` and inputs (unused) to a scalar loss in float32."""
-        return F.cross_entropy(self.predict(features).float(), targets)
+    def forward(self, features: Tensor, targets: Any, inputs: Tensor) -> Tensor:
+        """Features, the criterion's targets (classes `(N,)`) and inputs (unused) to a scalar loss."""
+        return self.criterion(self.predict(features), targets)
 
 
 def _prefix_tokens(site: Site) -> int:
     try:
         return AsMap(site, "classifier").prefix_tokens
-    except LocalGradError:
+    except CannotSitError:
         return 0  # no image, or no grid of patches in it
 
 
@@ -55,23 +57,26 @@ class TokenPool(nn.Module):
         return tokens[:, 0] if self.first_token else tokens[:, self.prefix_tokens :].mean(1)
 
 
-def classifier(num_classes: int) -> Callable[[Site], nn.Module]:
-    """Greedy supervised local learning: `L = CE(W pool(h) + b, y)`.
+def classifier(num_classes: int, criterion: Criterion | None = None) -> Callable[[Site], nn.Module]:
+    """Greedy supervised local learning: `L = criterion(W pool(h) + b, y)`, cross-entropy in the paper.
 
     Maps are averaged over space. Tokens `(N, L, D)` pass a LayerNorm; then the class token is taken, or the mean where
     there is none (the local head of MAN++ for ViT). Of the tokens before the patches the first is the class token if
     there are two (DeiT) or an odd number; an even number of more are registers, which are left out of the mean.
 
     Args:
-        num_classes: at least 2.
+        num_classes: width of the head: classes (2 or more under cross-entropy), labels, or values to predict.
+        criterion: loss of the head's scores `(N, num_classes)` and the targets. Without one the head takes the model's,
+            which is cross-entropy unless `split` is told otherwise.
 
     Returns:
         A function of a site that builds the module; its head is `.classifier`.
 
     Raises:
-        LocalGradError: `num_classes` is less than 2.
+        SettingsError: `num_classes` is less than 1.
+        CannotSitError: when built, `num_classes` is 1 under cross-entropy.
 
     Source: Belilovsky et al. 2019 (arXiv 1812.11446), section 3; head `0c1f` of Wang et al. 2021 (arXiv 2101.10832).
     """
-    check_num_classes(num_classes)
-    return lambda site: Classifier(site, num_classes)
+    check_num_classes(num_classes, at_least=1)
+    return lambda site: Classifier(site, num_classes, criterion)

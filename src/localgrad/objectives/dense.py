@@ -11,8 +11,8 @@ from localgrad.core.initialise import initialise
 from localgrad.core.site import Criterion, Site
 from localgrad.errors import LocalGradError
 from localgrad.objectives.decoder import decoder
-from localgrad.objectives.infopro import binary_cross_entropy
-from localgrad.objectives.layout import AsMap, check_num_classes, conv_norm_relu, full_precision
+from localgrad.objectives.infopro import reconstruction_loss
+from localgrad.objectives.layout import AsMap, check_num_classes, conv_norm_relu
 from localgrad.objectives.tokens import check_shift, shifted
 
 
@@ -93,9 +93,7 @@ class Dense(nn.Module):
         if self.decoder is not None:
             assert self.as_map is not None
             images = inputs.float() * self.std + self.mean
-            decoded = self.decoder(self.as_map(features)).float()
-            with full_precision(features):
-                total = total + self.reconstruction * binary_cross_entropy(decoded, images)
+            total = total + self.reconstruction * reconstruction_loss(self.decoder(self.as_map(features)), images)
         return total
 
     def _token_loss(self, scores: Tensor, targets: Tensor, inputs: Tensor) -> Tensor:

@@ -2,23 +2,24 @@
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localgrad.core.initialise import initialise
-from localgrad.core.site import Site
+from localgrad.core.site import Criterion, Site
 from localgrad.objectives.layout import AsMap, MeanOverSpace, check_choice, check_num_classes, conv_norm_relu
+from localgrad.objectives.targets import HeadCriterion
 
 Head = Literal["original", "compact", "wide", "light"]
 
 
 class DGL(nn.Module):
-    """Cross-entropy of the head MLP-SR-aux; see `dgl`."""
+    """The criterion of the head MLP-SR-aux; see `dgl`."""
 
-    def __init__(self, site: Site, num_classes: int, head: Head) -> None:
+    def __init__(self, site: Site, num_classes: int, head: Head, criterion: Criterion | None) -> None:
         super().__init__()
+        self.criterion = HeadCriterion(criterion, site, num_classes)
         as_map = AsMap(site, "dgl")
         build = {"original": _original, "compact": _compact, "wide": _wide, "light": _light}[head]
         self.classifier = nn.Sequential(as_map, *build(as_map.channels, as_map.size, num_classes))
@@ -28,9 +29,9 @@ class DGL(nn.Module):
         """Features to class scores `(N, num_classes)`."""
         return self.classifier(features)
 
-    def forward(self, features: Tensor, targets: Tensor, inputs: Tensor) -> Tensor:
-        """Features, classes `(N,)` and inputs (unused) to a scalar loss in float32."""
-        return F.cross_entropy(self.predict(features).float(), targets)
+    def forward(self, features: Tensor, targets: Any, inputs: Tensor) -> Tensor:
+        """Features, the criterion's targets (classes `(N,)`) and inputs (unused) to a scalar loss."""
+        return self.criterion(self.predict(features), targets)
 
 
 def _original(channels: int, size: tuple[int, int], num_classes: int) -> list[nn.Module]:
@@ -95,8 +96,8 @@ def _linear_norm_relu(in_features: int, out_features: int, bias: bool) -> list[n
     ]
 
 
-def dgl(num_classes: int, head: Head = "compact") -> Callable[[Site], nn.Module]:
-    """Decoupled greedy learning: `L = CE(head(h), y)`, with the head MLP-SR-aux.
+def dgl(num_classes: int, head: Head = "compact", criterion: Criterion | None = None) -> Callable[[Site], nn.Module]:
+    """Decoupled greedy learning: `L = criterion(head(h), y)`, cross-entropy in the paper, with the head MLP-SR-aux.
 
     The papers' heads average the map to a quarter of its size, apply three 1x1 convolutions (each with batch norm and
     ReLU), average to 2x2, and end in an MLP. For features `(N, C, H, W)`:
@@ -112,19 +113,22 @@ def dgl(num_classes: int, head: Head = "compact") -> Callable[[Site], nn.Module]
     Tokens `(N, L, D)` are laid on the grid of patches, without class tokens.
 
     Args:
-        num_classes: at least 2.
+        num_classes: width of the head: classes (2 or more under cross-entropy), labels, or values to predict.
         head: see above.
+        criterion: loss of the head's scores `(N, num_classes)` and the targets. Without one the head takes the model's,
+            which is cross-entropy unless `split` is told otherwise.
 
     Returns:
         A function of a site that builds the module; its head is `.classifier`.
 
     Raises:
-        LocalGradError: `num_classes` is less than 2 or `head` unknown; on building, tokens that form no grid.
+        SettingsError: `num_classes` is less than 1 or `head` unknown.
+        CannotSitError: when built, tokens form no grid, or `num_classes` is 1 under cross-entropy.
 
     Source: Belilovsky et al. 2020, Decoupled Greedy Learning of CNNs (arXiv 1901.08164), section 4; released code,
     `auxiliary_nets_study/models.py`; Ma et al. 2024, AugLocal (arXiv 2402.17318), released code,
     `networks/auxiliary_nets.py`.
     """
-    check_num_classes(num_classes)
+    check_num_classes(num_classes, at_least=1)
     check_choice("head", head, ("original", "compact", "wide", "light"))
-    return lambda site: DGL(site, num_classes, head)
+    return lambda site: DGL(site, num_classes, head, criterion)

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localgrad.core.initialise import initialise
-from localgrad.core.site import Site
-from localgrad.errors import LocalGradError
+from localgrad.core.site import Criterion, Site
+from localgrad.errors import CannotSitError, SettingsError
+from localgrad.objectives import fast
 from localgrad.objectives.decoder import decoder
 from localgrad.objectives.layout import (
     AsMap,
@@ -20,6 +21,7 @@ from localgrad.objectives.layout import (
     conv_norm_relu,
     full_precision,
 )
+from localgrad.objectives.targets import HeadCriterion, check_classes, left_out
 
 TaskLoss = Literal["cross_entropy", "contrast"]
 
@@ -53,16 +55,18 @@ class InfoPro(nn.Module):
         loss: TaskLoss,
         head: TaskHead,
         feature_dim: int,
+        criterion: Criterion | None,
     ) -> None:
         super().__init__()
         if len(site.inputs) != 4 or site.inputs[1] != len(mean) or len(site.features) == 2:
-            raise LocalGradError(
+            raise CannotSitError(
                 f"infopro cannot sit on features {tuple(site.features)} of inputs {tuple(site.inputs)} with "
                 f"{len(mean)} channel means (block {site.index}): it reconstructs images of as many channels "
                 "from maps or tokens; cut before the features are pooled to a vector, or use dgl or classifier"
             )
         self.reconstruction, self.task = weights
         self.loss: TaskLoss = loss
+        self.criterion = HeadCriterion(criterion, site, num_classes)
         as_map = AsMap(site, "infopro")
         size = (site.inputs[2], site.inputs[3])
         width = num_classes if loss == "cross_entropy" else feature_dim
@@ -82,64 +86,56 @@ class InfoPro(nn.Module):
             return None
         return self.classifier(self.as_map(features))
 
-    def forward(self, features: Tensor, targets: Tensor, inputs: Tensor) -> Tensor:
-        """Features, classes `(N,)` and normalised images `(N, 3, H, W)` to a scalar loss in float32."""
+    def forward(self, features: Tensor, targets: Any, inputs: Tensor) -> Tensor:
+        """Features, the criterion's targets (classes `(N,)`) and normalised images `(N, 3, H, W)` to a scalar loss."""
         features = self.as_map(features)
         total = features.new_zeros((), dtype=torch.float32)
         if self.decoder is not None:
             images = inputs.float() * self.std + self.mean
-            decoded = self.decoder(features).float()
-            with full_precision(features):
-                total = total + self.reconstruction * binary_cross_entropy(decoded, images)
+            total = total + self.reconstruction * reconstruction_loss(self.decoder(features), images)
         if self.classifier is not None:
-            outputs = self.classifier(features).float()
-            task_loss = F.cross_entropy if self.loss == "cross_entropy" else supervised_contrast
-            total = total + self.task * task_loss(outputs, targets)
+            outputs = self.classifier(features)
+            if self.loss == "cross_entropy":
+                total = total + self.task * self.criterion(outputs, targets)
+            else:
+                total = total + self.task * supervised_contrast(outputs, targets, self.criterion.ignore_index)
         return total
 
 
-def binary_cross_entropy(logits: Tensor, images: Tensor) -> Tensor:
-    """Mean of `-t log s(x) - (1 - t) log(1 - s(x))` over all logits x and pixels t, s the logistic function.
-
-    `torch.nn.functional.binary_cross_entropy_with_logits` to 1e-7, in less than half its time on a processor,
-    whose log1p is slow.
-    """
-    return _BinaryCrossEntropy.apply(logits, images)  # pyright: ignore[reportReturnType]
+def reconstruction_loss(logits: Tensor, images: Tensor) -> Tensor:
+    """Mean of `-t log s(x) - (1 - t) log(1 - s(x))` over all logits x and pixels t, s the logistic function."""
+    loss = fast.binary_cross_entropy if fast.is_on_processor(logits) else F.binary_cross_entropy_with_logits
+    with full_precision(logits):
+        return loss(logits.float(), images)
 
 
-class _BinaryCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, images: Tensor) -> Tensor:
-        ctx.save_for_backward(logits, images)
-        return (logits.clamp(min=0) - logits * images - logits.abs().sigmoid_().log_()).mean()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        logits, images = ctx.saved_tensors
-        return logits.sigmoid().sub_(images).mul_(gradients[0] / logits.numel()), None
-
-
-def supervised_contrast(embeddings: Tensor, targets: Tensor) -> Tensor:
+def supervised_contrast(embeddings: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
     """Supervised contrastive loss, one view, temperature 0.07, in float32.
 
     With `z_i` the embeddings divided by their norm and P(i) the other samples of i's class,
     `L = 1/N sum_i -1/|P(i)| sum_{p in P(i)} log(exp(z_i z_p / t) / sum_{a != i} exp(z_i z_a / t))`.
-    Samples without another of their class contribute 0 and stay in the mean.
+    Samples without another of their class contribute 0 and stay in the mean. Samples without a label (`ignore_index`,
+    or any class below 0) are left out: the sums and N are of the others.
 
     Args:
         embeddings: `(N, D)`.
         targets: `(N,)` classes.
+        ignore_index: the class of samples that have no label.
 
     Source: Khosla et al. 2020 (arXiv 2004.11362), equation 2; as used by Wang et al. 2021 (arXiv 2101.10832).
     """
+    check_classes(targets, 'infopro(loss="contrast")')
+    ignored = left_out(targets, ignore_index)
     with full_precision(embeddings):
         unit = F.normalize(embeddings if embeddings.dtype == torch.float64 else embeddings.float(), dim=1)
         itself = torch.eye(len(targets), dtype=torch.bool, device=targets.device)
-        scores = (unit @ unit.T / TEMPERATURE).masked_fill(itself, float("-inf"))
+        scores = unit @ unit.T / TEMPERATURE
+        scores = scores.masked_fill(itself | ignored, torch.finfo(scores.dtype).min)
         log_probability = scores - scores.logsumexp(1, keepdim=True)
-        positive = (targets[:, None] == targets[None, :]) & ~itself
+        positive = (targets[:, None] == targets[None, :]) & ~itself & ~ignored
         per_sample = log_probability.masked_fill(~positive, 0).sum(1) / positive.sum(1).clamp(min=1)
-        return -per_sample.mean()
+        labelled = (~ignored).sum().clamp(min=1)
+        return -per_sample.mean() * (len(targets) / labelled)
 
 
 def _head(name: TaskHead, channels: int, size: tuple[int, int], feature_dim: int, out_features: int) -> list[nn.Module]:
@@ -180,11 +176,13 @@ def infopro(
     loss: TaskLoss = "cross_entropy",
     head: TaskHead = "1c2f",
     feature_dim: int = 128,
+    criterion: Criterion | None = None,
 ) -> Callable[[Site], nn.Module]:
     """InfoPro: `L_j = lambda_j R(h) + mu_j T(h)`, information propagation by reconstruction and a task loss.
 
     R is the binary cross-entropy between the image in [0, 1] and its reconstruction by a small decoder, computed with
-    logits. T is cross-entropy, or the supervised contrastive loss (`supervised_contrast`) of `feature_dim` outputs.
+    logits. T is the criterion (cross-entropy in the paper), or the supervised contrastive loss
+    (`supervised_contrast`) of `feature_dim` outputs.
     Two weights go linearly from the first local block to the last: `lambda_j = first (1 - r) + last r` with
     `r = j / (K - 2)`, and r = 0 for K = 2. K - 1 weights are those of the local blocks in order. Tokens are laid on
     the grid of patches.
@@ -195,19 +193,22 @@ def infopro(
         std: standard deviation of each channel, likewise.
         reconstruction: weight of R at the first and at the last local block, or at each; not negative.
         task: weight of T, likewise.
-        loss: `"cross_entropy"` or `"contrast"`.
+        loss: `"cross_entropy"`, which means the criterion, or `"contrast"`.
         head: `"0c1f"`, `"0c2f"`, `"1c1f"`, `"1c2f"`, `"1c3f"`, `"2c2f"`: 3x3 convolutions and linear layers, or
             `"imagenet"`, four convolutions up to 2048 channels.
         feature_dim: width of the hidden linear layers and of the contrastive embedding.
+        criterion: loss of the head's scores `(N, num_classes)` and the targets. Without one the head takes the model's,
+            which is cross-entropy unless `split` is told otherwise.
 
     Returns:
         A function of a site that builds the module; its parts `.decoder` and `.classifier` are None where
         their weight is 0.
 
     Raises:
-        LocalGradError: an argument is out of range, the weights are of another number of blocks or leave a block
-            without a loss (found when built), or the objective sits on a vector, or on inputs that are no images of
-            `len(mean)` channels.
+        SettingsError: an argument is out of range; when built, the weights are of another number of blocks or leave a
+            block without a loss.
+        CannotSitError: when built, the objective sits on a vector, or on inputs that are no images of `len(mean)`
+            channels.
 
     Source: Wang et al. 2021, Revisiting Locally Supervised Learning (arXiv 2101.10832), equation 8, and released code,
     `networks/auxiliary_nets.py`. The default weights are the MAN code's, but for the task's last one, there 0, which
@@ -219,28 +220,28 @@ def infopro(
     try:
         mean, std = tuple(map(float, mean)), tuple(map(float, std))
     except (TypeError, ValueError):
-        raise LocalGradError(f"mean is {mean!r} and std {std!r}: give a sequence of numbers, one a channel") from None
+        raise SettingsError(f"mean is {mean!r} and std {std!r}: give a sequence of numbers, one a channel") from None
     if len(mean) != len(std) or not mean or not all(0 < s < math.inf for s in std) or not all(map(math.isfinite, mean)):
-        raise LocalGradError(
+        raise SettingsError(
             f"mean is {mean} and std {std}: give one of each a channel, std above 0, in units of [0, 1]"
         )
     for name, given in (("reconstruction", reconstruction), ("task", task)):
         if not isinstance(given, tuple | list) or not given or not all(0 <= weight < math.inf for weight in given):
-            raise LocalGradError(
+            raise SettingsError(
                 f"{name} is {given}: give its weight at the first and the last local block, (5.0, 0.0), or at each, "
                 "not negative"
             )
     if feature_dim < 1:
-        raise LocalGradError(f"feature_dim is {feature_dim}: it must be at least 1; try 128")
+        raise SettingsError(f"feature_dim is {feature_dim}: it must be at least 1; try 128")
 
     def build(site: Site) -> nn.Module:
         weights = _weight("reconstruction", reconstruction, site), _weight("task", task, site)
         if not any(weights):
-            raise LocalGradError(
+            raise SettingsError(
                 f"reconstruction {reconstruction}, task {task} give block {site.index} of {site.num_blocks} no loss: "
                 "give one of them a last weight above 0, such as task=(0.5, 0.5)"
             )
-        return InfoPro(site, num_classes, mean, std, weights, loss, head, feature_dim)
+        return InfoPro(site, num_classes, mean, std, weights, loss, head, feature_dim, criterion)
 
     return build
 
@@ -250,7 +251,7 @@ def _weight(name: str, given: Sequence[float], site: Site) -> float:
     if len(given) == num_local:
         return given[site.index]
     if len(given) != 2:
-        raise LocalGradError(
+        raise SettingsError(
             f"{name} has {len(given)} weights and there are {num_local} local blocks: give one for each, or two, for "
             "the first and the last, as `plan` takes them, which tries other numbers of blocks"
         )

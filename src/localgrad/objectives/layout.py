@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localgrad.core.site import Site
-from localgrad.errors import LocalGradError
+from localgrad.errors import CannotSitError, SettingsError
 
 MAX_PREFIX_TOKENS = 8
 
@@ -43,7 +43,7 @@ class AsMap(nn.Module):
         elif len(shape) == 2:
             height, width = 1, 1
         else:
-            raise LocalGradError(
+            raise CannotSitError(
                 f"{objective} cannot sit on features {tuple(shape)} (block {site.index}): it takes (N, C, H, W), "
                 "(N, H, W, C), (N, C, L), (N, L, D) or (N, D); cut elsewhere"
             )
@@ -83,7 +83,7 @@ def token_grid(tokens: int, site: Site, objective: str) -> tuple[int, int]:
         rows = math.isqrt((tokens - prefix) * height // width)
         if rows and (tokens - prefix) % rows == 0 and rows * width == (tokens - prefix) // rows * height:
             return rows, (tokens - prefix) // rows
-    raise LocalGradError(
+    raise CannotSitError(
         f"{objective} cannot lay {tokens} tokens on a grid in the proportions of the {height}x{width} input "
         f"(block {site.index}): cut elsewhere, or use localgrad.classifier, which pools tokens"
     )
@@ -95,11 +95,11 @@ def full_precision(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
-def check_num_classes(num_classes: int) -> None:
+def check_num_classes(num_classes: int, at_least: int = 2) -> None:
     """Refuse a number of classes that no head can have."""
-    if not isinstance(num_classes, Integral) or num_classes < 2:  # NumPy's integers too
-        raise LocalGradError(
-            f"num_classes is {num_classes!r}: a local head tells a whole number of classes apart, 2 or more; "
+    if not isinstance(num_classes, Integral) or num_classes < at_least:  # NumPy's integers too
+        raise SettingsError(
+            f"num_classes is {num_classes!r}: a local head gives a whole number of scores, {at_least} or more; "
             "a factory is called first, as objective=localgrad.dgl(num_classes=10)"
         )
 
@@ -107,7 +107,7 @@ def check_num_classes(num_classes: int) -> None:
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Refuse a value that is not among the choices."""
     if value not in choices:
-        raise LocalGradError(f"{name} is {value!r}: it is one of {', '.join(map(repr, choices))}")
+        raise SettingsError(f"{name} is {value!r}: it is one of {', '.join(map(repr, choices))}")
 
 
 def conv_norm_relu(

@@ -8,16 +8,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localgrad.core.initialise import initialise
-from localgrad.core.site import Site
-from localgrad.errors import LocalGradError
+from localgrad.core.site import Criterion, Site
+from localgrad.errors import SettingsError
+from localgrad.objectives import fast
 from localgrad.objectives.layout import AsMap, check_num_classes, full_precision
+from localgrad.objectives.targets import HeadCriterion, check_classes, left_out
 
 
 class PredSim(nn.Module):
-    """Cross-entropy of a linear layer and similarity matching; see `predsim`."""
+    """The criterion of a linear layer, and similarity matching; see `predsim`."""
 
-    def __init__(self, site: Site, num_classes: int, beta: float, max_features: int) -> None:
+    def __init__(
+        self, site: Site, num_classes: int, beta: float, max_features: int, criterion: Criterion | None
+    ) -> None:
         super().__init__()
+        self.criterion = HeadCriterion(criterion, site, num_classes)
         self.as_map = AsMap(site, "predsim")
         channels, size = self.as_map.channels, self.as_map.size
         self.beta, self.num_classes = beta, num_classes
@@ -34,14 +39,23 @@ class PredSim(nn.Module):
         return self.classifier(self.as_map(features))
 
     def forward(self, features: Tensor, targets: Tensor, inputs: Tensor) -> Tensor:
-        """Features, classes `(N,)` and inputs (unused) to a scalar loss in float32."""
-        prediction = F.cross_entropy(self.predict(features).float(), targets)
+        """Features, classes `(N,)` or rows `(N, num_classes)`, and inputs (unused) to a scalar loss."""
+        prediction = self.criterion(self.predict(features), targets)
         matched = features if isinstance(self.similarity, nn.Linear) else self.as_map(features)
         found = similarity_matrix(self.similarity(matched))
-        wanted = similarity_matrix(F.one_hot(targets, self.num_classes))
+        wanted, labelled = self._labels(targets)
         with full_precision(features):
-            matching = F.mse_loss(found, wanted)
+            pairs = labelled[:, None] * labelled  # 1 where both samples have a label
+            matching = F.mse_loss(found * pairs, similarity_matrix(wanted) * pairs) * (pairs.numel() / pairs.sum())
         return (1 - self.beta) * prediction + self.beta * matching
+
+    def _labels(self, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Each sample's labels as a row, and 1 for each that has one, else 0."""
+        if isinstance(targets, Tensor) and targets.ndim == 2 and targets.shape[1] == self.num_classes:
+            return targets, targets.new_ones(len(targets), dtype=torch.float32)
+        check_classes(targets, "predsim")
+        ignored = left_out(targets, self.criterion.ignore_index)
+        return F.one_hot(targets.masked_fill(ignored, 0), self.num_classes), (~ignored).float()
 
 
 def similarity_matrix(features: Tensor) -> Tensor:
@@ -53,9 +67,8 @@ def similarity_matrix(features: Tensor) -> Tensor:
     with full_precision(features):
         features = features if features.dtype == torch.float64 else features.float()
         if features.ndim == 4 and features.shape[1] > 3 and features.shape[2] > 1:
-            maps = features.flatten(2)  # PyTorch's own std is slower on a processor
-            centred = maps - maps.mean(2, keepdim=True)
-            features = torch.linalg.vector_norm(centred, dim=2) / math.sqrt(maps.shape[2] - 1)
+            on_processor = fast.is_on_processor(features)
+            features = fast.channel_deviation(features) if on_processor else features.flatten(2).std(2)
         rows = features.flatten(1)
         rows = rows - rows.mean(1, keepdim=True)
         rows = rows / (1e-8 + rows.norm(dim=1, keepdim=True))
@@ -84,24 +97,31 @@ def prediction_pool(channels: int, size: tuple[int, int], limit: int) -> tuple[n
     return layer, (left[0], left[1])
 
 
-def predsim(num_classes: int, beta: float = 0.99, max_features: int = 512) -> Callable[[Site], nn.Module]:
+def predsim(
+    num_classes: int, beta: float = 0.99, max_features: int = 512, criterion: Criterion | None = None
+) -> Callable[[Site], nn.Module]:
     """PredSim: `L = (1 - beta) CE(W pool(h), y) + beta MSE(S(conv(h)), S(onehot(y)))`.
 
     S is the matrix of cosine similarities between the samples of the batch (`similarity_matrix`), the mean of the
     squared error goes over all its entries: a batch in two parts has another loss. `conv` is 3x3 from C to C channels
     without bias. Tokens are laid on the grid of patches; a vector `(N, D)` takes a linear layer instead of `conv`.
+    Pairs with a sample that the criterion ignores (or whose class is negative) are left out of the mean; rows
+    `(N, num_classes)` of several labels or probabilities take the place of onehot(y).
 
     Args:
         num_classes: at least 2.
         beta: weight of similarity matching, from 0 to 1.
         max_features: the map is averaged until at most so many features are left for the prediction, or one a channel
             where there are more channels; 512 in the tables of the papers on CIFAR, 1024 to 4096 in the original.
+        criterion: loss of the head's scores `(N, num_classes)` and the targets. Without one the head takes the model's,
+            which is cross-entropy unless `split` is told otherwise.
 
     Returns:
         A function of a site that builds the module; its head is `.classifier`, the convolution `.similarity`.
 
     Raises:
-        LocalGradError: an argument is out of range; on building, tokens that form no grid.
+        SettingsError: an argument is out of range.
+        CannotSitError: when built, tokens form no grid.
 
     Source: Nokland and Eidnes 2019, Training Neural Networks with Local Error Signals (arXiv 1901.06656), section 2,
     and released code, `train.py`. As in AugLocal's tables the last block's cross-entropy has weight 1 (there 1 - beta)
@@ -109,7 +129,7 @@ def predsim(num_classes: int, beta: float = 0.99, max_features: int = 512) -> Ca
     """
     check_num_classes(num_classes)
     if not isinstance(beta, int | float) or not 0 <= beta <= 1:
-        raise LocalGradError(f"beta is {beta!r}: it is the weight of similarity matching, from 0 to 1; try 0.99")
+        raise SettingsError(f"beta is {beta!r}: it is the weight of similarity matching, from 0 to 1; try 0.99")
     if max_features < 1:
-        raise LocalGradError(f"max_features is {max_features}: it must be at least 1; try 512")
-    return lambda site: PredSim(site, num_classes, beta, max_features)
+        raise SettingsError(f"max_features is {max_features}: it must be at least 1; try 512")
+    return lambda site: PredSim(site, num_classes, beta, max_features, criterion)

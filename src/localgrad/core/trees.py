@@ -1,0 +1,35 @@
+"""Trees: tensors in nested tuples, lists and dicts, as targets may be."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+def leaves(tree: Any) -> list[Any]:
+    """What a tree holds, in order; a tensor or None is a tree of one leaf."""
+    return pytree.tree_leaves(tree, is_leaf=lambda value: value is None)
+
+
+def mapped(function: Callable[[Tensor], Any], tree: Any) -> Any:
+    """The tree with `function` applied to each tensor; all else stays."""
+    return pytree.tree_map_only(Tensor, function, tree)
+
+
+def batch_parts(tree: Any, size: int, parts: int) -> Iterator[Any]:
+    """The tree in `parts` along the batch dimension, sizes as equal as they can be.
+
+    Tensors with `size` samples are parted; all else (a temperature, None) goes to every part.
+    """
+    batched = [leaf for leaf in leaves(tree) if _has_samples(leaf, size)]
+    cut = [leaf.tensor_split(parts) for leaf in batched]
+    for part in range(parts):
+        pieces = iter([pieces[part] for pieces in cut])
+        yield pytree.tree_map_only(
+            Tensor, lambda leaf, pieces=pieces: next(pieces) if _has_samples(leaf, size) else leaf, tree
+        )
+
+
+def _has_samples(leaf: Any, size: int) -> bool:
+    return isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == size

@@ -1,0 +1,116 @@
+"""The same functions, faster on a processor: what the objectives compute there instead of their formulas.
+
+Each is equal to its definition up to rounding (`tests/objectives/test_fast.py`). A tensor on `meta` stands for one on
+the processor.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+WORTHWHILE = 3.0
+"""How many times fewer multiplications the low resolution must need for `upsampled_conv` to convolve there."""
+
+
+def is_on_processor(tensor: Tensor) -> bool:
+    """Whether a tensor is where the forms of this file are faster."""
+    return tensor.device.type in ("cpu", "meta")
+
+
+def channel_deviation(maps: Tensor) -> Tensor:
+    """Unbiased standard deviation of each channel over space, `(N, C, H, W)` to `(N, C)`: `maps.flatten(2).std(2)`."""
+    flat = maps.flatten(2)
+    centred = flat - flat.mean(2, keepdim=True)
+    return torch.linalg.vector_norm(centred, dim=2) / math.sqrt(flat.shape[2] - 1)
+
+
+def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """`F.binary_cross_entropy_with_logits`, without log1p, which is slow."""
+    return _BinaryCrossEntropy.apply(logits, targets)  # pyright: ignore[reportReturnType]
+
+
+class _BinaryCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, targets)
+        return (logits.clamp(min=0) - logits * targets - logits.abs().sigmoid_().log_()).mean()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        logits, targets = ctx.saved_tensors
+        return logits.sigmoid().sub_(targets).mul_(gradients[0] / logits.numel()), None
+
+
+def norm_of_few_channels(norm: nn.Module, maps: Tensor, like: Tensor) -> Tensor:
+    """A batch norm of few channels map by map, three times as fast as channels last, which `like` may have."""
+    if not like.is_contiguous(memory_format=torch.channels_last):
+        return norm(maps)
+    if not maps.is_contiguous():
+        maps = in_layout(maps, torch.contiguous_format)
+    return in_layout(norm(maps), torch.channels_last)
+
+
+def in_layout(maps: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """A copy of maps `(N, C, H, W)` in a memory format, whose gradient has the format that the maps had."""
+    return _InLayout.apply(maps, memory_format)  # pyright: ignore[reportReturnType]
+
+
+class _InLayout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, maps: Tensor, memory_format: torch.memory_format) -> Tensor:
+        last = maps.is_contiguous(memory_format=torch.channels_last)
+        ctx.memory_format = torch.channels_last if last else torch.contiguous_format
+        return maps.clone(memory_format=memory_format)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0].contiguous(memory_format=ctx.memory_format), None
+
+
+class UpsampledConv(nn.Module):
+    """`conv(upsample(maps))` for a 3x3 convolution, computed at the low resolution where that takes far less.
+
+    Both steps are linear, so they may trade places: one 1x1 convolution at the low resolution for all nine taps, then
+    the interpolation of each, shifted, as two products with matrices of one row a pixel. That needs no upsampled copy
+    of the features.
+
+    Attributes:
+        is_worthwhile: whether it takes a third of the multiplications or less.
+    """
+
+    rows: Tensor
+    columns: Tensor
+
+    def __init__(self, conv: nn.Conv2d, size: tuple[int, int], output: tuple[int, int]) -> None:
+        super().__init__()
+        self._conv = (conv,)  # a tuple is not registered: the weights are the convolution's own
+        (low_height, low_width), (height, width) = size, output
+        after = height * width * conv.in_channels * conv.out_channels * 9
+        before = low_height * low_width * conv.in_channels * conv.out_channels * 9
+        before += (low_height * 3 * low_width * 3 + height * 3 * low_height) * width * conv.out_channels
+        self.is_worthwhile = size != output and before * WORTHWHILE <= after
+        self.register_buffer("rows", _shifted_interpolation(low_height, height), persistent=False)
+        self.register_buffer("columns", _shifted_interpolation(low_width, width).T.clone(), persistent=False)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """`(N, in_channels, *size)` to `(N, out_channels, *output)`."""
+        conv = self._conv[0]
+        weight = conv.weight.permute(2, 0, 3, 1).reshape(-1, conv.in_channels, 1, 1)
+        taps = F.conv2d(maps, weight).unflatten(1, (3, conv.out_channels, 3))
+        taps = taps.permute(0, 2, 1, 4, 3, 5).flatten(4)  # (N, out_channels, 3, h, 3 w)
+        convolved = self.rows @ (taps @ self.columns).flatten(2, 3)
+        assert conv.bias is not None
+        return convolved + conv.bias.to(convolved.dtype)[:, None, None]
+
+
+def _shifted_interpolation(size: int, output: int) -> Tensor:
+    """Matrix `(output, 3 size)` from three vectors to the sum of their interpolations, shifted by -1, 0 and 1 pixels.
+
+    What comes from beyond the border is 0, as in a convolution with padding.
+    """
+    weights = F.interpolate(torch.eye(size)[None], size=output, mode="linear", align_corners=True)[0].T
+    padded = F.pad(weights, (0, 0, 1, 1))
+    return torch.cat([padded[shift : shift + output] for shift in range(3)], dim=1)
