@@ -228,7 +228,7 @@ def test_a_batch_that_fails_in_the_middle_has_stepped_the_blocks_before_it() -> 
             cifar_resnet(8, NUM_CLASSES),
             EXAMPLE,
             cuts=["layer1"],
-            objective=localgrad.dgl(NUM_CLASSES),
+            objective=localgrad.dgl(NUM_CLASSES, criterion=nn.functional.cross_entropy),
             criterion=fits_only_small_classes,
         )
         before = [next(block.parameters()).clone() for block in blocks]
@@ -279,7 +279,7 @@ def test_batches_that_do_not_fit_an_objective_are_explained() -> None:
     )
     with pytest.raises(LocalGradError, match=r"\(4, 3, 48, 48\) do not fit block 0 .* that the model was split for"):
         local_step(blocks, optimizers_of(blocks), torch.randn(4, 3, 48, 48), torch.arange(4))
-    with pytest.raises(LocalGradError, match="give one class a sample"):
+    with pytest.raises(LocalGradError, match="one class a sample"):
         local_step(blocks, optimizers_of(blocks), torch.randn(4, 3, 32, 32), torch.rand(4, 10))
 
 
