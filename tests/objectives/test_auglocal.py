@@ -198,7 +198,7 @@ def test_costs_are_counted_without_data() -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [{"num_classes": 1}, {"depth": 0}, {"depth": 1.5}, {"depth": True}, {"pyramid": -0.1}, {"pyramid": 2}]
+    "given", [{"num_classes": 0}, {"depth": 0}, {"depth": 1.5}, {"depth": True}, {"pyramid": -0.1}, {"pyramid": 2}]
 )
 def test_arguments_that_mean_nothing_are_refused(given: dict[str, Any]) -> None:
     with pytest.raises(LocalGradError, match=next(iter(given))):

@@ -32,7 +32,7 @@ class Unit:
     features: torch.Size
     channel_dim: int
     writes_input: bool
-    inputs: torch.Size = torch.Size()
+    inputs: torch.Size = torch.Size()  # noqa: RUF009
     dtype: torch.dtype = torch.float32
 
 

@@ -136,7 +136,7 @@ def _output(site: Site, num_classes: int, depth: int) -> list[nn.Module]:
 def auglocal(
     num_classes: int, depth: int = 2, pyramid: float = 0.5, criterion: Criterion | None = None
 ) -> Callable[[Site], nn.Module]:
-    """AugLocal: `L = criterion(W pool(a(h)) + b, y)`, with `a` fresh units shaped like some of the network's later ones.
+    """AugLocal: `L = criterion(W pool(a(h)) + b, y)`, with `a` fresh units shaped like later ones.
 
     The head of local block l (from 0, of K blocks) has `d_l = max(1, round(d (1 - c r) + c r))` units,
     `r = l / (K - 2)`: the depth falls linearly over the blocks. Of the n units after the cut, the model's head left

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from localgrad.core.site import Criterion, Site
 from localgrad.errors import CannotSitError, LocalGradError
 
-HALF = (torch.float16, torch.bfloat16)
 OTHER_TARGETS = (
     "for several labels a sample give a criterion for them (nn.BCEWithLogitsLoss()), for values to predict "
     "F.mse_loss, for targets a pixel or a token an objective that keeps places apart (localgrad.dense)"
@@ -21,9 +20,9 @@ OTHER_TARGETS = (
 class HeadCriterion(nn.Module):
     """The loss of a head: `criterion(scores, targets)`, of the given criterion or else the site's.
 
-    Scores of a 16-bit type are cast to float32 first, and scores `(N, 1)` become `(N,)` where the targets are. A
-    criterion with trained parameters is copied, since no two blocks may train the same; any other is the caller's own,
-    so that what changes on it (a label smoothing that is annealed) changes here too.
+    Scores are cast to float32 first (not float64 ones where targets are too), and scores `(N, 1)` become `(N,)` where
+    targets are. A criterion with trained parameters is copied, since no two blocks may train the same; any other is
+    the caller's own, so that what changes on it (a label smoothing that is annealed) changes here too.
 
     Softmax cross-entropy takes classes `(N,)` or rows of probabilities `(N, C)`; anything else is refused, by its
     values where it is rows of numbers (that waits for the device).
@@ -53,7 +52,8 @@ class HeadCriterion(nn.Module):
 
     def forward(self, scores: Tensor, targets: Any) -> Tensor:
         """Scores `(N, C)` and targets to the criterion's loss."""
-        scores = scores.float() if scores.dtype in HALF else scores
+        if not (isinstance(targets, Tensor) and targets.dtype == torch.float64):
+            scores = scores.float()
         if isinstance(targets, Tensor) and targets.ndim == 1 and scores.shape[1] == 1:
             scores = scores[:, 0]
         if self.is_softmax:
