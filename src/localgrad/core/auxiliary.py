@@ -35,7 +35,8 @@ def build_auxiliary(
         copies = 0 if branches is None else branches.depth
         seen = following[copies - 1] if copies else last
         features = seen.features if branches is None else branches.features(seen)
-        site = Site(features, seen.channel_dim, example.shape, index, num_blocks, tuple(rest[copies:]), criterion=criterion)
+        after = tuple(rest[copies:])
+        site = Site(features, seen.channel_dim, example.shape, index, num_blocks, after, criterion=criterion)
         head = objective(site)
     if not isinstance(head, nn.Module):
         raise LocalGradError(
