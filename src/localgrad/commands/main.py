@@ -51,6 +51,16 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 }
 
 
+EXTRAS = dict.fromkeys(
+    (
+        *("torchvision", "lightning", "datasets", "huggingface_hub", "pyarrow", "PIL", "sklearn", "tyro"),
+        *("safetensors", "matplotlib", "rich", "jinja2", "pydantic"),
+    ),
+    "train",
+) | {"timm": "timm", "tensorboard": "tensorboard"}
+"""The extra that brings a package, by the name it is imported by."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
@@ -79,6 +89,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"commands are {', '.join(COMMANDS)}"
             )
         return COMMANDS[given[0]](given[1:])
+    except ModuleNotFoundError as error:
+        if (error.name or "localgrad").partition(".")[0] not in EXTRAS:
+            raise
+        extra = EXTRAS[str(error.name).partition(".")[0]]
+        print(
+            f"localgrad: `localgrad {given[0]}` needs {error.name}: pip install 'localgrad[{extra}]'",
+            file=sys.stderr,
+        )
+        return 2
     except LocalGradError as error:
         print(f"localgrad: {error}", file=sys.stderr)
         return 2
