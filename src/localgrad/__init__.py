@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from localgrad.core.block import Block
+from localgrad.core.isolation import Isolation, isolate
 from localgrad.core.momentum import man, manpp
 from localgrad.core.site import Site
 from localgrad.core.split import split
@@ -27,8 +28,10 @@ __version__ = "0.1.0"
 __all__ = [
     "units",
     "split",
+    "isolate",
     "local_step",
     "Block",
+    "Isolation",
     "Site",
     "classifier",
     "predsim",

@@ -1,12 +1,13 @@
 """The auxiliary networks of a block: momentum and objective, built for one site."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localgrad.core.momentum import Momentum
+from localgrad.core.parts import Part
 from localgrad.core.site import Criterion, Objective, Site
 from localgrad.core.units import Unit
 from localgrad.errors import LocalGradError
@@ -22,6 +23,7 @@ def build_auxiliary(
     objective: Objective,
     momentum: Momentum | None,
     criterion: Criterion = F.cross_entropy,
+    model: nn.Module | None = None,
 ) -> tuple[nn.Module | None, nn.Module]:
     """The momentum auxiliary network (or None) and the objective of a block that ends with the unit `last`.
 
@@ -36,7 +38,9 @@ def build_auxiliary(
         seen = following[copies - 1] if copies else last
         features = seen.features if branches is None else branches.features(seen)
         after = tuple(rest[copies:])
-        site = Site(features, seen.channel_dim, example.shape, index, num_blocks, after, criterion=criterion)
+        site = Site(
+            features, seen.channel_dim, example.shape, index, num_blocks, after, model=model, criterion=criterion
+        )
         head = objective(site)
     if not isinstance(head, nn.Module):
         raise LocalGradError(
@@ -44,3 +48,27 @@ def build_auxiliary(
             "with forward(features, targets, inputs) -> loss"
         )
     return branches, head.to(like.device, seen.dtype if seen.dtype.is_floating_point else torch.float32)
+
+
+def build_auxiliaries(
+    model: nn.Module, parts: Sequence[Part], inputs: Tensor | None, objective: Objective, momentum: Momentum | None
+) -> Iterator[tuple[nn.Module | None, nn.Module | None]]:
+    """Momentum auxiliary network (or None) and objective of each local block; None for both where nothing is trained.
+
+    Raises:
+        LocalGradError: momentum is to copy the module that takes what a cut gives, and there is none.
+    """
+    example = torch.empty(0) if inputs is None else inputs
+    for block, part in enumerate(parts[:-1]):
+        assert part.unit is not None
+        if momentum is not None and not part.following:
+            raise LocalGradError(
+                f"no module after the cut {part.unit.name!r} takes its output, so momentum has nothing to copy: cut "
+                "right before a module with parameters, or give momentum=None"
+            )
+        if any(parameter.requires_grad for parameter in part.parameters):
+            yield build_auxiliary(
+                part.unit, part.following, part.rest, example, block, len(parts), objective, momentum, model=model
+            )
+        else:
+            yield None, None

@@ -1,6 +1,6 @@
 """Momentum auxiliary networks: what lets a block see its successor without a gradient."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,6 +16,8 @@ from localgrad.errors import CannotSitError, SettingsError
 
 Momentum = Callable[[Sequence[Unit]], "MomentumAuxiliary"]
 """Builds the momentum auxiliary network of a block from the units of the next block."""
+
+Call = Callable[[nn.Module, Tensor], Tensor]
 
 
 class MomentumAuxiliary(nn.Module):
@@ -50,7 +52,10 @@ class MomentumAuxiliary(nn.Module):
         super().__init__()
         self.bias, self.ema, self.scale = bias, ema, scale
         self.decay, self.recompute, self.pool, self.residual_once = decay, recompute, pool, residual_once
+        self._bias_is_copy = lightweight is None
         self.depth = len(source)
+        self._seen: tuple[int, ...] = ()
+        self._due: tuple[list[Tensor], tuple[int, ...]] | None = None
         self._source_writes_input, self._inputs = source[0].writes_input, source[0].inputs
         # tuples are not registered: the next block's modules are not this module's
         units = tuple(unit.module for unit in source)
@@ -58,29 +63,41 @@ class MomentumAuxiliary(nn.Module):
         self._modes = tuple(pair for branch in copies for pair in _pairs(branch, units))
         self._averaged = () if ema is None else tuple(_trained(_pairs(ema, units)))
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Features of the block, `(N, C, H, W)` or `(N, L, D)`, as the next block's first unit sees them."""
+    def forward(self, features: Tensor, call: Call = nn.Module.__call__) -> Tensor:
+        """Features of the block, `(N, C, H, W)` or `(N, L, D)`, as the next block's first unit sees them.
+
+        Args:
+            features: of the block.
+            call: how a copy is called with features, where it takes more than them (a mask, rotary embeddings).
+        """
         if self.pool > 1:
             features = F.avg_pool2d(features, self.pool, ceil_mode=True)
         if not isinstance(self.bias, nn.Module):
             assert self.ema is not None
-            mixed = self._branch(self.ema, features)
+            mixed = self._branch(self.ema, features, call)
             return mixed if self.bias is None else mixed + self.bias
-        biased = self._branch(self.bias, features)
+        biased = self._branch(self.bias, features, call)
         if self.ema is None:
             return biased
         if self.scale is None:
-            mixed = biased + self._branch(self.ema, features)
+            mixed = biased + self._branch(self.ema, features, call)
             return mixed - features if self.residual_once else mixed
-        return self.scale * biased + (2 - self.scale) * self._branch(self.ema, features)
+        return self.scale * biased + (2 - self.scale) * self._branch(self.ema, features, call)
 
-    def _branch(self, branch: nn.Module, features: Tensor) -> Tensor:
+    def _branch(self, branch: nn.Module, features: Tensor, call: Call) -> Tensor:
         """One branch alone, so that a recomputed one is gone before the other is computed again."""
 
+        def run(features: Tensor) -> Tensor:
+            if branch is self.bias and not self._bias_is_copy:
+                return branch(features)
+            for copied in branch.children() if self.depth > 1 else (branch,):
+                features = call(copied, features)
+            return features
+
         if self.recompute:
-            return recomputed(branch, features, branch, self._source_writes_input)
+            return recomputed(run, features, branch, self._source_writes_input)
         # a unit that starts in place must not spoil the features of the others
-        return branch(features.clone() if self._source_writes_input else features)
+        return run(features.clone() if self._source_writes_input else features)
 
     def followed(self) -> list[nn.Parameter]:
         """The next block's parameters that the EMA reads; none without an EMA."""
@@ -103,10 +120,15 @@ class MomentumAuxiliary(nn.Module):
         return shape
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Pull the copy towards the next unit: `ema <- m * ema + (1 - m) * unit`, in one fused call."""
+    def update(self, towards: Sequence[Tensor] | None = None) -> None:
+        """Pull the copy towards the next unit: `ema <- m * ema + (1 - m) * unit`, in one fused call.
+
+        Args:
+            towards: values of `followed()` to pull it to, where the unit has others by now.
+        """
         if self._averaged:
-            get_ema_multi_avg_fn(self.decay)(self.averages(), self.followed(), 0)  # pyright: ignore
+            followed = self.followed() if towards is None else towards
+            get_ema_multi_avg_fn(self.decay)(self.averages(), followed, 0)  # pyright: ignore
 
     def match_modes(self) -> None:
         """Put each module of the copies in the mode of the module that it copies, as norms that are kept frozen are."""
@@ -118,6 +140,31 @@ class MomentumAuxiliary(nn.Module):
         """The next block's own parameters that the copies hold: those that it does not train."""
         sources = {id(parameter) for _, source in self._modes for parameter in source.parameters(recurse=False)}
         return [parameter for parameter in self.parameters() if id(parameter) in sources]
+
+    def follow(self) -> None:
+        """Update if the next unit has changed since the last time; so once an optimizer step, however many batches.
+
+        An average that is trained too (the fused form) is pulled after its optimizer's step, by `settle`.
+        """
+        followed = self.followed()
+        if _versions(followed) == self._seen:
+            return
+        self._seen = _versions(followed)
+        averages = self.averages()
+        if any(average.requires_grad for average in averages):
+            self._due = [weight.detach().clone() for weight in followed], _versions(averages)
+        else:
+            self.update()
+
+    def settle(self) -> None:
+        """Do the update that was waiting for the optimizer's step, if that has been."""
+        if self._due is not None and _versions(self.averages()) != self._due[1]:
+            self.update(self._due[0])
+            self._due = None
+
+
+def _versions(tensors: Iterable[Tensor]) -> tuple[int, ...]:
+    return tuple(tensor._version for tensor in tensors)
 
 
 def _pairs(branch: nn.Module, source: Sequence[nn.Module]) -> list[tuple[nn.Module, nn.Module]]:

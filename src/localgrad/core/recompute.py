@@ -59,3 +59,16 @@ class _AsItWas:
 
     def __exit__(self, *raised: object) -> None:
         self.left.close()
+
+
+class Recomputed:
+    """In the place of a module's forward: the same, computed again in the backward pass.
+
+    It holds the module rather than closing over it, so that copies and pickles of the module have their own.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.forward = module, module.forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return recomputed(lambda _: self.forward(*args, **kwargs), torch.empty(0), self.module)

@@ -101,7 +101,9 @@ def split(
         if following is runs[-1]:
             following = following[:-1] or following  # the model's head is copied only where nothing else is left
         rest = found[edges[index + 1] :]
-        auxiliary = build_auxiliary(run[-1], following, rest, example, index, len(runs), objective, momentum, criterion)
+        auxiliary = build_auxiliary(
+            run[-1], following, rest, example, index, len(runs), objective, momentum, criterion, model
+        )
         blocks.append(Block(run, *auxiliary, None, recompute))
     blocks.append(Block(runs[-1], None, None, criterion, recompute))
     match_mode(blocks, model)

@@ -1,0 +1,70 @@
+"""How copies of a module are called: as the module itself is, with other features."""
+
+from collections.abc import Mapping, Sequence
+from inspect import Parameter, signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from localgrad.core.momentum import Call
+from localgrad.core.observed import first_floating
+
+PLAIN = (Tensor, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, nn.Module)
+
+
+def as_called(
+    module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], features: Tensor, others: Mapping[int, Tensor]
+) -> Call:
+    """A call `(copy, other features) -> output` with the arguments that `module` gets.
+
+    Masks and embeddings are the same, without their gradients. An object that the module may change, such as a
+    key-value cache, is left at its default.
+
+    Args:
+        module: what was copied.
+        args: its arguments in order.
+        kwargs: its arguments by name.
+        features: the tensor among them in whose place the other features are given.
+        others: what takes the place of further tensors, by `id`.
+    """
+    given = _without_state(module, args, kwargs)
+
+    def call(copied: nn.Module, mixed: Tensor) -> Tensor:
+        def exchanged(tensor: Tensor) -> Tensor:
+            return mixed if tensor is features else others.get(id(tensor), detached(tensor))
+
+        in_order, by_name = tree_map_only(Tensor, exchanged, given)
+        output = first_floating(copied(*in_order, **by_name))
+        assert output is not None
+        return output
+
+    return call
+
+
+def detached(tensor: Tensor) -> Tensor:
+    """The tensor without a gradient; itself where it has none."""
+    return tensor.detach() if tensor.requires_grad else tensor
+
+
+def _without_state(
+    module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[list[Any], dict[str, Any]]:
+    parameters = signature(module.forward).parameters
+    defaults = [parameter.default for parameter in parameters.values() if parameter.kind is not Parameter.VAR_KEYWORD]
+    defaults += [Parameter.empty] * (len(args) - len(defaults))
+    in_order = [
+        default if _has_state(value) and default is not Parameter.empty else value
+        for value, default in zip(args, defaults, strict=False)
+    ]
+    by_name = {
+        name: value
+        for name, value in kwargs.items()
+        if not _has_state(value) or (name in parameters and parameters[name].default is Parameter.empty)
+    }
+    return in_order, by_name
+
+
+def _has_state(value: Any) -> bool:
+    return not all(leaf is None or isinstance(leaf, PLAIN) or callable(leaf) for leaf in tree_leaves(value))

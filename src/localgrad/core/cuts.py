@@ -1,0 +1,131 @@
+"""Where an isolated model is cut: calls of modules, by name, or evenly along a chain of equal ones."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from localgrad.core.observed import Call, ForwardPass, has_parameters, places_to_cut
+from localgrad.core.partition import cut_evenly
+from localgrad.errors import LocalGradError
+
+
+def check_cuts(model: nn.Module, cuts: Any, num_blocks: Any, objective: Any, momentum: Any) -> list[str] | int:
+    """The cuts as they were given: names, or the number of blocks.
+
+    Raises:
+        LocalGradError: they are neither, or the model or the factories are not what they have to be.
+    """
+    if isinstance(model, DistributedDataParallel | DataParallel) or hasattr(model, "_orig_mod"):
+        raise LocalGradError(
+            f"model is wrapped in {type(model).__name__}: isolate the model itself, then wrap it (DataParallel cannot "
+            "be isolated, and instead of the whole model its layers are compiled, layer.compile())"
+        )
+    if not isinstance(model, nn.Module) or not any(True for _ in model.children()):
+        raise LocalGradError(f"model is a {type(model).__name__}: give a network that consists of modules")
+    if any(
+        isinstance(getattr(hook, "__self__", None), nn.Module) and hasattr(hook.__self__, "momenta")
+        for hook in model._forward_pre_hooks.values()
+    ):
+        raise LocalGradError("model is isolated already: call remove() of its isolation first")
+    if (cuts is None) == (num_blocks is None):
+        raise LocalGradError(
+            f'cuts is {cuts!r} and num_blocks is {num_blocks!r}: give one of them, as cuts=["layer1", "layer2"] or '
+            "num_blocks=4"
+        )
+    for name, given, example in (
+        ("objective", objective, "classifier(num_classes=10)"),
+        ("momentum", momentum, "man()"),
+    ):
+        if given is not None and (not callable(given) or isinstance(given, nn.Module)):
+            raise LocalGradError(f"{name} is {given!r}: it must be a factory, such as localgrad.{example}, or None")
+    if objective is None and cuts != [] and num_blocks != 1:
+        raise LocalGradError(
+            "objective is None: every block but the last needs a local objective, as localgrad.classifier(10)"
+        )
+    if cuts is None:
+        if type(num_blocks) is not int or num_blocks < 1:
+            raise LocalGradError(f"num_blocks is {num_blocks!r}: it is a whole number, 1 or more")
+        return num_blocks
+    if not isinstance(cuts, list | tuple) or not all(isinstance(name, str) for name in cuts):
+        raise LocalGradError(f'cuts is {cuts!r}: give a list of names of modules, as ["layer1"]')
+    modules = dict(model.named_modules())
+    for name in cuts:
+        if not name or name not in modules:
+            parent = name
+            while parent and parent not in modules:
+                parent = parent.rpartition(".")[0]
+            inside = [f"{parent}.{child}".strip(".") for child, _ in modules[parent].named_children()]
+            raise LocalGradError(
+                f"cut {name!r} is no module of {type(model).__name__}: in {parent or 'it'} are {', '.join(inside[:12])}"
+            )
+    return list(dict.fromkeys(cuts))
+
+
+def named_cuts(model: nn.Module, run: ForwardPass, names: Sequence[str]) -> list[Call]:
+    """The calls of the modules that are named as cuts, in the order in which the forward pass leaves them."""
+    found = []
+    for name in names:
+        calls = [call for call in run.calls if call.module is model.get_submodule(name)]
+        if len(calls) != 1:
+            how = f"{len(calls)} times in a forward pass" if calls else "never in the example's forward pass"
+            inner = [call.name for call in run.calls if call.name.startswith(f"{name}.")]
+            nearest = f"; called inside it: {', '.join(inner[:3])}" if inner else ""
+            raise LocalGradError(
+                f"cut {name!r} is called {how}: cut at a module that is called once in every forward pass{nearest}"
+            )
+        call = calls[0]
+        if call.features is None:
+            raise LocalGradError(
+                f"cut {name!r} returns no floating-point tensor (nor a tuple, list or dict with one): cut at a module "
+                "that returns features"
+            )
+        if call.checkpointed:
+            raise LocalGradError(
+                f"cut {name!r} is called inside the model's own activation checkpointing, which would run the cut "
+                "again: switch that off, and give isolate(..., recompute=True), which checkpoints between the cuts"
+            )
+        found.append(call)
+    return sorted(found, key=lambda call: call.end)
+
+
+def even_cuts(run: ForwardPass, num_blocks: int) -> list[Call]:
+    """K - 1 cuts that part the longest chain of equal modules evenly.
+
+    Of the modules after which one tensor alone goes on, those of one class are a chain; layers of several modules
+    come before single ones, and if no class has K of them, all with parameters are taken together. What follows a
+    module without parameters of several dimensions (norm, activation, pooling) stays with it.
+
+    Raises:
+        LocalGradError: there are not so many.
+    """
+    places = [call for call in places_to_cut(run) if not call.checkpointed]
+    members = [call for call in places if has_parameters(call.module) and not isinstance(call.module, nn.Sequential)]
+    chains: dict[type, list[Call]] = {}
+    for call in members:
+        chains.setdefault(type(call.module), []).append(call)
+    for kind, chain in chains.items():
+        chains[kind] = [call for call in chain if not any(call.holds(other) for other in chain)]
+    layers = [chain for chain in chains.values() if any(True for _ in chain[0].module.children())]
+    innermost = [call for call in members if not any(call.holds(other) for other in members)]
+    for group in (layers, list(chains.values()), [innermost]):
+        chain = max(group, key=len, default=[])
+        if type(num_blocks) is int and 1 <= num_blocks <= len(chain):
+            break
+    else:
+        raise LocalGradError(
+            f"num_blocks is {num_blocks!r}: the forward pass has {len(innermost)} modules after which one tensor alone "
+            f"goes on, so it makes 1 to {max(len(innermost), 1)} blocks; name the cuts instead, as cuts=[...], each "
+            "skip's source among them"
+        )
+    ends = []
+    for index in cut_evenly(len(chain), num_blocks):
+        until = chain[index + 1].start if index + 1 < len(chain) else chain[index].end
+        between = [call for call in places if chain[index].end <= call.end < until and call.start >= chain[index].start]
+        ends.append(max((call for call in between if call is chain[index] or _is_light(call)), key=lambda c: c.end))
+    return ends
+
+
+def _is_light(call: Call) -> bool:
+    return all(parameter.ndim < 2 for parameter in call.module.parameters())

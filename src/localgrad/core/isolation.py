@@ -1,0 +1,343 @@
+"""Isolation: the model's own forward pass, cut by hooks, with local losses that are back-propagated on the way."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from localgrad.core.arguments import ForwardArguments
+from localgrad.core.auxiliary import build_auxiliaries
+from localgrad.core.copied_call import as_called, detached
+from localgrad.core.cuts import check_cuts, even_cuts, named_cuts
+from localgrad.core.momentum import Momentum
+from localgrad.core.observed import as_arguments, derives_from, first_floating, observe, tensors_in
+from localgrad.core.parts import Part, described, parts_of
+from localgrad.core.recompute import Recomputed
+from localgrad.core.replicas import active_ddp, average_gradients, begin_alike, leave_to_isolation
+from localgrad.core.site import Objective
+from localgrad.core.unchanged import Unchanged
+from localgrad.errors import LocalGradError
+
+
+class Isolation(nn.Module):
+    """A model that trains by blocks; `isolate` makes it.
+
+    As a module it holds the auxiliary networks alone, for whatever saves, loads and moves modules. It may stand alone
+    too, and follows the model to another device.
+
+    Attributes:
+        objectives: auxiliary network and local loss of each local block, in order; None where nothing is trained.
+        momenta: momentum auxiliary network of each local block, or None.
+        targets: what the objectives get of the next batch; to be set before every forward pass, unless an argument of
+            the forward pass holds them. None again afterwards.
+        backward: called with each local loss, `torch.Tensor.backward` by default.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        cuts: Sequence[str] | int,
+        make: tuple[Objective | None, Momentum | None],
+        argument: str | None,
+        recompute: bool,
+        backward: Callable[[Tensor], Any],
+    ) -> None:
+        super().__init__()
+        self.objectives, self.momenta = nn.ModuleList(), nn.ModuleList()
+        self.targets: Any = None
+        self.backward = backward
+        self._model = (model,)  # a tuple is not registered
+        self._cuts, self._make, self._recompute = cuts, make, recompute
+        self._arguments = ForwardArguments(model, argument)
+        self._parts: list[Part] = []
+        self._tied: dict[nn.Parameter, int] = {}
+        self._ddp: int | None = None
+        self._inside = self._observing = False
+        self._hooks: list[tuple[dict[int, Any], Any]] = []
+        self._hook(model._forward_pre_hooks, model.register_forward_pre_hook(self._begin, with_kwargs=True))
+        self._hook(model._forward_hooks, model.register_forward_hook(self._end, always_call=True))
+        self._reset()
+
+    def _hook(self, table: dict[int, Any], handle: Any) -> None:
+        self._hooks.append((table, handle))
+
+    def _reset(self) -> None:
+        self._reached, self._waiting, self._losses, self._batch = 0, None, [], (None, None)
+
+    def build(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Run the model once, make the auxiliary networks and put hooks where the cuts are."""
+        (model,) = self._model
+        self._observing = True
+        try:
+            run = observe(model, args, kwargs)
+        finally:
+            self._observing = False
+        cuts = even_cuts(run, self._cuts) if isinstance(self._cuts, int) else named_cuts(model, run, self._cuts)
+        parts, self._tied = parts_of(model, run, cuts)
+        inputs = self._arguments.inputs(args, kwargs)
+        for momentum, objective in build_auxiliaries(model, parts, inputs, *self._make):
+            self.momenta.append(momentum)  # pyright: ignore[reportArgumentType]
+            self.objectives.append(objective)  # pyright: ignore[reportArgumentType]
+        self._parts = parts
+        self._install()
+
+    def _install(self) -> None:
+        (model,) = self._model
+        for block, part in enumerate(self._parts[:-1]):
+            assert part.unit is not None
+            module = part.unit.module
+            self._hook(module._forward_hooks, module.register_forward_hook(partial(self._leave, block)))
+            if self.momenta[block] is not None:
+                module, meet = part.following[0].module, partial(self._meet, block)
+                handle = module.register_forward_pre_hook(meet, prepend=True, with_kwargs=True)
+                self._hook(module._forward_pre_hooks, handle)
+        for module in (module for part in self._parts if self._recompute for module in part.inner):
+            module.forward = Recomputed(module)
+        leave_to_isolation(model, [p for part in self._parts[:-1] for p in part.parameters])
+        self._unchanged = Unchanged(model, self._hooks)
+
+    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the model's forward pass."""
+        if self._observing or not (torch.is_grad_enabled() and model.training):
+            return
+        if model is not self._model[0]:
+            raise LocalGradError("the isolated model runs in DataParallel: use DistributedDataParallel instead")
+        if torch.compiler.is_compiling():
+            raise LocalGradError("the isolated model is compiled as a whole: compile layers of it, layer.compile()")
+        if not self._parts:
+            self.build(args, kwargs)
+        self._unchanged.check()
+        for momentum in self.momenta:
+            if momentum is not None:
+                momentum.settle()
+                momentum.match_modes()
+        self.to(next(model.parameters()).device)
+        ddp = active_ddp()
+        if ddp is not None and id(ddp) != self._ddp:
+            begin_alike(ddp, [p for part in self._parts[:-1] for p in part.parameters], [self])
+            self._ddp = id(ddp)
+        if self._arguments.of_targets is not None:
+            self.targets = self._arguments.targets(args, kwargs)
+        self._reset()
+        self._inside, self._batch = True, (self.targets, self._arguments.inputs(args, kwargs))
+        for parameter, block in self._tied.items():
+            parameter.requires_grad_(block == 0)
+
+    def _leave(self, block: int, module: nn.Module, args: Any, output: Any) -> Any:
+        """After a cut's module: train the block, and give everyone else its output detached."""
+        if not self._inside:
+            if not self._observing and torch.is_grad_enabled() and self._model[0].training:
+                raise LocalGradError(
+                    f"the cut {self._name(block)!r} is run outside of the isolated model's forward pass: call the "
+                    "model as a whole; instead of its own checkpointing, which runs it once more, use recompute=True"
+                )
+            return None
+        features = first_floating(output)
+        if block != self._reached or features is None or not torch.is_grad_enabled():
+            raise LocalGradError(
+                f"the cut {self._name(block)!r} is run twice in a forward pass, in another order than at first, "
+                "without gradients or without features: cut where every batch passes once, and use "
+                "isolate(..., recompute=True) instead of the model's own checkpointing"
+            )
+        self._reached += 1
+        for parameter, trainer in self._tied.items():
+            parameter.requires_grad_(self._reached >= trainer)
+        passed = {id(features): features.detach()}
+        if features.requires_grad and self.objectives[block] is not None:
+            if self.momenta[block] is None:
+                self._train(block, features, features)
+            else:
+                self._waiting = (block, features, passed[id(features)].requires_grad_())
+        return tree_map_only(Tensor, lambda tensor: passed.get(id(tensor), detached(tensor)), output)
+
+    def _meet(self, block: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before the first module of the next block, whose copies are called as it is, on features with their graph.
+
+        What happens to the features before that module is back-propagated too, but trains nothing of the next block.
+        """
+        if self._waiting is None or self._waiting[0] != block:
+            return None
+        _, features, leaf = self._waiting
+        given = [t for t in tensors_in((args, kwargs)) if t.requires_grad and derives_from(t, leaf)]
+        if not given:
+            return None
+        self._waiting = None
+        direct = all(tensor is leaf for tensor in given)
+        inner = {id(tensor): features if direct else tensor.detach().requires_grad_() for tensor in given}
+        first = inner[id(given[0])]
+
+        def reach_features() -> None:
+            if not direct:
+                pairs = [(t, inner[id(t)].grad) for t in given if inner[id(t)].grad is not None]
+                (gradient,) = torch.autograd.grad([t for t, _ in pairs], leaf, [gradient for _, gradient in pairs])
+                features.backward(gradient)
+
+        call = as_called(module, args, kwargs, given[0], inner)
+        self._train(block, first, self.momenta[block](first, call), reach_features)
+        leaf.requires_grad_(False)
+        return tree_map_only(Tensor, lambda t: t.detach() if id(t) in inner and t is not leaf else t, (args, kwargs))
+
+    def _train(
+        self, block: int, features: Tensor, mixed: Tensor, reach_features: Callable[[], None] = lambda: None
+    ) -> None:
+        """Back-propagate the block's local loss, and move the EMA if what it follows has changed since."""
+        version, kind = features._version, features.device.type
+        loss = self.objectives[block](mixed, *self._batch)
+        if features._version != version:
+            raise LocalGradError(
+                f"the objective at {self._name(block)!r} changes its features in place, and the next block would get "
+                "them changed: start it without inplace=True, or with features.clone()"
+            )
+        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+            self.backward(loss)
+            reach_features()
+        self._losses.append(loss.detach())
+        if (ddp := active_ddp()) is not None:
+            average_gradients(ddp, self.trainable_parameters(block))
+        momentum: Any = self.momenta[block]
+        if momentum is not None:
+            momentum.follow()
+
+    def _end(self, model: nn.Module, args: Any, output: Any) -> None:
+        """After the model's forward pass, also after one that failed, which has no output."""
+        if self._observing or not self._inside:
+            return
+        self._inside, self.targets, self._batch = False, None, (None, None)
+        for parameter in self._tied:
+            parameter.requires_grad_(True)
+        if output is not None and (self._waiting is not None or self._reached < len(self._parts) - 1):
+            waiting = self._waiting
+            missing = self._parts[waiting[0]].following[0].name if waiting else self._name(self._reached)
+            raise LocalGradError(
+                f"{missing!r} was not run in this forward pass, so a block was not trained: cut around modules that "
+                "run for every batch (switch layerdrop off)"
+            )
+
+    def _name(self, block: int) -> str:
+        unit = self._parts[block].unit
+        return "the end" if unit is None else unit.name
+
+    @property
+    def losses(self) -> list[Tensor]:
+        """A detached scalar of each local block that trains, of the last batch."""
+        if self._parts:
+            self._unchanged.check()
+        return list(self._losses)
+
+    def trainable_parameters(self, block: int | None = None) -> list[nn.Parameter]:
+        """What to give to the optimizer: parameters of the model and its auxiliary networks, or those of one block.
+
+        Args:
+            block: from 0 to K - 1, for one optimizer a block.
+        """
+        if not self._parts:
+            raise LocalGradError(
+                "the blocks are not known before the first batch: give isolate(..., example=batch), or call the model "
+                "once before this"
+            )
+        found: list[nn.Parameter] = []
+        for index, part in enumerate(self._parts):
+            if block in (None, index):
+                networks = () if part.unit is None else (self.momenta[index], self.objectives[index])
+                found += [*part.parameters, *(p for network in networks if network for p in network.parameters())]
+        return [parameter for parameter in dict.fromkeys(found) if parameter.requires_grad]
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The tensors of the auxiliary networks alone; the model has its own."""
+        for momentum in self.momenta:
+            if momentum is not None:
+                momentum.settle()
+        return super().state_dict(*args, **kwargs)
+
+    def remove(self) -> None:
+        """Leave the model as it was before `isolate`: no hooks, no local losses. Its weights stay trained."""
+        for _, handle in self._hooks:
+            handle.remove()
+        for module in (module for part in self._parts if self._recompute for module in part.inner):
+            del module.forward
+        self._hooks.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        (model,) = self._model
+        if not self._parts:
+            return f"Isolation of {type(model).__name__}, which is cut when it sees its first batch"
+        networks = list(zip(self.objectives, self.momenta, strict=True))
+        return f"Isolation of {type(model).__name__} in {len(self._parts)} blocks\n" + described(self._parts, networks)
+
+
+def isolate(
+    model: nn.Module,
+    cuts: Sequence[str] | None = None,
+    *,
+    num_blocks: int | None = None,
+    objective: Objective | None = None,
+    momentum: Momentum | None = None,
+    targets: str | None = None,
+    example: Any = None,
+    recompute: bool = False,
+    backward: Callable[[Tensor], Any] = Tensor.backward,
+) -> Isolation:
+    """Train `model` in gradient-isolated blocks, in the loop that you have.
+
+    Hooks cut the model's own forward pass: whatever reads the output of a cut's module gets it detached, and the local
+    loss `L_j = objective(momentum(h_j), targets, inputs)` of that output is back-propagated at once, in the middle of
+    `model(...)`, so that one block's activations live at a time. The loss of the model's output, which you
+    back-propagate yourself, trains the last block. Gradients and EMA are those of `local_step`, bit for bit, on models
+    that `split` takes; but the model need not be a chain. In evaluation mode and under `no_grad` nothing happens.
+
+    With momentum the local loss waits for the first module of the next block: copies are called with all of its
+    arguments, such as masks. The EMA moves once per change of the weights that it follows, before the optimizer steps.
+
+    A parameter that several blocks use (tied embeddings) is trained by the last of them alone. A block without a
+    trained parameter has no local loss. Under DistributedDataParallel the gradients of local blocks are averaged here.
+
+    Args:
+        model: any network, itself, before it is wrapped, with the layers and adapters that it shall have.
+        cuts: names of the modules after which gradients stop. `[]` is end-to-end training.
+        num_blocks: K, instead of `cuts`: parts the longest chain of equal modules (transformer layers, residual units).
+        objective: the local objective, such as `classifier(num_classes=10)`.
+        momentum: `man(...)`, `manpp(...)` or None.
+        targets: the argument of the model's forward pass that holds the targets, as "labels"; without it set
+            `isolation.targets` before each call.
+        example: a batch: a tensor, a tuple of the arguments of forward or a dict of them. The model is run on it once,
+            and left as it was. Without it the first training batch serves, before which there are no parameters for an
+            optimizer.
+        recompute: keep only what is between the layers of a block, and compute each again in the backward pass.
+        backward: back-propagates a local loss: `lambda loss: scaler.scale(loss / n).backward()` for a GradScaler and n
+            micro-batches, `accelerator.backward`, `fabric.backward`. Weigh them as you weigh your own loss.
+
+    Returns:
+        The isolation, whose `trainable_parameters()` go to the optimizer.
+
+    Raises:
+        LocalGradError: a cut is no module, is not called once, or gives no features; a block reads a tensor from inside
+            another one; there is no module for momentum to copy; the model is wrapped already. While training: no
+            targets; modules, parameters, dtype or hooks changed; a cut is not reached.
+
+    Source: as `split`; hooks and the waiting loss are this library's own.
+    """
+    isolation = Isolation(
+        model,
+        check_cuts(model, cuts, num_blocks, objective, momentum),
+        (objective, momentum),
+        targets,
+        recompute,
+        backward,
+    )
+    if example is not None:
+        try:
+            isolation.build(*as_arguments(example))
+        except BaseException:
+            isolation.remove()
+            raise
+    return isolation

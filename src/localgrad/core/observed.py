@@ -1,0 +1,289 @@
+"""One forward pass as it happened: which modules were called, and which parameters a loss of each would train."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node, get_gradient_edge, saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
+
+from localgrad.core.tracing import CHAIN, _is_stage
+from localgrad.errors import LocalGradError
+
+Edge = tuple[Node, int]
+"""An output of a node of the autograd graph, which is a tensor that requires a gradient."""
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a module.
+
+    Attributes:
+        name: dotted name of the module.
+        module: the module.
+        start: when the call began, on the clock of the pass, which counts beginnings and ends of calls.
+        end: when it ended.
+        arguments: the tensors that it was given, as edges of the graph.
+        outputs: the tensors that it returned, likewise.
+        inputs: shape of the first floating-point tensor that it was given.
+        features: shape of the first floating-point tensor that it returned, or None.
+        dtype: of that tensor.
+        source: that tensor as an edge, None where it requires no gradient.
+        writes_input: whether it changed a tensor that it was given in place.
+        checkpointed: whether it was called inside the model's own activation checkpointing.
+    """
+
+    name: str
+    module: nn.Module
+    start: int
+    end: int
+    arguments: tuple[Edge, ...]
+    inputs: torch.Size
+    outputs: tuple[Edge, ...] = ()
+    features: torch.Size | None = None
+    dtype: torch.dtype = torch.float32
+    source: Edge | None = None
+    writes_input: bool = False
+    checkpointed: bool = False
+
+    def holds(self, other: "Call") -> bool:
+        """Whether the other call was made inside this one."""
+        return self.start < other.start and other.end < self.end
+
+
+@dataclass(frozen=True, eq=False)
+class ForwardPass:
+    """All calls in order of their beginning, the model's own first, and the tensors that a loss may be made of."""
+
+    calls: tuple[Call, ...]
+    roots: tuple[Edge, ...]
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """The tensors of nested tuples, lists and dicts, in order."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def first_floating(tree: Any) -> Tensor | None:
+    """The first floating-point tensor of a module's output: its features."""
+    return next((tensor for tensor in tensors_in(tree) if tensor.is_floating_point()), None)
+
+
+def as_arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a forward pass: a tuple holds them in order, a mapping by name, anything else is the only one."""
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    return (example if isinstance(example, tuple) else (example,)), {}
+
+
+def observe(model: nn.Module, arguments: Sequence[Any], named: Mapping[str, Any]) -> ForwardPass:
+    """Run `model(*arguments, **named)` once, as in training, and note every call.
+
+    What the backward pass would need is not kept, so that the run needs the memory of inference. Buffers, attributes,
+    modes, `requires_grad` and the random generators are afterwards as they were.
+    """
+    calls: list[Call] = []
+    clock = iter(range(1 << 60))
+    running: list[tuple[Call, list[tuple[Tensor, int]]]] = []
+
+    def begin(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        given = tensors_in((args, kwargs))
+        shape = next((tensor.shape for tensor in given if tensor.is_floating_point()), torch.Size())
+        call = Call(name, module, next(clock), -1, _edges(given), shape, checkpointed=not _keeps_nothing())
+        calls.append(call)
+        running.append((call, [(tensor, tensor._version) for tensor in given]))
+
+    def end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        call, given = running.pop()
+        features = first_floating(output)
+        call.end = next(clock)
+        call.outputs = _edges(tensors_in(output))
+        if features is not None:
+            call.features, call.dtype = features.shape, features.dtype
+            call.source = next(iter(_edges([features])), None)
+        call.writes_input = any(tensor._version != version for tensor, version in given)
+
+    with ExitStack() as stack:
+        stack.enter_context(_left_as_it_was(model))
+        stack.enter_context(saved_tensors_hooks(_drop, _drop))
+        stack.enter_context(torch.enable_grad())
+        for name, module in model.named_modules():
+            before = module.register_forward_pre_hook(
+                lambda m, a, k, name=name: begin(name, m, a, k), prepend=False, with_kwargs=True
+            )
+            stack.callback(before.remove)
+            stack.callback(module.register_forward_hook(end, prepend=True, with_kwargs=True).remove)
+        output = model(*arguments, **named)
+    found = tensors_in(output)
+    losses = [tensor for tensor in found if tensor.ndim == 0]
+    return ForwardPass(tuple(calls), _edges(losses or found))
+
+
+def _drop(tensor: Any) -> None:
+    """What takes the place of a tensor that the backward pass would need."""
+
+
+def _keeps_nothing() -> bool:
+    """Whether saved tensors are dropped here: inside activation checkpointing they go to its own hooks."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return torch.is_grad_enabled() and hooks is not None and hooks[0] is _drop
+
+
+def _edges(tensors: Sequence[Tensor]) -> tuple[Edge, ...]:
+    edges = dict.fromkeys(tuple(get_gradient_edge(tensor))[:2] for tensor in tensors if tensor.requires_grad)
+    return tuple(edges)
+
+
+@contextmanager
+def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Training mode and a gradient for every weight inside; modes, attributes and buffers as they were afterwards."""
+    modules = list(model.modules())
+    attributes = [dict(vars(module)) for module in modules]
+    parameters = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    devices = {p.device for p, _ in parameters if p.device.type not in ("cpu", "meta")}
+    kind = next((device.type for device in devices), "cuda")
+    evaluating = not model.training
+    with torch.random.fork_rng([device.index or 0 for device in devices], device_type=kind):
+        try:
+            for module in modules:
+                module._buffers = {k: None if b is None else b.clone() for k, b in module._buffers.items()}
+                module.training = module.training or evaluating
+            for parameter, _ in parameters:
+                if parameter.is_floating_point() or parameter.is_complex():
+                    parameter.requires_grad_(True)
+            yield
+        finally:
+            for module, before in zip(modules, attributes, strict=True):
+                vars(module).clear()
+                vars(module).update(before)
+            for parameter, requires_grad in parameters:
+                parameter.requires_grad_(requires_grad)
+
+
+def trained_by_block(run: ForwardPass, cuts: Sequence[Call]) -> list[set[Tensor]]:
+    """The leaves that the loss of each block reaches, where whatever a cut returns is detached for everyone else.
+
+    Raises:
+        LocalGradError: a block reads a tensor from inside another one.
+    """
+    stops = {edge for cut in cuts for edge in cut.outputs}
+    owner: dict[Node, int] = {}
+    reached: list[set[Tensor]] = []
+    losses = [(cut.source,) if cut.source else () for cut in cuts]
+    for block, roots in enumerate([*losses, [edge for edge in run.roots if edge not in stops]]):
+        found, waiting = set[Tensor](), list(roots)
+        while waiting:
+            node, output = waiting.pop()
+            if hasattr(node, "variable"):
+                found.add(node.variable)
+            elif node not in owner:
+                owner[node] = block
+                waiting += [edge for edge in node.next_functions if edge[0] is not None and edge not in stops]
+            elif owner[node] != block:
+                raise LocalGradError(_inside(run, cuts, (node, output), owner[node], block))
+        reached.append(found)
+    return reached
+
+
+def _inside(run: ForwardPass, cuts: Sequence[Call], edge: Edge, owner: int, reader: int) -> str:
+    makers = [call for call in run.calls[1:] if edge in call.outputs]
+    before = [call for call in run.calls[1:] if call.source and call.source[0]._sequence_nr() < edge[0]._sequence_nr()]
+    where = f"of {makers[0].name!r}" if makers else f"made after {before[-1].name!r}" if before else "of its beginning"
+    who = f"block {reader + 1}" if reader < len(cuts) else "the end of the network"
+    advice = f"add {makers[0].name!r} to cuts" if makers else "make it the output of a module, and add that to cuts"
+    return (
+        f"{who} reads an output {where}, which is inside block {owner + 1} (cut {cuts[owner].name!r}), so their "
+        f"gradients are not isolated: {advice} (a U-Net is cut at every level), or detach it in forward"
+    )
+
+
+def units_between(run: ForwardPass, start: int, cuts: Sequence[Call] = (), end: int | None = None) -> list[Call]:
+    """The outermost calls with parameters that begin after `start` and end by `end`, containers and cuts opened up."""
+    found: list[Call] = []
+    for call in run.calls[1:]:
+        opened = isinstance(call.module, CHAIN) or _is_stage(call.module) or any(call.holds(cut) for cut in cuts)
+        if call.start > start and not opened and (end is None or call.end <= end) and has_parameters(call.module):
+            found.append(call)
+            start = call.end
+    return found
+
+
+def has_parameters(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters())
+
+
+def takes(call: Call, source: Call) -> bool:
+    """Whether an argument of the call is made from the other call's output."""
+    seen, waiting = set[Node](), list(call.arguments)
+    while waiting and source.source is not None:
+        edge = waiting.pop()
+        if edge == source.source:
+            return True
+        if edge[0] is not None and edge[0] not in seen and edge[0]._sequence_nr() > source.source[0]._sequence_nr():
+            seen.add(edge[0])
+            waiting += edge[0].next_functions
+    return False
+
+
+def places_to_cut(run: ForwardPass) -> list[Call]:
+    """Calls after which everything else is made from what they returned (and from parameters), in order of their end.
+
+    In the autograd graph, whose nodes are numbered as they are made, no edge passes over them.
+    """
+    edges, seen, waiting = list[tuple[int, int, Edge]](), set[Node](), list[Node]()
+
+    def note(consumer: int, edge: Edge) -> None:
+        node = edge[0]
+        if node is not None and not hasattr(node, "variable"):
+            edges.append((node._sequence_nr(), consumer, edge))
+            if node not in seen:
+                seen.add(node)
+                waiting.append(node)
+
+    newest = 1 + max((node._sequence_nr() for node, _ in run.roots), default=0)
+    for edge in run.roots:
+        note(newest, edge)
+    while waiting:
+        node = waiting.pop()
+        for edge in node.next_functions:
+            note(node._sequence_nr(), edge)
+    change: dict[int, int] = {}
+    readers: dict[Edge, list[int]] = {}
+    for made, read, edge in edges:
+        change[made] = change.get(made, 0) + 1
+        change[read] = change.get(read, 0) - 1
+        readers.setdefault(edge, []).append(read)
+    moments = sorted(change)
+    passing = dict(zip(moments, accumulate(change[moment] for moment in moments), strict=True))
+
+    def alone(call: Call) -> bool:
+        if call.source not in readers:
+            return False
+        moment = max(node._sequence_nr() for node, _ in call.outputs if node in seen)
+        own = sum(read > moment for edge in call.outputs for read in readers.get(edge, ()))
+        return passing[moment] == own > 0
+
+    times = Counter(call.module for call in run.calls)
+    once = [call for call in run.calls[1:] if times[call.module] == 1]
+    return sorted((call for call in once if alone(call)), key=lambda call: call.end)
+
+
+def derives_from(tensor: Tensor, leaf: Tensor) -> bool:
+    """Whether a tensor is made from a leaf of its graph; the leaf itself is."""
+    if tensor is leaf or tensor.grad_fn is None:
+        return tensor is leaf
+    seen, waiting = set[Node](), [tensor.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if getattr(node, "variable", None) is leaf:
+            return True
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                waiting.append(following)
+    return False

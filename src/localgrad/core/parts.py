@@ -1,0 +1,106 @@
+"""What the blocks of an isolated model consist of, read from one forward pass."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from localgrad.core.observed import Call, ForwardPass, takes, trained_by_block, units_between
+from localgrad.core.units import Unit, _channel_dim
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One block of an isolated model.
+
+    Attributes:
+        cut: the call after whose output gradients stop; None for the last block.
+        unit: the cut's module as a unit, which tells its features.
+        following: the units of the next block that take what the cut gives, one after another.
+        rest: all units from there to the end of the network.
+        parameters: what the block trains.
+        inner: modules of more than one layer which, without a cut in them, make up the block.
+    """
+
+    cut: Call | None
+    unit: Unit | None
+    following: tuple[Unit, ...]
+    rest: tuple[Unit, ...]
+    parameters: tuple[nn.Parameter, ...]
+    inner: tuple[nn.Module, ...]
+
+
+def parts_of(model: nn.Module, run: ForwardPass, cuts: Sequence[Call]) -> tuple[list[Part], dict[nn.Parameter, int]]:
+    """The blocks between the cuts, and which block trains a parameter that several blocks use: the last of them.
+
+    Raises:
+        LocalGradError: a block reads a tensor from inside another one, or makes nothing.
+    """
+    reached = trained_by_block(run, cuts)
+    tied: dict[nn.Parameter, int] = {}
+    owner: dict[nn.Parameter, int] = {}
+    for name, parameter in model.named_parameters():
+        users = [block for block, found in enumerate(reached) if parameter in found]
+        owner[parameter] = users[-1] if users else _block_of(name, run, cuts)
+        if len(users) > 1:
+            tied[parameter] = users[-1]
+            warnings.warn(
+                f"{name} is used by blocks {', '.join(str(user + 1) for user in users)}: block {users[-1] + 1} alone "
+                "trains it, and the others use it as it is",
+                stacklevel=4,
+            )
+    return [_part(run, cuts, block, owner) for block in range(len(cuts) + 1)], tied
+
+
+def _block_of(name: str, run: ForwardPass, cuts: Sequence[Call]) -> int:
+    """The block in which the innermost called module around a parameter was called."""
+    around = [call for call in run.calls if not call.name or name.startswith(f"{call.name}.")]
+    call = max(around, key=lambda call: len(call.name), default=None)
+    return len(cuts) if call is None else sum(cut.end < call.end for cut in cuts)
+
+
+def _part(run: ForwardPass, cuts: Sequence[Call], block: int, owner: dict[nn.Parameter, int]) -> Part:
+    start = cuts[block - 1].end if block else 0
+    cut = cuts[block] if block < len(cuts) else None
+    parameters = tuple(parameter for parameter, index in owner.items() if index == block)
+    units = units_between(run, start, cuts, cut.end if cut else None)
+    inner = tuple(call.module for call in units if any(True for _ in call.module.children()))
+    if cut is None:
+        return Part(None, None, (), (), parameters, inner)
+    is_last = block == len(cuts) - 1
+    chain = _chain(cut, units_between(run, cut.end, cuts, None if is_last else cuts[block + 1].end), is_last)
+    module = chain[0].module if chain else None
+    later = [call for call in units_between(run, cut.end) if chain and call.start >= chain[0].start and call.features]
+    return Part(cut, _unit(cut, module), tuple(map(_unit, chain)), tuple(map(_unit, later)), parameters, inner)
+
+
+def _chain(cut: Call, found: Sequence[Call], is_last: bool) -> list[Call]:
+    """The units that take what the cut gives, each from the one before; the model's head only if nothing else is."""
+    found = (found[:-1] or found) if is_last else found
+    first = next((index for index, call in enumerate(found) if takes(call, cut)), None)
+    chain = [] if first is None else [found[first]]
+    for call in [] if first is None else found[first + 1 :]:
+        if chain[-1].source not in call.arguments:
+            break
+        chain.append(call)
+    return chain
+
+
+def _unit(call: Call, following: nn.Module | None = None) -> Unit:
+    assert call.features is not None
+    dim = _channel_dim(call.features, call.module, following)
+    return Unit(call.name, call.module, call.features, dim, call.writes_input, call.inputs, call.dtype)
+
+
+def described(parts: Sequence[Part], networks: Sequence[tuple[nn.Module | None, nn.Module | None]]) -> str:
+    """A line for each block: where it ends, what it trains, and the sizes of its auxiliary networks."""
+    lines = []
+    for index, part in enumerate(parts):
+        trained = sum(parameter.numel() for parameter in part.parameters if parameter.requires_grad)
+        line = f"  {index + 1}  to {part.unit.name if part.unit else 'the end'}: trains {trained:,} parameters"
+        for network in networks[index] if part.unit else ():
+            if network is not None:
+                line += f"; {type(network).__name__} {sum(p.numel() for p in network.parameters()):,}"
+        lines.append(line)
+    return "\n".join(lines)

@@ -1,0 +1,63 @@
+"""Data-parallel copies of an isolated model: DDP leaves the local blocks alone, and these functions average them."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from localgrad.errors import LocalGradError
+
+
+def leave_to_isolation(model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+    """Tell DDP, before it wraps the model, to leave these parameters alone: their gradients come inside forward."""
+    names = {id(parameter): name for name, parameter in model.named_parameters(remove_duplicate=False)}
+    ignored = {*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *(names[id(p)] for p in parameters)}
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
+
+
+def active_ddp() -> DistributedDataParallel | None:
+    """The DDP wrapper whose forward pass is running."""
+    return DistributedDataParallel._get_active_ddp_module()
+
+
+def begin_alike(ddp: DistributedDataParallel, parameters: Sequence[nn.Parameter], others: Sequence[nn.Module]) -> None:
+    """Give every process the values of the first, as DDP does for what it is not told to leave alone.
+
+    Raises:
+        LocalGradError: DDP was not told to.
+    """
+    own = {id(parameter) for parameter in parameters}
+    if any(id(parameter) in own for parameter in ddp._module_parameters):
+        raise LocalGradError(
+            "DDP reduces gradients of local blocks, which come before it expects them: call isolate(model, ...) first, "
+            "then DistributedDataParallel(model), with the isolated model itself in it"
+        )
+    tensors = [*parameters, *(tensor for module in others for tensor in module.state_dict().values())]
+    for tensor in tensors:
+        dist.broadcast(tensor.detach(), dist.get_global_rank(_group(ddp), 0), group=ddp.process_group)
+
+
+def average_gradients(ddp: DistributedDataParallel, parameters: Sequence[nn.Parameter]) -> None:
+    """Average the gradients of these parameters over the processes of a DDP wrapper, one message a dtype.
+
+    Nothing under `no_sync`. Where a process has no gradient it counts as zeros.
+    """
+    if not ddp.require_backward_grad_sync:
+        return
+    by_kind: dict[torch.dtype, list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        by_kind.setdefault(parameter.dtype, []).append(parameter.grad)
+    for gradients in by_kind.values():
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat, group=ddp.process_group)
+        flat /= dist.get_world_size(ddp.process_group)
+        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
+
+
+def _group(ddp: DistributedDataParallel) -> dist.ProcessGroup:
+    return ddp.process_group

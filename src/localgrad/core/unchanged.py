@@ -1,0 +1,45 @@
+"""What must stay as it was while a model is isolated: its modules, its parameters, their dtype, and the hooks."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from localgrad.errors import LocalGradError
+
+
+class Unchanged:
+    """A model's modules, parameters and hooks at one moment."""
+
+    def __init__(self, model: nn.Module, hooks: list[tuple[dict[int, Any], Any]]) -> None:
+        """`hooks` are pairs of a module's table of hooks and the handle of one of them."""
+        self.hooks = hooks
+        self.held: list[tuple[str, dict[str, Any], str, Any]] = []
+        for name, module in model.named_modules():
+            for table in (module._parameters, module._modules):
+                self.held += [(f"{name}.{key}".strip("."), table, key, value) for key, value in table.items()]
+        self.dtypes = [(name, parameter, parameter.dtype) for name, parameter in model.named_parameters()]
+
+    def check(self) -> None:
+        """Refuse to go on where the model is no longer what was isolated."""
+        if any(handle.id not in table for table, handle in self.hooks):
+            raise LocalGradError(
+                "hooks of the isolation were removed from the model, so its blocks would not be trained: keep them, or "
+                "call isolation.remove() and isolate the model again"
+            )
+        for name, table, key, value in self.held:
+            if table.get(key) is not value:
+                raise LocalGradError(
+                    f"{name!r} was exchanged after isolate (by another layer, an adapter, FSDP or assign=True): change "
+                    "the model first, then isolate it, then make the optimizer; FSDP is not supported, DDP is"
+                )
+        for name, parameter, dtype in self.dtypes:
+            if parameter.dtype is not dtype:
+                raise LocalGradError(
+                    f"{name!r} was {_short(dtype)} in isolate and is {_short(parameter.dtype)} now: cast the model "
+                    "first, then isolate it"
+                )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
