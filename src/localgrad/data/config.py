@@ -9,11 +9,7 @@ from typing import Literal, get_args
 from localgrad.errors import check_rules
 
 Crop = Literal["none", "pad", "resized"]
-
-
 Mode = Literal["reflect", "zeros"]
-
-
 MAX_IMAGE_SIZE = 4096
 """Largest height and width in pixels: a larger one is a mistake, and takes more memory than a machine has."""
 
@@ -23,17 +19,19 @@ class DataConfig:
     """Which images to train and test on, and how they are prepared; the default is scikit-learn's digits."""
 
     source: str = "digits"
-    """"digits" (ships with scikit-learn), a Hugging Face hub name, or a local folder in any layout of `datasets`."""
+    """"digits" (ships with scikit-learn), a local folder of SPLIT/CLASS/ with images or of tables, a table's file, or a
+    hub name as OWNER/NAME."""
     subset: str | None = None
     """Name of the hub configuration; not used for a local folder that declares no configurations."""
     train_split: str = "train"
     """Split to train on; slices such as "train[:5000]" are allowed, but not of "digits"."""
     test_split: str = "test"
-    """Split to test on, likewise."""
+    """Split to test on, likewise; "test" also finds testing, validation, val, valid and dev, in this order."""
     image_column: str | None = None
-    """Column with the images; None takes the only one of type Image."""
+    """Column with the images, or with their bytes or paths; None takes the only one."""
     label_column: str | None = None
-    """Column with the integer labels; None takes the only ClassLabel, or an integer column named like a label."""
+    """Column with the labels: classes, whole numbers, strings or truth values; None takes the only one of classes, or
+    one named like a label."""
     num_classes: int | None = None
     """Number of classes; None takes it from the schema, or as the largest label plus one."""
     image_size: int = 32
@@ -56,6 +54,12 @@ class DataConfig:
     """Train on this many images only, equally many of each class, the first of the split; None takes all."""
     test_limit: int | None = None
     """Test on this many images only, chosen in the same way; None takes all."""
+    test_fraction: float | None = None
+    """Share of each class that is held back for testing where the images have no split to test on, as 0.2."""
+    split_seed: int = 0
+    """Decides which images are held back."""
+    name: str | None = None
+    """What the images are called in tables and reports; None takes the name of the folder."""
     streaming: bool = False
     """Decode while training, in worker processes, instead of once into memory."""
     workers: int = 0
@@ -63,35 +67,45 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         least = {"image_size": 1, "padding": 0, "workers": 0, "num_classes": 1, "train_limit": 1, "test_limit": 1}
+        least["split_seed"] = 0
         values = {name: getattr(self, name) for name in least}
         reflects = self.crop == "pad" and self.padding_mode == "reflect"
+        size, most = self.image_size, MAX_IMAGE_SIZE
         rules = [
-            ("source='': give digits, a hub name or a folder", self.source != ""),
-            *((f"{key}={n}: give at least {least[key]}", n is None or n >= least[key]) for key, n in values.items()),
-            (
-                f"image_size={self.image_size}, padding={self.padding}: give at most {MAX_IMAGE_SIZE}",
-                max(self.image_size, self.padding) <= MAX_IMAGE_SIZE,
+            ("--data '': give digits, a folder or a hub name", self.source != ""),
+            *(
+                (f"{flag(key)} {n}: give at least {least[key]}", n is None or n >= least[key])
+                for key, n in values.items()
             ),
-            (f"crop={self.crop!r}: choose from {get_args(Crop)}", self.crop in get_args(Crop)),
-            (f"padding_mode={self.padding_mode!r}: choose from {get_args(Mode)}", self.padding_mode in get_args(Mode)),
-            (f"mean={self.mean}: give 3 numbers", len(self.mean) == 3 and all(map(isfinite, self.mean))),
+            (f"{flag('image_size')} {size}: give at most {most}", size <= most),
+            (f"{flag('padding')} {self.padding}: give at most {most}", self.padding <= most),
+            (f"{flag('crop')} {self.crop}: choose from {', '.join(get_args(Crop))}", self.crop in get_args(Crop)),
             (
-                f"std={self.std}: give 3 numbers above 0",
+                f"{flag('padding_mode')} {self.padding_mode}: choose from {', '.join(get_args(Mode))}",
+                self.padding_mode in get_args(Mode),
+            ),
+            (f"{flag('mean')} {self.mean}: give 3 numbers", len(self.mean) == 3 and all(map(isfinite, self.mean))),
+            (
+                f"{flag('std')} {self.std}: give 3 numbers above 0",
                 len(self.std) == 3 and all(0 < value < inf for value in self.std),
             ),
             (
-                f"padding={self.padding}: reflection allows less than image_size={self.image_size}",
-                not reflects or self.padding < self.image_size,
+                f"{flag('padding')} {self.padding}: reflection allows less than {flag('image_size')} {size}",
+                not reflects or self.padding < size,
             ),
             (
-                f"resize={self.resize}: give at least image_size={self.image_size}, or None",
-                self.resize is None or self.resize >= self.image_size,
+                f"{flag('resize')} {self.resize}: give at least {flag('image_size')} {size}, or None",
+                self.resize is None or self.resize >= size,
             ),
             (
-                'crop="resized": needs streaming=True, and resize=... for the test images',
+                f"{flag('crop')} resized: needs {flag('streaming')}, and {flag('resize')} for the test images",
                 self.crop != "resized" or (self.streaming and self.resize is not None),
             ),
-            ('streaming=True: the source "digits" is in memory; give False', not self.streaming or self.on_disk),
+            (f"{flag('streaming')}: the digits are in memory; leave it out", not self.streaming or self.on_disk),
+            (
+                f"{flag('test_fraction')} {self.test_fraction}: give more than 0 and less than 1",
+                self.test_fraction is None or 0 < self.test_fraction < 1,
+            ),
         ]
         check_rules("this data configuration", rules)
 
@@ -158,3 +172,8 @@ def imagenette(source: str = "frgfm/imagenette") -> DataConfig:
         streaming=False,
         workers=0,
     )
+
+
+def flag(name: str) -> str:
+    """What a field of `DataConfig` is called on the command line: `--data.image-size`."""
+    return "--data" if name == "source" else f"--data.{name.replace('_', '-')}"

@@ -1,12 +1,11 @@
-"""Where images come from: scikit-learn's digits, the Hugging Face hub, or a local folder, as a pair of image sets."""
+"""The training and the test set of a configuration, with what was left out or guessed said in words."""
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from glob import has_magic
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,64 +13,185 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from localgrad.data.config import DataConfig
+from localgrad.data.columns import class_numbers, find_columns
+from localgrad.data.config import DataConfig, flag
+from localgrad.data.decoding import BrokenImageError, broken, decode, encoded, name_of, remarked
+from localgrad.data.fingerprint import fingerprint, sample_positions
 from localgrad.data.sets import Images, ImageSet, ImageStream, decode_all
+from localgrad.data.sources import Source, located, open_source
+from localgrad.data.splits import check_sorted, held_back, named, rows_of
 from localgrad.errors import LocalGradError
 
 if TYPE_CHECKING:
     import datasets
 
-
-LABEL_NAMES = ("label", "labels", "fine_label", "fine_labels")
-"""Preferred names where several columns could hold the label (CIFAR-100 has a fine and a coarse one)."""
-
-
-_TABLES = (".parquet", ".csv", ".json", ".jsonl", ".arrow", ".md", ".yaml")
-"""Suffixes of files that say themselves what a set is made of."""
+logger = logging.getLogger(__name__)
+Say = Callable[[str], None]
+MOST_NAMED = 9
 
 
-FOLDER_SPLITS = {"val": "validation", "valid": "validation", "dev": "validation"}
-"""Folder names that mean the split "validation"; every other folder is named like its split."""
+@dataclass(frozen=True)
+class _Part:
+    """Rows of a split that are trained or tested on, nothing decoded yet."""
+
+    split: str
+    rows: datasets.Dataset
+    """All rows of its splits, the column of images alone, as arrow."""
+    column: str
+    positions: Tensor
+    """(N,) int64, of the rows that are used."""
+    labels: Tensor
+    """(N,) int64."""
+
+    def items(self, positions: Sequence[int]) -> list[Any]:
+        return [self.rows[int(self.positions[at])][self.column].to_pylist()[0] for at in positions]
+
+    def files(self, positions: Sequence[int]) -> list[bytes]:
+        """The encoded images; nothing for one that cannot be read, which decoding will say."""
+        return [_bytes(item) for item in self.items(positions)]
 
 
-def load_images(config: DataConfig) -> tuple[ImageSet, ImageSet]:
+def _bytes(item: Any) -> bytes:
+    try:
+        return encoded(item)
+    except (OSError, BrokenImageError):
+        return b""
+
+
+def load_images(config: DataConfig, say: Say = logger.warning) -> tuple[ImageSet, ImageSet]:
     """The training and the test set of a configuration.
 
     Args:
         config: what to load.
+        say: told, in a sentence each, what was left out, chosen or guessed.
 
     Returns:
         Training and test set, on the CPU, with the same number of classes.
 
     Raises:
         LocalGradError: a folder, hub name, split or column that is not there, a label outside the classes, images of
-            unequal or wrong size (without `resize`), a file that is no image, a limit above the size of the set.
+            unequal or wrong size (without `resize`), files that are no images, a limit above the size of the set.
     """
     if not config.on_disk:
         return _load_digits(config)
-    both = _load_rows(config)
-    image_column, label_column = _find_columns(both[0].features, config)
-    _check_names(Path(config.source).expanduser(), config, both[0].features[label_column], label_column)
-    labels = [_read_labels(rows, label_column) for rows in both]
-    schema = getattr(both[0].features[label_column], "num_classes", None)
-    num_classes = config.num_classes or schema or int(torch.cat(labels).max()) + 1
-    for rows, each in zip(both, labels, strict=True):
-        _check_labels(each, num_classes, str(rows.split))
-    _check_trained(labels, num_classes, both[0].features[label_column], config)
+    config = located(config)
+    source = open_source(config)
+    train, test, names = _parts(config, source, say)
+    for sentence in source.notes():
+        say(sentence)
+    num_classes = config.num_classes or (len(names) if names else int(torch.cat([train.labels, test.labels]).max()) + 1)
+    for part in (train, test):
+        _check_labels(part.labels, num_classes, part.split)
+    _check_classes(train, test, num_classes, names, say)
 
-    names = getattr(both[0].features[label_column], "names", None)
-    class_names = None if names is None else tuple(names)
-
-    def build(rows: datasets.Dataset, labels: Tensor, limit_name: str) -> ImageSet:
-        indices = balanced(labels, getattr(config, limit_name), limit_name)
-        kept, rows = labels[indices], rows.select_columns(image_column).with_format("arrow")
+    def build(part: _Part, limit_name: str) -> ImageSet:
+        chosen = balanced(part.labels, getattr(config, limit_name), limit_name)
+        kept, indices = part.labels[chosen], part.positions[chosen]
+        known: dict[str, Any] = {"class_names": names, "fingerprint": fingerprint(part.split, part.labels, part.files)}
         if config.streaming:
-            return ImageStream(kept, config, num_classes, rows, image_column, indices, class_names=class_names)
-        return Images(
-            kept, config, num_classes, decode_all(rows, image_column, indices, config), class_names=class_names
-        )
+            _look_at_some(part, config, say)
+            return ImageStream(kept, config, num_classes, part.rows, part.column, indices, **known)
+        images = decode_all(part.rows, part.column, indices, config, split=part.split, say=say)
+        return Images(kept, config, num_classes, images, **known)
 
-    return build(both[0], labels[0], "train_limit"), build(both[1], labels[1], "test_limit")
+    return build(train, "train_limit"), build(test, "test_limit")
+
+
+def _parts(config: DataConfig, source: Source, say: Say) -> tuple[_Part, _Part, tuple[str, ...] | None]:
+    """What to train and what to test on, and the names of the classes."""
+    train_spec, test_spec = _specifications(config, source.splits, say)
+    rows, positions = rows_of(train_spec, source.read, "train_split")
+    specs = [train_spec]
+    found = [(rows, positions)]
+    if test_spec is not None:
+        found.append((rows, positions) if test_spec == train_spec else rows_of(test_spec, source.read, "test_split"))
+        specs.append(test_spec)
+    image, label = find_columns(rows.features, config)
+    for (each, _), spec in zip(found, specs, strict=True):
+        if not {image, label} <= {*each.column_names}:
+            raise LocalGradError(
+                f"{spec} has no column {image!r} or {label!r}: its columns are {each.column_names[:9]}"
+            )
+    labels, names = class_numbers([each for each, _ in found], specs, label)
+    if names and source.folders is None and not hasattr(rows.features[label], "names"):
+        numbered = [f"{number} = {name}" for number, name in enumerate(names)]
+        say(f"classes by the names in column {label!r}: {_listed(numbered)}")
+    parts = []
+    for (each, at), own, spec, field in zip(found, labels, specs, ("train_split", "test_split"), strict=False):
+        check_sorted(spec, own[at], own, field)
+        parts.append(_Part(spec, _images_alone(each, image, source.root), image, at, own[at]))
+    if test_spec is None:
+        whole = parts[0]
+        trained, tested = held_back(whole.labels, config.test_fraction or 0.0, config.split_seed)
+        share = f"{len(tested):,} of {len(whole.labels):,} images of {train_spec} are held back for testing"
+        say(f"{share}, the same share of each class ({flag('test_fraction')} {config.test_fraction})")
+        parts = [
+            replace(whole, positions=whole.positions[own], labels=whole.labels[own], split=name)
+            for own, name in ((trained, train_spec), (tested, f"{train_spec} (held back)"))
+        ]
+    return parts[0], parts[1], names
+
+
+def _specifications(config: DataConfig, there: Sequence[str], say: Say) -> tuple[str, str | None]:
+    """Splits to train and to test on, by the names that are there; None where a share is to be held back."""
+    train, test = named(config.train_split, there), named(config.test_split, there)
+    if config.train_split == config.test_split and test is None and len(there) == 1:
+        train = test = there[0]
+        say(f"the images have no split {config.test_split!r}; all of {test!r} are taken")
+    if train is None:
+        raise LocalGradError(
+            f"{flag('train_split')} {config.train_split}: there is no such split; the set has {', '.join(there)}"
+        )
+    if test is None and _is_usual(config.test_split):
+        test = next((spec for spec in ("test", "validation") if named(spec, there)), None)
+        test = None if test is None else named(test, there)
+    if test is None:
+        if config.test_fraction is not None:
+            return train, None
+        raise LocalGradError(
+            f"{flag('test_split')} {config.test_split}: there is no such split; the set has {', '.join(there)}\n"
+            f"  Give another, or hold back a fifth of each class for testing: {flag('test_fraction')} 0.2"
+        )
+    others = [name for name in there if named("validation", [name]) and name not in test]
+    if test != config.test_split or config.test_fraction is not None or others:
+        unused = f"; {', '.join(map(repr, others))} is not used" if others else ""
+        unused += "" if config.test_fraction is None else f"; {flag('test_fraction')} is for sets without a test split"
+        say(f"tests on the split {test!r}{unused}")
+    return train, test
+
+
+def _is_usual(spec: str) -> bool:
+    return spec in ("test", "validation")
+
+
+def _images_alone(rows: datasets.Dataset, column: str, root: str) -> datasets.Dataset:
+    """The column of images, as arrow; paths below the table's folder by their absolute names."""
+    import datasets
+
+    rows = rows.select_columns(column)
+    if str(getattr(rows.features[column], "dtype", "")) in ("string", "large_string"):
+        paths = rows.with_format(None)[:][column]
+        if any(path is not None and not Path(path).is_absolute() for path in paths):
+            joined = [None if path is None else str(Path(root, path)) for path in paths]
+            kinds = datasets.Features({column: datasets.Value("string")})
+            rows = datasets.Dataset.from_dict({column: joined}, features=kinds)
+    return rows.with_format("arrow")
+
+
+def _look_at_some(part: _Part, config: DataConfig, say: Say) -> None:
+    """Decodes a sample of a set that is decoded while training, so that what can be seen of it is said before."""
+    remarks: Counter[str] = Counter()
+    problems = []
+    sample = sample_positions(len(part.labels))
+    for at, item in zip(sample, part.items(sample), strict=True):
+        try:
+            remarks.update(decode(item)[1])
+        except BrokenImageError as error:
+            problems.append((name_of(item, int(part.positions[at]), config.source), str(error)))
+    if problems:
+        raise broken(f"{part.split} (of {len(sample)} looked at)", problems, len(sample), "Repair or remove them.")
+    for sentence in remarked(len(sample), remarks, f"sampled {part.split}"):
+        say(sentence)
 
 
 def balanced(labels: Tensor, limit: int | None, name: str = "limit") -> Tensor:
@@ -88,7 +208,7 @@ def balanced(labels: Tensor, limit: int | None, name: str = "limit") -> Tensor:
     if limit is None:
         return torch.arange(len(labels))
     if limit > len(labels):
-        raise LocalGradError(f"{name}={limit}: the set has {len(labels)} images; give at most that, or None")
+        raise LocalGradError(f"{flag(name)} {limit}: the set has {len(labels)} images; give at most that, or None")
     by_class = labels.argsort(stable=True)
     counts = labels.bincount()
     turn = torch.empty_like(labels)  # how many of its class come before each sample
@@ -109,175 +229,19 @@ def _load_digits(config: DataConfig) -> tuple[Images, Images]:
     _check_labels(targets, num_classes, "digits")
     parts = train_test_split(np.arange(len(labels)), test_size=360, stratify=labels, random_state=0)
 
-    def build(part: Tensor, limit_name: str) -> Images:
+    def build(part: Tensor, split: str, limit_name: str) -> Images:
         chosen = part[balanced(targets[part], getattr(config, limit_name), limit_name)]
-        return Images(targets[chosen], config, num_classes, images[chosen].contiguous())
+        own = fingerprint(split, targets[part], lambda positions: [small[part[at]].tobytes() for at in positions])
+        return Images(targets[chosen], config, num_classes, images[chosen].contiguous(), fingerprint=own)
 
     splits: dict[str, Tensor] = dict(zip(("train", "test"), map(torch.from_numpy, parts), strict=True))
     for name in ("train_split", "test_split"):
         if getattr(config, name) not in splits:
-            raise LocalGradError(f"{name}={getattr(config, name)!r}: the digits have the splits train and test")
-    return build(splits[config.train_split], "train_limit"), build(splits[config.test_split], "test_limit")
-
-
-def _load_rows(config: DataConfig) -> tuple[datasets.Dataset, datasets.Dataset]:
-    import datasets
-
-    try:
-        folder = Path(config.source).expanduser()
-        local = folder.is_dir()
-    except (OSError, RuntimeError, ValueError) as error:  # a name too long, a user who is not there
-        raise LocalGradError(f"source={config.source[:80]!r} cannot be a folder: {error}"[:300]) from error
-    if not local and (config.source[:1] in "./~" or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.source)):
-        parent = next(path for path in folder.absolute().parents if path.is_dir())
-        exists = sorted(path.name for path in parent.iterdir() if path.is_dir())
-        raise LocalGradError(f"source={config.source!r} is not a folder; {parent} has the folders {exists}")
-    offline = not local and not _hub_answers()
-    try:
-        with _quiet(offline):
-            where = _local_arguments(folder, config) if local else {"path": config.source, "name": config.subset}
-            train, test = datasets.load_dataset(**where, split=[config.train_split, config.test_split])
-    except LocalGradError:
-        raise
-    except Exception as error:  # whatever it is, the set cannot be had
-        why = " ".join(f"{error} {error.__cause__ or ''}".split())
-        if offline:
-            why = f"no such folder, not in the cache, and the Hugging Face hub cannot be reached ({why})"
-        raise LocalGradError(
-            f"source={config.source!r} (subset={config.subset!r}, train_split={config.train_split!r}, "
-            f"test_split={config.test_split!r}) cannot be loaded: {why}; give a local folder, or a hub name and a "
-            "connection, and splits that it has (--data.train-split and --data.test-split; "
-            "in evaluate and reproduce --test-split)"
-        ) from error
-    return train, test
-
-
-def _local_arguments(folder: Path, config: DataConfig) -> dict[str, Any]:
-    """What `load_dataset` is given for a folder.
-
-    Left to itself it finds splits by words anywhere in a path, so that class "test_bench" in train/ would be tested on.
-    A folder with a subfolder for each split is therefore spelled out.
-    """
-    import datasets
-
-    splits = {FOLDER_SPLITS.get(path.name, path.name): path.name for path in sorted(folder.iterdir()) if path.is_dir()}
-    wanted = dict.fromkeys(re.findall(r"(?:^|\+)(\w+)", f"{config.train_split}+{config.test_split}"))
-    if wanted.keys() <= splits.keys():
-        return {"path": str(folder), "data_files": {split: _patterns(folder, splits[split]) for split in wanted}}
-    if wanted.keys() == {"train"} and not any(path.suffix in _TABLES for path in folder.rglob("*")):
-        return {"path": str(folder), "data_files": {"train": _patterns(folder, "")}}  # classes alone
-    declared = config.subset and datasets.get_dataset_config_names(str(folder)) != ["default"]
-    return {"path": str(folder), "name": config.subset if declared else None}
-
-
-def _patterns(folder: Path, name: str) -> list[str]:
-    """What matches all files of a split's folder, those of linked class folders too."""
-    inside = f"{name}/" if name else ""
-    links = [path.name for path in sorted((folder / name).iterdir()) if path.is_symlink() and path.is_dir()]
-    odd = [link for link in links if has_magic(link)]
-    if odd:
-        raise LocalGradError(
-            f"the linked folder {odd[0]!r} cannot be read, for *, ? and [] mean other names: rename it"
-        )
-    return [f"{inside}**", *(f"{inside}{link}/**" for link in links)]
-
-
-def _check_names(folder: Path, config: DataConfig, feature: Any, column: str) -> None:
-    """Refuse local parquet files whose classes have other names or another order: their numbers mean other classes."""
-    names = getattr(feature, "names", None)
-    if names is None or config.subset or not folder.is_dir():
-        return
-    import pyarrow.parquet as parquet
-
-    for path in sorted(folder.rglob("*.parquet")):
-        try:
-            metadata = json.loads((parquet.read_schema(path).metadata or {}).get(b"huggingface", b"{}"))
-            own = metadata["info"]["features"][column]["names"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # without names, or not what was read
-        if own != names:
-            raise LocalGradError(
-                f"{path} numbers the classes {own[:9]}, and the first file of the set {names[:9]}: the same number "
-                "would be another class; write all splits with one ClassLabel"
-            )
-
-
-def _check_trained(labels: list[Tensor], num_classes: int, feature: Any, config: DataConfig) -> None:
-    """Refuse to test on classes that no training image has, as where a folder sorted by class is sliced."""
-    trained, tested = ({*each.unique().tolist()} & {*range(num_classes)} for each in labels)
-    missing = sorted(tested - trained)
-    if missing:
-        names = getattr(feature, "names", None) or range(num_classes)
-        said = [names[label] for label in missing[:9] if label < len(names)]
-        raise LocalGradError(
-            f"test_split={config.test_split!r} has {len(missing)} class(es) without an image in train_split="
-            f"{config.train_split!r} ({', '.join(map(str, said))}): a slice of images sorted by class takes whole "
-            "classes; put the images into train/CLASS and test/CLASS"
-        )
-
-
-def _hub_answers() -> bool:
-    """One request: `load_dataset` by itself retries for half a minute and then looks into its cache."""
-    from huggingface_hub import constants, get_session
-
-    try:
-        get_session().head(constants.ENDPOINT, timeout=10)
-    except Exception:  # of a class that depends on the version and on offline mode
-        return False
-    return True
-
-
-@contextmanager
-def _quiet(offline: bool) -> Iterator[None]:
-    """Without the progress bars of `datasets`, and only with its cache if offline; the user's settings come back."""
-    import datasets
-    from datasets import config as settings
-
-    bars = settings.HF_DATASETS_DISABLE_PROGRESS_BARS is None and not datasets.are_progress_bars_disabled()
-    before = settings.HF_HUB_OFFLINE
-    if bars:
-        datasets.disable_progress_bars()
-    settings.HF_HUB_OFFLINE = before or offline
-    try:
-        yield
-    finally:
-        settings.HF_HUB_OFFLINE = before
-        if bars:
-            datasets.enable_progress_bars()
-
-
-def _find_columns(features: datasets.Features, config: DataConfig) -> tuple[str, str]:
-    """Names of the image and of the label column."""
-    import datasets
-
-    pictures = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    numbers = [name for name, feature in features.items() if "int" in str(getattr(feature, "dtype", None))]
-    named = [name for name in classes or numbers if name in LABEL_NAMES]
-    found = classes if len(classes) == 1 else named
+            raise LocalGradError(f"{flag(name)} {getattr(config, name)}: the digits have the splits train and test")
     return (
-        _choose("image_column", config.image_column, pictures, pictures, features),
-        _choose("label_column", config.label_column, [*classes, *numbers], found, features),
+        build(splits[config.train_split], config.train_split, "train_limit"),
+        build(splits[config.test_split], config.test_split, "test_limit"),
     )
-
-
-def _choose(field: str, given: str | None, allowed: list[str], found: list[str], features: datasets.Features) -> str:
-    if given is None and len(found) == 1:
-        return found[0]
-    if given not in allowed:
-        kinds = {name: type(feature).__name__ for name, feature in features.items()}
-        how = "" if allowed else "; images in folders get labels where all lie in SPLIT/CLASS/, of two classes or more"
-        raise LocalGradError(f"{field}={given!r}: choose from {allowed}; the columns of the set are {kinds}{how}")
-    return given
-
-
-def _read_labels(rows: datasets.Dataset, column: str) -> Tensor:
-    """All labels of a split, (N,) int64; no image is read."""
-    labels = rows.select_columns(column).with_format("arrow")[:][column].combine_chunks()
-    if labels.null_count:
-        first = labels.is_null().to_pylist().index(True)
-        raise LocalGradError(f"{rows.split} image {first} has no label in column {column!r}; leave such rows out")
-    return torch.from_numpy(labels.to_numpy(zero_copy_only=False).astype(np.int64))
 
 
 def _check_labels(labels: Tensor, num_classes: int, split: str) -> None:
@@ -286,5 +250,42 @@ def _check_labels(labels: Tensor, num_classes: int, split: str) -> None:
         first = int(wrong[0])
         raise LocalGradError(
             f"{split} image {first} has label {int(labels[first])}: labels go from 0 to num_classes - 1 = "
-            f"{num_classes - 1} ({len(wrong)} of {len(labels)} do not); set num_classes, or leave such rows out"
+            f"{num_classes - 1} ({len(wrong)} of {len(labels)} do not); set {flag('num_classes')}, or leave such rows "
+            "out"
         )
+
+
+def _check_classes(train: _Part, test: _Part, num_classes: int, names: tuple[str, ...] | None, say: Say) -> None:
+    """Refuse to test on classes that no training image has; say which classes have no image."""
+    trained, tested = ({*part.labels.unique().tolist()} for part in (train, test))
+    untrained = tested - trained
+    if untrained:
+        raise LocalGradError(
+            f"{test.split} has {len(untrained)} class(es) without an image in {train.split}: "
+            f"{_named(untrained, names)}\n"
+            "  Put images of the same classes into train/CLASS and test/CLASS, or hold some back: "
+            f"{flag('test_fraction')} 0.2"
+        )
+    if num_classes < 2:
+        raise LocalGradError(f"{train.split} has images of one class ({_named(trained, names)}): nothing to tell apart")
+    classes = {*range(num_classes)}
+    if classes - trained:
+        start = f"labels begin at {min(trained)}; " if names is None and min(trained) > 0 else ""
+        say(
+            f"{start}{train.split} has no image of {len(classes - trained)} of {num_classes} classes: "
+            f"{_named(classes - trained, names)}"
+        )
+    if trained - tested:
+        say(
+            f"{test.split} has no image of {len(trained - tested)} of {num_classes} classes: "
+            f"{_named(trained - tested, names)}"
+        )
+
+
+def _named(classes: set[int], names: tuple[str, ...] | None) -> str:
+    said = [str(label if names is None or label >= len(names) else names[label]) for label in sorted(classes)]
+    return _listed(said)
+
+
+def _listed(words: Sequence[str]) -> str:
+    return ", ".join(words[:MOST_NAMED]) + (f" and {len(words) - MOST_NAMED} more" if words[MOST_NAMED:] else "")

@@ -7,9 +7,10 @@ in the epoch) alone: not on the global random state, the number of workers or ra
 
 from __future__ import annotations
 
-import io
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,16 +19,19 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from localgrad.data.config import DataConfig, Mode
+from localgrad.data.config import DataConfig, Mode, flag
+from localgrad.data.decoding import BrokenImageError, broken, decode, name_of, remarked
+from localgrad.data.fingerprint import Fingerprint
 from localgrad.errors import LocalGradError, check_rules
 
 if TYPE_CHECKING:
     import datasets
     from PIL.Image import Image
 
-
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
-"""Image formats to recognise; trying all that Pillow knows takes longer than to decode a small image."""
+CHUNK = 256
+"""Images that are read and decoded at a time."""
+NEWS_SECONDS = 10.0
+"""How often to say how far decoding is."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +42,8 @@ class ImageSet(ABC):
     config: DataConfig
     num_classes: int
     class_names: tuple[str, ...] | None = field(default=None, kw_only=True)
+    fingerprint: Fingerprint | None = field(default=None, kw_only=True)
+    """Of the whole part that it was taken from, before a limit."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -224,10 +230,13 @@ class _Samples(Dataset[tuple[Tensor, int] | LocalGradError]):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | LocalGradError:
         (index, position), stream = key, self.stream
         row = int(stream.indices[index])
+        item = stream.rows[row : row + 1][stream.column][0].as_py()
         try:
-            image = _decode(stream.rows[row : row + 1][stream.column][0].as_py(), row, stream.rows, stream.config)
-        except LocalGradError as error:
-            return error
+            image, _ = _sized(item, stream.config)
+        except BrokenImageError as error:
+            split = stream.fingerprint.split if stream.fingerprint else "streamed"
+            problem = name_of(item, row, stream.config.source), str(error)
+            return broken(split, [problem], len(stream), _advice([problem], stream.config))
         with torch.random.fork_rng(devices=[]):  # the transforms draw from the global generator
             torch.default_generator.manual_seed(_mix(self.epoch.seed, self.epoch.number, position))
             pixels = np.array(self.transform(image))
@@ -270,15 +279,52 @@ def _mix(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def decode_all(rows: datasets.Dataset, column: str, indices: Tensor, config: DataConfig) -> Tensor:
-    """Images (N, 3, H, W) uint8 of the rows `indices`; one thread, for more only wait for Python's lock here."""
+def decode_all(
+    rows: datasets.Dataset, column: str, indices: Tensor, config: DataConfig, *, split: str, say: Callable[[str], None]
+) -> Tensor:
+    """Images (N, 3, H, W) uint8 of the rows `indices`; one thread, for more only wait for Python's lock here.
+
+    Args:
+        rows: of the split, as arrow.
+        column: of the images.
+        indices: (N,) int64.
+        config: says the size.
+        split: what to call it.
+        say: told how far it is, and what was left out of the images.
+
+    Raises:
+        LocalGradError: images cannot be used; all of them are named at once, or the first ten and how many.
+    """
     chosen, numbers, transform = rows.select(indices.numpy()), indices.tolist(), _transform(config, train=False)
     images = _room(len(indices), config.image_size)
-    pixels, chunk = images.numpy(), 256
-    for first in range(0, len(indices), chunk):
-        for place, item in enumerate(chosen[first : first + chunk][column].to_pylist(), first):
-            pixels[place] = np.asarray(transform(_decode(item, numbers[place], rows, config))).transpose(2, 0, 1)
+    pixels, remarks, problems = images.numpy(), Counter[str](), list[tuple[str, str]]()
+    told = begin = time.monotonic()
+    for first in range(0, len(indices), CHUNK):
+        for place, item in enumerate(chosen[first : first + CHUNK][column].to_pylist(), first):
+            try:
+                image, own = _sized(item, config)
+            except BrokenImageError as error:
+                problems.append((name_of(item, numbers[place], config.source), str(error)))
+                continue
+            remarks.update(own)
+            pixels[place] = np.asarray(transform(image)).transpose(2, 0, 1)
+        now, done = time.monotonic(), min(first + CHUNK, len(indices))
+        if now - told > (NEWS_SECONDS if told > begin else 2.0) and done < len(indices):
+            left = (now - begin) * (len(indices) - done) / done
+            say(f"decoding {split}: {done:,} of {len(indices):,} images, about {left:.0f} s left")
+            told = now
+    if problems:
+        raise broken(split, problems, len(indices), _advice(problems, config))
+    for sentence in remarked(len(indices), remarks, split):
+        say(sentence)
     return images
+
+
+def _advice(problems: list[tuple[str, str]], config: DataConfig) -> str:
+    if any("pixels, not" in reason for _, reason in problems):
+        size = config.image_size
+        return f"Give {flag('resize')} {size}, which resizes and center-crops, or another {flag('image_size')}."
+    return "Repair or remove them."
 
 
 def _room(count: int, size: int) -> Tensor:
@@ -288,38 +334,19 @@ def _room(count: int, size: int) -> Tensor:
     except RuntimeError as error:
         raise LocalGradError(
             f"{count} images of {size} x {size} pixels take {count * 3 * size**2 / 2**30:.0f} GiB, more than there is: "
-            "give fewer (train_limit, test_limit), a smaller image_size, or streaming=True"
+            f"give fewer ({flag('train_limit')}, {flag('test_limit')}), a smaller {flag('image_size')}, or "
+            f"{flag('streaming')}"
         ) from error
 
 
-def _decode(item: dict[str, Any] | None, row: int, rows: datasets.Dataset, config: DataConfig) -> Image:
-    """The RGB image of encoded bytes, or of the path to a file; of the configured size unless it will be resized.
-
-    It is turned upright as its EXIF data say; transparency is left out; 16 bits become 8.
-    """
-    from PIL import Image, ImageOps
-
-    item = item or {}
-    try:
-        file = io.BytesIO(item["bytes"]) if item.get("bytes") else item["path"]
-        image = ImageOps.exif_transpose(Image.open(file, formats=FORMATS))
-        if image.mode.startswith("I;16"):
-            image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
-        mode, image = image.mode, image.convert("RGB")
-    except Exception as error:  # of many classes, by format
-        name = f"{rows.split} image {row} (path {item.get('path')!r})"
-        raise LocalGradError(f"{name} cannot be decoded: {error!r}; repair it or leave it out") from error
-    if mode in ("I", "F"):
-        raise LocalGradError(
-            f"{rows.split} image {row} has pixels of 32 bits (mode {mode}), whose black and white are not known: store "
-            "it with 8 or 16 bits"
-        )
+def _sized(item: Any, config: DataConfig) -> tuple[Image, set[str]]:
+    """The decoded image, of the configured size unless it will be resized, and what is to be said of it."""
+    image, remarks = decode(item)
     if config.resize is None and image.size != (config.image_size, config.image_size):
-        raise LocalGradError(
-            f"{rows.split} image {row} has {image.height} x {image.width} pixels (height x width), and image_size="
-            f"{config.image_size} takes only such squares; set image_size, or set resize to resize and center-crop"
+        raise BrokenImageError(
+            f"{image.height} x {image.width} pixels, not {flag('image_size')} {config.image_size} squared"
         )
-    return image
+    return image, remarks
 
 
 def _transform(config: DataConfig, train: bool) -> torch.nn.Module:

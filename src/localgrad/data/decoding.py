@@ -1,0 +1,179 @@
+"""An image file to an RGB image of 8 bits, and what of the file that leaves out."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from localgrad.errors import LocalGradError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
+"""Image formats to recognise first; trying all that Pillow knows takes longer than to decode a small image."""
+RARE_FORMATS = ("AVIF", "JPEG2000", "TGA", "ICO", "QOI")
+"""Tried where a file has none of the first; others, as EPS and PDF, would run a program on the file."""
+REMARKS = {
+    "transparent": "with transparent pixels, laid on white",
+    "frames": "with several frames, of which the first is taken",
+    "dark": "of 16 bits without a value above 4095, nearly black (of 12 bits? TIFF's MaxSampleValue can say so)",
+}
+"""What can be said of an image that is used, but not as it is."""
+MOST_NAMED = 10
+_MAX_SAMPLE, _S_MIN_SAMPLE, _S_MAX_SAMPLE = 281, 340, 341  # TIFF 6.0, sections 8 and 19
+_PAPER = 255
+
+
+class BrokenImageError(LocalGradError):
+    """One image that cannot be used, and why, in a few words."""
+
+
+def suffixes() -> frozenset[str]:
+    """Suffixes, in lower case, of the files that can be decoded."""
+    from PIL import Image
+
+    known = {*FORMATS, *RARE_FORMATS}
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in known)
+
+
+def decode(item: Any) -> tuple[Image, set[str]]:
+    """The RGB image of an encoded one, and which of `REMARKS` hold for it.
+
+    It is turned upright as its EXIF data say. More than 8 bits are scaled by what the file says: its type, or the
+    largest sample value of a TIFF file. Transparent pixels are laid on white. Of several frames the first is taken.
+
+    Args:
+        item: the bytes, a path, or what `datasets` stores: a table with `bytes` or `path`.
+
+    Raises:
+        BrokenImageError: it is no image, or has 32 bits whose black and white the file does not say.
+    """
+    from PIL import Image, ImageOps
+
+    remarks: set[str] = set()
+    try:
+        image = _opened(encoded(item))
+        if getattr(image, "is_animated", False):
+            remarks.add("frames")
+        image = _eight_bits(ImageOps.exif_transpose(image), remarks)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            if np.asarray(image)[..., 3].min() < 255:
+                remarks.add("transparent")
+                paper = Image.new("RGBA", image.size, (_PAPER, _PAPER, _PAPER, 255))
+                image = Image.alpha_composite(paper, image)
+        return image.convert("RGB"), remarks
+    except BrokenImageError:
+        raise
+    except Exception as error:  # of many classes, by format
+        raise BrokenImageError(_reason(error)) from error
+
+
+def encoded(item: Any) -> bytes:
+    """The bytes of an image's file."""
+    if isinstance(item, dict):
+        item = item.get("bytes") or item.get("path")
+    if isinstance(item, str):
+        item = Path(item).read_bytes()
+    if not item:
+        raise BrokenImageError("empty")
+    return item
+
+
+def _opened(data: bytes) -> Image:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        Image.init()
+        known = [kind for kind in RARE_FORMATS if kind in Image.OPEN]
+        return Image.open(io.BytesIO(data), formats=known)
+
+
+def _eight_bits(image: Image, remarks: set[str]) -> Image:
+    from PIL import Image
+
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return image
+    tags = getattr(image, "tag_v2", {})
+    low, high = (_number(tags.get(tag)) for tag in (_S_MIN_SAMPLE, _S_MAX_SAMPLE))
+    if image.mode.startswith("I;16") or image.format == "PPM":  # Pillow scales PPM's own largest value to 16 bits
+        low, high = 0.0, _number(tags.get(_MAX_SAMPLE)) or high or _bits(tags) or 65535.0
+    if high is None:
+        raise BrokenImageError(
+            f"pixels of 32 bits (mode {image.mode}), whose black and white the file does not say: store 8 or 16 bits"
+        )
+    values = np.asarray(image).astype(np.float64)
+    if high == 65535 and 0 < values.max() < 4096:
+        remarks.add("dark")
+    scaled = (values - (low or 0.0)) * (255 / (high - (low or 0.0)))
+    return Image.fromarray(scaled.clip(0, 255).round().astype(np.uint8))
+
+
+def _bits(tags: Any) -> float | None:
+    """The largest value of the number of bits that a TIFF file says its samples have."""
+    bits = _number(tags.get(258))
+    return None if bits is None else 2.0**bits - 1
+
+
+def _number(value: Any) -> float | None:
+    value = value[0] if isinstance(value, tuple) and value else value
+    return None if value is None or isinstance(value, tuple) else float(value)
+
+
+def _reason(error: Exception) -> str:
+    from PIL import Image, UnidentifiedImageError
+
+    if isinstance(error, UnidentifiedImageError):
+        return "no image"
+    if isinstance(error, FileNotFoundError):
+        return "not there"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels"
+    return " ".join(str(getattr(error, "strerror", None) or error or type(error).__name__).split())[:80]
+
+
+def broken(split: str, problems: Sequence[tuple[str, str]], count: int, advice: str) -> LocalGradError:
+    """One error for all images that cannot be used, in three lines.
+
+    Args:
+        split: of which split.
+        problems: name and reason of each.
+        count: of how many images.
+        advice: what to do.
+    """
+    reasons: dict[str, list[str]] = {}
+    for name, reason in problems[:MOST_NAMED]:
+        reasons.setdefault(reason, []).append(name)
+    named = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in reasons.items())
+    more = f"; and {len(problems) - MOST_NAMED} more" if len(problems) > MOST_NAMED else ""
+    return LocalGradError(f"{len(problems)} of {count:,} {split} images cannot be used\n  {named}{more}\n  {advice}")
+
+
+def name_of(item: Any, number: int, root: str = "") -> str:
+    """What to call an image: its path, below `root` without it, or its number in the split."""
+    path = item.get("path") if isinstance(item, dict) else item
+    if not isinstance(path, str) or (isinstance(item, dict) and item.get("bytes")):
+        return f"image {number}"
+    return path.removeprefix(root).lstrip("/\\") if root else path
+
+
+def remarked(count: int, remarks: Counter[str], split: str) -> list[str]:
+    """A sentence for each remark and how many images it holds for."""
+    return [
+        f"{split}: {remarks[key]:,} of {counted(count, 'image')} {text}"
+        for key, text in REMARKS.items()
+        if remarks[key]
+    ]
+
+
+def counted(count: int, noun: str) -> str:
+    """As `1 image` or `1,200 images`; `s` makes a plural."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
