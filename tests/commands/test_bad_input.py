@@ -170,7 +170,10 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "no such folder": (["train", "digits-dgl", "--data", "./nowhere", *HERE], "is not a folder"),
     "no such user": (["train", "digits-dgl", "--data", "~nobody-here/x", *HERE], "cannot be a folder"),
     "a path too long": (["train", "digits-dgl", "--data", "./" + "x" * 5000, *HERE], "cannot be a folder"),
-    "an empty folder": (["train", "digits-dgl", "--data", "empty", *HERE], "give a local folder, or a hub name"),
+    "an empty folder": (
+        ["train", "digits-dgl", "--data", "empty", *HERE],
+        "has no images or tables that we read: nothing",
+    ),
     "a rate too large": (["train", "digits-dgl", "--lr", "1e400"], "optim.lr is inf, it must be a finite number"),
     "an infinite decay": (["train", "digits-dgl", "--optim.weight-decay", "inf"], "optim.weight_decay is inf"),
     "epochs without end": (["train", "digits-dgl", "--epochs", "9" * 30], "it must be from 1 to 2**31 - 1"),
@@ -184,7 +187,10 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "no such objective": (["train", "digits-dgl", "--objective.name", "dlg"], "did you mean dgl"),
     "a decay above one": (["train", "digits-dgl-man", *HERE, "--momentum.decay", "7"], "decay is 7.0: it is from 0"),
     "more parts than images": (["train", "digits-dgl", *HERE, "--optim.accumulate", "99"], "from 1 to the batch size"),
-    "too few classes": (["train", "digits-dgl", *HERE, "--data.num-classes", "3"], "set num_classes, or leave such"),
+    "too few classes": (
+        ["train", "digits-dgl", *HERE, "--data.num-classes", "3"],
+        "set --data.num-classes, or leave such",
+    ),
     "a device that is not here": (["train", "digits-dgl", *HERE, "--accelerator", "tpu"], "must be one of auto, cpu"),
     "no checkpoint kept": (["train", "digits-dgl", "--keep-checkpoints", "0"], "keep_checkpoints is 0, it must be 1"),
     "a run folder that is none": (["evaluate", "empty"], "empty is no run folder"),
@@ -221,7 +227,7 @@ def test_the_command_line_refuses(
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err.startswith("localgrad: ")
-    assert said.err.count("\n") == 1, said.err
+    assert said.err.count("\n") <= 3, said.err
     assert message in said.err
     assert _tree(tmp_path) == before
 
@@ -307,7 +313,10 @@ EVALUATED: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         "belongs to another model",
     ),
     "other classes": (_other_classes, "has 3 classes and the network of"),
-    "no such split": (lambda run_dir: [*_other_classes(run_dir), "--test-split", "dev"], "splits that it has"),
+    "no such split": (
+        lambda run_dir: [*_other_classes(run_dir), "--test-split", "dev"],
+        "there is no such split; the set has",
+    ),
     "no such device": (lambda run_dir: ["--accelerator", "tpu"], "cannot be used on this machine"),
     "heads of no checkpoint": (
         lambda run_dir: [(run_dir / name).unlink() for name in ("checkpoint.pt",)] and ["--local-heads"],
@@ -331,7 +340,7 @@ def test_a_run_that_cannot_be_evaluated(
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err.startswith("localgrad: ")
-    assert said.err.count("\n") == 1, said.err
+    assert said.err.count("\n") <= 3, said.err
     assert message in said.err
     assert _tree(tmp_path) == before
 

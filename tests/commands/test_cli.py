@@ -133,7 +133,7 @@ def test_train_then_evaluate_then_resume(
 def test_an_interrupt_says_how_to_go_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*arguments: object) -> None:
+    def interrupted(*arguments: object, **named: object) -> None:
         raise KeyboardInterrupt("interrupted in epoch 1 after step 2; everything is saved")
 
     monkeypatch.setattr(trainer, "train_epoch", interrupted)
@@ -145,7 +145,7 @@ def test_an_interrupt_says_how_to_go_on(
 def test_an_interrupt_before_anything_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*arguments: object) -> None:
+    def interrupted(*arguments: object, **named: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(trainer, "set_up", interrupted)
@@ -180,7 +180,7 @@ def test_mistakes_get_one_line_and_exit_code_2(
 
 @pytest.mark.parametrize(
     ("flags", "named"),
-    [(["--epoch", "3"], "--epoch"), (["--seed", "many"], "--seed"), (["--data.padding", "-1"], "padding=-1")],
+    [(["--epoch", "3"], "--epoch"), (["--seed", "many"], "--seed"), (["--data.padding", "-1"], "--data.padding -1")],
 )
 def test_a_flag_that_cannot_be_read_is_named(flags: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as leaving:

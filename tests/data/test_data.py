@@ -143,22 +143,24 @@ def test_every_field_has_a_sentence() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"source": ""}, "source=''"),
-        ({"image_size": 0}, "image_size=0: give at least 1"),
-        ({"padding": -1}, "padding=-1: give at least 0"),
-        ({"workers": -2}, "workers=-2: give at least 0"),
-        ({"num_classes": 0}, "num_classes=0"),
-        ({"train_limit": 0}, "train_limit=0: give at least 1"),
-        ({"test_limit": -3}, "test_limit=-3: give at least 1"),
-        ({"crop": "five"}, "crop='five': choose from"),
-        ({"padding_mode": "edge"}, "padding_mode='edge': choose from"),
-        ({"mean": (0.5,)}, "mean="),
-        ({"std": (0.5, 0.5, 0.0)}, "std="),
-        ({"padding_mode": "reflect", "padding": 32}, "padding=32: reflection"),
-        ({"resize": 31}, "resize=31: give at least image_size=32"),
-        ({"source": "a/b", "crop": "resized"}, "needs streaming"),
-        ({"source": "a/b", "crop": "resized", "streaming": True}, "resize=..."),
-        ({"streaming": True}, "streaming=True"),
+        ({"source": ""}, "--data ''"),
+        ({"image_size": 0}, "--data.image-size 0: give at least 1"),
+        ({"padding": -1}, "--data.padding -1: give at least 0"),
+        ({"workers": -2}, "--data.workers -2: give at least 0"),
+        ({"num_classes": 0}, "--data.num-classes 0"),
+        ({"train_limit": 0}, "--data.train-limit 0: give at least 1"),
+        ({"test_limit": -3}, "--data.test-limit -3: give at least 1"),
+        ({"crop": "five"}, "--data.crop five: choose from none, pad, resized"),
+        ({"padding_mode": "edge"}, "--data.padding-mode edge: choose from"),
+        ({"mean": (0.5,)}, "--data.mean"),
+        ({"std": (0.5, 0.5, 0.0)}, "--data.std"),
+        ({"padding_mode": "reflect", "padding": 32}, "--data.padding 32: reflection"),
+        ({"resize": 31}, "--data.resize 31: give at least --data.image-size 32"),
+        ({"source": "a/b", "crop": "resized"}, "needs --data.streaming"),
+        ({"source": "a/b", "crop": "resized", "streaming": True}, "--data.resize"),
+        ({"streaming": True}, "--data.streaming"),
+        ({"test_fraction": 1.0}, "--data.test-fraction 1.0: give more than 0"),
+        ({"split_seed": -1}, "--data.split-seed -1: give at least 0"),
     ],
 )
 def test_wrong_configuration(wrong: dict[str, Any], message: str) -> None:
@@ -168,7 +170,7 @@ def test_wrong_configuration(wrong: dict[str, Any], message: str) -> None:
 
 
 def test_all_configuration_errors_at_once() -> None:
-    with pytest.raises(LocalGradError, match=r"image_size=0.*workers=-1.*crop='x'"):
+    with pytest.raises(LocalGradError, match=r"image-size 0.*workers -1.*crop x"):
         DataConfig(image_size=0, workers=-1, crop="x")  # pyright: ignore[reportArgumentType]
 
 
@@ -205,7 +207,7 @@ def test_digits_by_their_splits() -> None:
     assert torch.equal(same.labels, train.labels)
     assert torch.equal(other.labels, train.labels)
     assert len(test) == 360
-    with pytest.raises(LocalGradError, match="test_split='validation': the digits have the splits train and test"):
+    with pytest.raises(LocalGradError, match=r"--data\.test-split validation: the digits have the splits"):
         load(replace(data.digits(), test_split="validation"))
 
 
@@ -224,7 +226,7 @@ def test_digits_limits_size_and_classes() -> None:
     assert next(train.batches(4, train=True))[0].shape == (4, 3, 16, 16)
     with pytest.raises(LocalGradError, match=r"digits image 3 has label 3: .* num_classes - 1 = 2"):
         load(DataConfig(num_classes=3))
-    with pytest.raises(LocalGradError, match="train_limit=1438: the set has 1437"):
+    with pytest.raises(LocalGradError, match=r"--data\.train-limit 1438: the set has 1437"):
         load(DataConfig(train_limit=1438))
 
 
@@ -316,7 +318,7 @@ def test_pixels_of_32_bits_are_refused(tmp_path: Path, kind: type) -> None:
     row = encoded(np.linspace(0, 1, 64).reshape(8, 8).astype(kind), "TIFF")
     for split in ("train", "test"):
         write(tmp_path, split, {"image": [row], "label": [0]})
-    with pytest.raises(LocalGradError, match=r"train image 0 has pixels of 32 bits \(mode [FI]\)"):
+    with pytest.raises(LocalGradError, match=r"1 of 1 train images .*\n  image 0 \(pixels of 32 bits \(mode [FI]\)"):
         load(replace(PLAIN, source=str(tmp_path)))
 
 
@@ -344,16 +346,15 @@ def test_linked_class_folders_are_read(tmp_path: Path) -> None:
     assert train.num_classes == 3
     assert train.labels.bincount().tolist() == test.labels.bincount().tolist() == [2, 2, 3]
     (tmp_path / "images" / "train" / "cow").rename(tmp_path / "images" / "train" / "cow [1]")
-    with pytest.raises(LocalGradError, match=r"the linked folder 'cow \[1\]' cannot be read"):
-        load(replace(PLAIN, source=str(tmp_path / "images")))
+    (tmp_path / "images" / "test" / "cow").rename(tmp_path / "images" / "test" / "cow [1]")
+    train, _ = load(replace(PLAIN, source=str(tmp_path / "images")))
+    assert train.class_names == ("ant", "bee", "cow [1]")
 
 
 def test_classes_alone_cannot_be_sliced_into_other_classes(tmp_path: Path) -> None:
     _class_folders(tmp_path, ("dev_board", "test_bench", "train_station"), 4)
     config = replace(PLAIN, source=str(tmp_path), train_split="train[:60%]", test_split="train[60%:]")
-    with pytest.raises(
-        LocalGradError, match=r"has 1 class\(es\) without an image .* \(train_station\): .* train/CLASS"
-    ):
+    with pytest.raises(LocalGradError, match=r"train\[:60%\] has images of 2 of 3 classes, .* sorted by class"):
         load(config)
     train, _ = load(replace(config, train_split="train", test_split="train"))
     assert train.labels.bincount().tolist() == [4, 4, 4]
@@ -361,9 +362,9 @@ def test_classes_alone_cannot_be_sliced_into_other_classes(tmp_path: Path) -> No
 
 def test_images_of_no_class_say_where_labels_come_from(tmp_path: Path) -> None:
     for split in ("train", "test"):
-        _class_folders(tmp_path / split, ("ant", "bee"), 1)
+        (tmp_path / split).mkdir()
         Image.fromarray(pictures(1)[0]).save(tmp_path / split / "stray.png")
-    with pytest.raises(LocalGradError, match=r"images in folders get labels where all lie in SPLIT/CLASS/"):
+    with pytest.raises(LocalGradError, match=r"labels are the names of the folders"):
         load(replace(PLAIN, source=str(tmp_path)))
 
 
@@ -437,7 +438,7 @@ def test_declared_subset_of_a_folder_is_used(tmp_path: Path) -> None:
     card = "---\nconfigs:\n- config_name: red\n  data_dir: red\n- config_name: blue\n  data_dir: blue\n---\n"
     (tmp_path / "README.md").write_text(card)
     assert len(load(replace(PLAIN, source=str(tmp_path), subset="blue"))[0]) == 3
-    with pytest.raises(LocalGradError, match=r"subset='green'.*red.*blue|subset='green'.*blue.*red"):
+    with pytest.raises(LocalGradError, match=r"subset green .*red.*blue|subset green .*blue.*red"):
         load(replace(PLAIN, source=str(tmp_path), subset="green"))
 
 
@@ -667,7 +668,7 @@ def test_balanced_takes_the_first_of_each_class() -> None:
     assert balanced(labels, 5).tolist() == [0, 1, 4, 5, 6]  # the fourth and fifth: second images, first in the file
     assert balanced(labels, 9).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 9]  # class 1 has only two
     assert balanced(labels, None).tolist() == balanced(labels, 10).tolist() == list(range(10))
-    with pytest.raises(LocalGradError, match="limit=11: the set has 10 images"):
+    with pytest.raises(LocalGradError, match="limit 11: the set has 10 images"):
         balanced(labels, 11)
 
 
@@ -688,7 +689,7 @@ def test_limits_decode_only_what_is_kept(tmp_path: Path) -> None:
         write(tmp_path, split, {"image": rows, "label": [0, 0, 1, 2, 2, 1]})
     train, test = load(replace(PLAIN, source=str(tmp_path), train_limit=4, test_limit=3))
     assert train.labels.tolist() == [0, 0, 1, 2] and test.labels.tolist() == [0, 1, 2]
-    with pytest.raises(LocalGradError, match="test_limit=7: the set has 6 images"):
+    with pytest.raises(LocalGradError, match=r"--data\.test-limit 7: the set has 6 images"):
         load(replace(PLAIN, source=str(tmp_path), train_limit=4, test_limit=7))
 
 
@@ -705,13 +706,13 @@ def test_a_folder_that_is_not_there(small: Path) -> None:
 
 
 def test_an_empty_folder(tmp_path: Path) -> None:
-    with pytest.raises(LocalGradError, match="doesn't contain any data files"):
+    with pytest.raises(LocalGradError, match="has no images or tables that we read: nothing"):
         load(replace(PLAIN, source=str(tmp_path)))
 
 
 @pytest.mark.parametrize("field", ["train_split", "test_split"])
 def test_a_split_that_is_not_there(small: Path, field: str) -> None:
-    with pytest.raises(LocalGradError, match=rf"{field}='dev'.*Unknown split.*'train', 'test'"):
+    with pytest.raises(LocalGradError, match=rf"{field.replace('_', '-')} dev: there is no such split; .* train, test"):
         load(replace(PLAIN, source=str(small), **{field: "dev"}))
     with pytest.raises(LocalGradError, match="no data"):
         load(replace(PLAIN, source=str(small), **{field: "train[:0]"}))
@@ -720,10 +721,18 @@ def test_a_split_that_is_not_there(small: Path, field: str) -> None:
 @pytest.mark.parametrize(
     ("field", "given", "message"),
     [
-        ("image_column", "picture", r"image_column='picture': choose from \['image'\]; .*'label': 'ClassLabel'"),
-        ("image_column", "label", r"image_column='label': choose from \['image'\]"),
-        ("label_column", "class", r"label_column='class': choose from \['label'.*'image': 'Image'"),
-        ("label_column", "image", r"label_column='image': choose from \['label'"),
+        (
+            "image_column",
+            "picture",
+            r"image-column picture: .*\n.*label \(ClassLabel\).\n  Give --data.image-column image",
+        ),
+        ("image_column", "label", r"image-column label: (?s:.*)Give --data.image-column image"),
+        (
+            "label_column",
+            "class",
+            r"label-column class: (?s:.*)image \(Image\), (?s:.*)Give --data.label-column label\.$",
+        ),
+        ("label_column", "image", r"label-column image: (?s:.*)Give --data.label-column label\.$"),
     ],
 )
 def test_a_column_that_is_not_there(small: Path, field: str, given: str, message: str) -> None:
@@ -735,7 +744,7 @@ def test_ambiguous_columns(tmp_path: Path) -> None:
     rows = [encoded(p) for p in pictures(3)]
     for split in ("train", "test"):
         write(tmp_path, split, {"image": rows, "size": [0, 1, 2], "age": [0, 1, 2]}, datasets.Value("int32"))
-    with pytest.raises(LocalGradError, match=r"label_column=None: choose from \['size', 'age'\]"):
+    with pytest.raises(LocalGradError, match=r"which column has the labels(?s:.*)Give --data.label-column size or age"):
         load(replace(PLAIN, source=str(tmp_path)))
     train, _ = load(replace(PLAIN, source=str(tmp_path), label_column="age"))
     assert train.num_classes == 3
@@ -776,7 +785,9 @@ def test_images_of_unequal_size(tmp_path: Path, workers: int | None) -> None:
     for split in ("train", "test"):
         write(tmp_path, split, {"image": rows, "label": [0, 1, 2, 0, 1]})
     config = replace(PLAIN, source=str(tmp_path), streaming=workers is not None, workers=workers or 0)
-    with pytest.raises(LocalGradError, match=r"^train image 3 has 8 x 9 pixels \(height x width\), and image_size=8"):
+    with pytest.raises(
+        LocalGradError, match=r"image 3.* \(8 x 9 pixels, not --data.image-size 8 squared\)\n  Give --data.resize 8"
+    ):
         everything(load(config)[0], 5, train=False)
     assert everything(load(replace(config, resize=8))[0], 5, train=False)[0].shape == (5, 3, 8, 8)
 
@@ -787,7 +798,7 @@ def test_a_file_that_is_no_image(tmp_path: Path) -> None:
         rows = [encoded(pictures(1)[0]), {"bytes": content, "path": None} if content else None]
         for split in ("train", "test"):
             write(tmp_path / name, split, {"image": rows, "label": [0, 1]})
-        with pytest.raises(LocalGradError, match=r"train image 1 \(path None\) cannot be decoded"):
+        with pytest.raises(LocalGradError, match=r"1 of 2 train images .*\n  image 1 \("):
             load(replace(PLAIN, source=str(tmp_path / name)))
 
 
@@ -808,7 +819,7 @@ def test_no_network_and_not_cached_fails_quickly(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(huggingface_hub, "get_session", Unreachable)
     started = time.perf_counter()
     with pytest.raises(
-        LocalGradError, match=r"ufldl-stanford/svhn.*no such folder, not in the cache.*cannot be reached"
+        LocalGradError, match=r"ufldl-stanford/svhn: no such folder here, not in the cache, and .* cannot be reached"
     ) as error:
         load(data.svhn())
     assert time.perf_counter() - started < 5 and "\n" not in str(error.value)
@@ -829,12 +840,15 @@ def test_no_network_takes_the_cached_set(small: Path, monkeypatch: pytest.Monkey
 
 def test_a_hub_name_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(**arguments: Any) -> None:
-        assert arguments == {"path": "owner/absent", "name": "part", "split": ["train", "test"]}
+        assert arguments == {"path": "owner/absent", "name": "part"}
         raise DatasetNotFoundError("Dataset 'owner/absent' doesn't exist\non the Hub")
 
     monkeypatch.setattr(huggingface_hub, "get_session", Reachable)
     monkeypatch.setattr(datasets, "load_dataset", absent)
-    with pytest.raises(LocalGradError, match=r"subset='part'.*doesn't exist on the Hub; give a local folder"):
+    with pytest.raises(
+        LocalGradError,
+        match=r"owner/absent --data.subset part cannot be loaded: .*doesn't exist on the Hub\n  Give a folder",
+    ):
         load(replace(PLAIN, source="owner/absent", subset="part"))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from localgrad.config.schema import MomentumConfig, ObjectiveConfig, TrainConfig
 from localgrad.core.momentum import man, manpp
+from localgrad.data.sources import located
 from localgrad.errors import closest
 from localgrad.objectives.auglocal import auglocal
 from localgrad.objectives.classifier import classifier
@@ -78,9 +79,10 @@ def _options(factory: Callable[..., Any]) -> list[str]:
 
 
 def with_defaults(config: TrainConfig) -> TrainConfig:
-    """The config with every option of its objective and momentum network written out."""
+    """The config with every option of its objective and momentum network written out, and folders by absolute paths."""
     return replace(
         config,
+        data=located(config.data),
         objective=_with_defaults(config.objective, OBJECTIVES),
         momentum=_with_defaults(config.momentum, MOMENTA),
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -50,7 +52,8 @@ def find_columns(features: datasets.Features, config: DataConfig) -> tuple[str, 
     image = _choose("image_column", config.image_column, [*images, *encoded, *paths], found, features)
 
     classes = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
-    values = [name for name, kind in features.items() if _can_be_label(kind) and name != image]
+    others = {name: kind for name, kind in features.items() if name not in (image, *classes)}
+    values = [name for name, kind in others.items() if _can_be_label(kind)]
     values = [name for name in values if not name.startswith("__")]  # webdataset's __key__ and __url__
     usual = [name for name in classes or values if name.lower() in LABEL_NAMES]
     usual = usual or [name for name in classes or values if name.lower() in OTHER_LABEL_NAMES]
@@ -137,3 +140,29 @@ def _by_name(values: list[list[str]]) -> tuple[list[Tensor], tuple[str, ...]]:
     names = tuple(sorted({value for each in values for value in each}))
     numbers = {name: number for number, name in enumerate(names)}
     return [torch.tensor([numbers[value] for value in each], dtype=torch.int64) for each in values], names
+
+
+def check_class_names(folder: Path, kind: Any, column: str) -> None:
+    """Refuse local parquet files whose classes have other names or another order: their numbers mean other classes.
+
+    Args:
+        folder: of the files; nothing is done where it is none.
+        kind: of the label column, as it was read.
+        column: its name.
+    """
+    names = getattr(kind, "names", None)
+    if names is None or not folder.is_dir():
+        return
+    import pyarrow.parquet as parquet
+
+    for path in sorted(folder.rglob("*.parquet")):
+        try:
+            metadata = json.loads((parquet.read_schema(path).metadata or {}).get(b"huggingface", b"{}"))
+            own = metadata["info"]["features"][column]["names"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # without names, or not what was read
+        if own != names:
+            raise LocalGradError(
+                f"{path.name} numbers the classes {own[:9]}, and the first file {names[:9]}: the same number "
+                "would be another class; write all splits with one ClassLabel"
+            )

@@ -19,8 +19,7 @@ class DataConfig:
     """Which images to train and test on, and how they are prepared; the default is scikit-learn's digits."""
 
     source: str = "digits"
-    """"digits" (ships with scikit-learn), a local folder of SPLIT/CLASS/ with images or of tables, a table's file, or a
-    hub name as OWNER/NAME."""
+    """Folder of SPLIT/CLASS/ with images or of tables, a table's file, a hub name OWNER/NAME, or "digits"."""
     subset: str | None = None
     """Name of the hub configuration; not used for a local folder that declares no configurations."""
     train_split: str = "train"
@@ -30,8 +29,7 @@ class DataConfig:
     image_column: str | None = None
     """Column with the images, or with their bytes or paths; None takes the only one."""
     label_column: str | None = None
-    """Column with the labels: classes, whole numbers, strings or truth values; None takes the only one of classes, or
-    one named like a label."""
+    """Column with the labels: classes, whole numbers or names; None takes the only ClassLabel, or one named so."""
     num_classes: int | None = None
     """Number of classes; None takes it from the schema, or as the largest label plus one."""
     image_size: int = 32
@@ -59,7 +57,7 @@ class DataConfig:
     split_seed: int = 0
     """Decides which images are held back."""
     name: str | None = None
-    """What the images are called in tables and reports; None takes the name of the folder."""
+    """What the images are called in tables and reports; None takes the last part of the source."""
     streaming: bool = False
     """Decode while training, in worker processes, instead of once into memory."""
     workers: int = 0

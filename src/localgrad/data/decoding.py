@@ -58,10 +58,10 @@ def decode(item: Any) -> tuple[Image, set[str]]:
 
     remarks: set[str] = set()
     try:
-        image = _opened(encoded(item))
-        if getattr(image, "is_animated", False):
+        file = _opened(encoded(item))
+        if getattr(file, "is_animated", False):
             remarks.add("frames")
-        image = _eight_bits(ImageOps.exif_transpose(image), remarks)
+        image = _eight_bits(ImageOps.exif_transpose(file), file, remarks)
         if image.has_transparency_data:
             image = image.convert("RGBA")
             if np.asarray(image)[..., 3].min() < 255:
@@ -97,14 +97,15 @@ def _opened(data: bytes) -> Image:
         return Image.open(io.BytesIO(data), formats=known)
 
 
-def _eight_bits(image: Image, remarks: set[str]) -> Image:
+def _eight_bits(image: Image, file: Image, remarks: set[str]) -> Image:
+    """The image with values from 0 to 255, as the file that it was read from says."""
     from PIL import Image
 
     if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
         return image
-    tags = getattr(image, "tag_v2", {})
+    tags = getattr(file, "tag_v2", {})
     low, high = (_number(tags.get(tag)) for tag in (_S_MIN_SAMPLE, _S_MAX_SAMPLE))
-    if image.mode.startswith("I;16") or image.format == "PPM":  # Pillow scales PPM's own largest value to 16 bits
+    if image.mode.startswith("I;16") or file.format == "PPM":  # Pillow scales PPM's own largest value to 16 bits
         low, high = 0.0, _number(tags.get(_MAX_SAMPLE)) or high or _bits(tags) or 65535.0
     if high is None:
         raise BrokenImageError(

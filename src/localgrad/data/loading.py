@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from localgrad.data.columns import class_numbers, find_columns
+from localgrad.data.columns import check_class_names, class_numbers, find_columns
 from localgrad.data.config import DataConfig, flag
 from localgrad.data.decoding import BrokenImageError, broken, decode, encoded, name_of, remarked
 from localgrad.data.fingerprint import fingerprint, sample_positions
@@ -85,7 +85,7 @@ def load_images(config: DataConfig, say: Say = logger.warning) -> tuple[ImageSet
     _check_classes(train, test, num_classes, names, say)
 
     def build(part: _Part, limit_name: str) -> ImageSet:
-        chosen = balanced(part.labels, getattr(config, limit_name), limit_name)
+        chosen = balanced(part.labels, getattr(config, limit_name), flag(limit_name))
         kept, indices = part.labels[chosen], part.positions[chosen]
         known: dict[str, Any] = {"class_names": names, "fingerprint": fingerprint(part.split, part.labels, part.files)}
         if config.streaming:
@@ -107,6 +107,8 @@ def _parts(config: DataConfig, source: Source, say: Say) -> tuple[_Part, _Part, 
         found.append((rows, positions) if test_spec == train_spec else rows_of(test_spec, source.read, "test_split"))
         specs.append(test_spec)
     image, label = find_columns(rows.features, config)
+    if not config.subset:
+        check_class_names(Path(config.source), rows.features[label], label)
     for (each, _), spec in zip(found, specs, strict=True):
         if not {image, label} <= {*each.column_names}:
             raise LocalGradError(
@@ -135,7 +137,8 @@ def _parts(config: DataConfig, source: Source, say: Say) -> tuple[_Part, _Part, 
 def _specifications(config: DataConfig, there: Sequence[str], say: Say) -> tuple[str, str | None]:
     """Splits to train and to test on, by the names that are there; None where a share is to be held back."""
     train, test = named(config.train_split, there), named(config.test_split, there)
-    if config.train_split == config.test_split and test is None and len(there) == 1:
+    alone = config.train_split == config.test_split and _is_usual(config.test_split) and len(there) == 1
+    if alone and test is None:
         train = test = there[0]
         say(f"the images have no split {config.test_split!r}; all of {test!r} are taken")
     if train is None:
@@ -208,7 +211,7 @@ def balanced(labels: Tensor, limit: int | None, name: str = "limit") -> Tensor:
     if limit is None:
         return torch.arange(len(labels))
     if limit > len(labels):
-        raise LocalGradError(f"{flag(name)} {limit}: the set has {len(labels)} images; give at most that, or None")
+        raise LocalGradError(f"{name} {limit}: the set has {len(labels)} images; give at most that, or None")
     by_class = labels.argsort(stable=True)
     counts = labels.bincount()
     turn = torch.empty_like(labels)  # how many of its class come before each sample
@@ -230,7 +233,7 @@ def _load_digits(config: DataConfig) -> tuple[Images, Images]:
     parts = train_test_split(np.arange(len(labels)), test_size=360, stratify=labels, random_state=0)
 
     def build(part: Tensor, split: str, limit_name: str) -> Images:
-        chosen = part[balanced(targets[part], getattr(config, limit_name), limit_name)]
+        chosen = part[balanced(targets[part], getattr(config, limit_name), flag(limit_name))]
         own = fingerprint(split, targets[part], lambda positions: [small[part[at]].tobytes() for at in positions])
         return Images(targets[chosen], config, num_classes, images[chosen].contiguous(), fingerprint=own)
 

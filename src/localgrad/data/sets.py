@@ -43,7 +43,7 @@ class ImageSet(ABC):
     num_classes: int
     class_names: tuple[str, ...] | None = field(default=None, kw_only=True)
     fingerprint: Fingerprint | None = field(default=None, kw_only=True)
-    """Of the whole part that it was taken from, before a limit."""
+    """Of the whole part that it was taken from, before a limit; None where it was not loaded from anywhere."""
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -56,13 +56,13 @@ class Source:
 
 
 def located(config: DataConfig) -> DataConfig:
-    """The config with a local folder or file by its absolute path, and what it was called."""
+    """The config with a local folder or file by its absolute path, so that it means the same from another folder."""
     if not config.on_disk:
         return config
     path = local_path(config.source)
     if path is None:
         return config
-    return replace(config, source=os.path.abspath(path), name=config.name or path.name or config.source)  # noqa: PTH100
+    return replace(config, source=os.path.abspath(path))  # noqa: PTH100
 
 
 def local_path(source: str) -> Path | None:
@@ -173,11 +173,12 @@ def _loaded(called: str, arguments: dict[str, Any], root: str = "") -> Source:
             found = datasets.load_dataset(**arguments)
     except Exception as error:  # whatever it is, the set cannot be had
         why = " ".join(f"{error} {error.__cause__ or ''}".split())[:300]
-        raise LocalGradError(f"--data {called} cannot be loaded: {why}\n  {_advice(called, why)}") from error
+        part = f" --data.subset {arguments['name']}" if arguments.get("name") else ""
+        raise LocalGradError(f"--data {called}{part} cannot be loaded: {why}\n  {_advice(called)}") from error
     return Source([str(name) for name in found], found.__getitem__, root=root)
 
 
-def _advice(called: str, why: str) -> str:
+def _advice(called: str) -> str:
     path = Path(called)
     pointer = next((file for file in _some_files(path) if _is_pointer(file)), None)
     if pointer is not None:

@@ -75,6 +75,9 @@ def load_trained(
     config = replace(config, accelerator=accelerator, devices=1, parallel="data", replicas=1, data=images)
     fabric = make_fabric(config)
     train, test = load_images(config.data)
+    if data is None:
+        own = config.data.on_disk or training_images  # else the training images are a stand-in
+        folder.check_images(train=train if own else None, test=test if test_split is None else None)
     classes, names = folder.classes()
     if classes not in (None, test.num_classes):
         raise LocalGradError(
@@ -115,7 +118,7 @@ def _chosen(
     config: DataConfig, source: str | None, test_split: str | None, train_limit: int | None, test_limit: int | None
 ) -> DataConfig:
     if source is not None:
-        config = replace(config, source=source, train_limit=None, test_limit=None)
+        config = replace(config, source=source, train_limit=None, test_limit=None, test_fraction=None)
     return replace(
         config,
         test_split=test_split or config.test_split,

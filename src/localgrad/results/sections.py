@@ -286,7 +286,7 @@ def _setting(sheet: Sheet) -> str:
     """What the probes of a picture have in common: network and budget, and how they were trained and tested."""
     values, run = sheet.values, sheet.values["runs"][0]["config"]
     budget = {name: value for name, value in flat(run).items() if name in BUDGET}
-    images = {name: value for name, value in values["data"].items() if name != "source"}
+    images = {name: value for name, value in values["data"].items() if name not in ("source", "name")}
     common = (_where(values), budget, images, values.get("settings"), values["units"])
     return json.dumps(common, sort_keys=True, default=str)
 

@@ -36,6 +36,7 @@ BY_THE_WAY = (
     "max_skips",
     "tensorboard",
     "data.source",
+    "data.name",
     "data.streaming",
     "data.workers",
 )
@@ -321,7 +322,7 @@ def dataset_label(config: dict[str, Any]) -> str:
     first: str = config["name"].partition("-")[0]
     if config["name"] in RECIPES or first in DATASETS:
         return DATASETS.get(first, first)
-    source: str = config["data"]["source"].rstrip("/").rpartition("/")[2]
+    source: str = config["data"].get("name") or config["data"]["source"].rstrip("/").rpartition("/")[2]
     return DATASETS.get(source, source)
 
 

@@ -18,6 +18,9 @@ from torch import Tensor, nn
 
 from localgrad.config.saved import differences, from_dict, to_dict
 from localgrad.config.schema import TrainConfig
+from localgrad.data.fingerprint import Fingerprint
+from localgrad.data.sets import ImageSet
+from localgrad.data.sources import located
 from localgrad.errors import LocalGradError
 from localgrad.runs.files import atomic_write, lock, read_json, versions, write_json
 from localgrad.runs.result import Result
@@ -50,6 +53,10 @@ class RunFolder:
     @property
     def result(self) -> Path:
         return self._own("result.json")
+
+    @property
+    def images(self) -> Path:
+        return self._own("images.json")
 
     @property
     def _config(self) -> Path:
@@ -92,13 +99,45 @@ class RunFolder:
             return
         if self.is_finished:
             raise LocalGradError(f"{self.path} holds a finished run; give another --run-dir")
-        changed = differences(self.config(), config)
+        before = self.config()
+        place = config.data.source if self.images.exists() else located(before.data).source
+        before = dataclasses.replace(before, data=dataclasses.replace(before.data, source=place))  # see check_images
+        changed = differences(before, config)
         if changed:
             raise LocalGradError(
                 f"{self.path} holds a different run (saved -> asked for: {'; '.join(changed)}); give another --run-dir"
             )
         if not resume:
             raise LocalGradError(f"{self.path} holds this run, not finished; continue it with --resume")
+
+    def check_images(self, *, train: ImageSet | None = None, test: ImageSet | None = None) -> None:
+        """Refuses images that are not those of the run; the same ones may lie elsewhere. An older run says nothing.
+
+        Raises:
+            LocalGradError: the number of images, their classes, or a sample of them differ.
+        """
+        if not self.images.exists():
+            return
+        saved = read_json(self.images)
+        for part, images in (("train", train), ("test", test)):
+            if images is None or images.fingerprint is None:
+                continue
+            try:
+                before = Fingerprint(**saved[part])
+            except (KeyError, TypeError) as error:
+                raise LocalGradError(f"{self.images} was changed or cut short ({error}): remove it") from None
+            difference = before.difference(images.fingerprint)
+            if difference is not None:
+                raise LocalGradError(
+                    f"{self.path} was trained with other images than those of --data {images.config.source}:\n"
+                    f"  its {before.split} images were {difference}.\n  Give --data FOLDER with the images of the run."
+                )
+
+    def keep_images(self, train: ImageSet, test: ImageSet) -> None:
+        """Saves what tells the run's images from others, for `check_images`."""
+        if train.fingerprint is not None and test.fingerprint is not None:
+            parts = {"train": train.fingerprint, "test": test.fingerprint}
+            write_json(self.images, {name: dataclasses.asdict(part) for name, part in parts.items()})
 
     @contextmanager
     def locked(self) -> Iterator[None]:

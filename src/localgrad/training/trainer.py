@@ -1,6 +1,8 @@
 """Training a config in a run folder: set up, fit, finish. It reads from top to bottom."""
 
 import contextlib
+import logging
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -41,6 +43,8 @@ from localgrad.training.progress import Display
 from localgrad.training.state import Run, State
 from localgrad.training.tensorboard import open_board
 
+logger = logging.getLogger(__name__)
+
 
 def fit(config: TrainConfig, run_dir: str | Path, *, resume: bool = False, quiet: bool = False) -> Result:
     """Trains a config to its last epoch and leaves weights, metrics and result in the run folder.
@@ -65,8 +69,13 @@ def fit(config: TrainConfig, run_dir: str | Path, *, resume: bool = False, quiet
     folder = RunFolder(Path(run_dir))
     resume = resume or (restarted() and folder.is_started)
     with noticed_losses(), contextlib.ExitStack() as held:
-        run = set_up(with_defaults(validate(as_launched(config))), folder, resume, held)
+        say = _unsaid if quiet else partial(print, file=sys.stderr, flush=True)
+        run = set_up(with_defaults(validate(as_launched(config))), folder, resume, held, say=say)
         return _fit(run, quiet or not run.fabric.is_global_zero)
+
+
+def _unsaid(text: str) -> None:
+    """What `quiet` prints."""
 
 
 def _fit(run: Run, quiet: bool) -> Result:
@@ -91,11 +100,12 @@ def set_up(
     resume: bool,
     held: contextlib.ExitStack,
     images: tuple[ImageSet, ImageSet] | None = None,
+    say: Callable[[str], None] = logger.warning,
 ) -> Run:
     """Makes the objects of a run, and loads the folder's checkpoint into them when it is resumed.
 
     Until `held` is closed no other process can use the folder. `images`, those to train and to test on, are loaded as
-    the config says unless given.
+    the config says unless given. `say` is told what is going on, a sentence each.
     """
     fabric = make_fabric(config)
     if fabric.is_global_zero:
@@ -109,7 +119,9 @@ def set_up(
         torch.backends.cudnn.benchmark = True
     elif fabric.device.type == "cpu":
         keep_freed_memory()
-    train, test = images or load_images(config.data)
+    train, test = images or load_images(config.data, say=say if fabric.is_global_zero else _unsaid)
+    if images is None and fabric.is_global_zero:
+        folder.check_images(train=train, test=test)
     torch.manual_seed(config.seed)
     model = build_model(config.model, train.num_classes)
     blocks = build_blocks(config, model, train.num_classes)
@@ -145,6 +157,7 @@ def set_up(
         replay_steps(run)
     if fabric.is_global_zero:
         folder.start(config, run.state.lines)
+        folder.keep_images(train, test)
         run.board = open_board(folder.path, run.state.epoch) if config.tensorboard else None
     fabric.barrier()
     return run
