@@ -115,3 +115,22 @@ def test_importing_localgrad_leaves_the_planner_out(name: str) -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
     before, after = done.stdout.split()
     assert after == before
+
+
+def test_no_other_file_knows_an_objective_by_name() -> None:
+    """A new objective touches its own file, the public names, the list of methods, and the tests' cases."""
+    from localgrad.config.methods import OBJECTIVES
+
+    known = {"localgrad", "localgrad.config.methods"}
+    for module, path in MODULES.items():
+        if module in known or package(module) in ("objectives", "recipes"):
+            continue
+        tree = ast.parse(path.read_text())
+        imported = {
+            node.module
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("localgrad.objectives.")
+        }
+        assert not imported & {f"localgrad.objectives.{name}" for name in OBJECTIVES}, module
+        words = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+        assert not words & (OBJECTIVES.keys() - {"classifier"}), module

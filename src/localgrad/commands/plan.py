@@ -21,6 +21,8 @@ def plan(arguments: Sequence[str]) -> int:
     """`localgrad plan MODEL`."""
     import tyro
 
+    from localgrad.config.methods import DEFAULT_OBJECTIVE, planned_objective
+
     @dataclass(frozen=True)
     class Plan:
         model: tyro.conf.Positional[str]
@@ -33,8 +35,8 @@ def plan(arguments: Sequence[str]) -> int:
         """Number of classes; 10 for cifar_resnet and 1000 for others unless given."""
         depth: int = 32
         """Layers of a cifar_resnet."""
-        objective: str = "dgl"
-        """Local loss: classifier, predsim, dgl or infopro; above 96 px with the heads for wide features."""
+        objective: str = DEFAULT_OBJECTIVE
+        """Local loss, by name as in a config; above 96 px with the heads for wide features."""
         momentum: str = "man"
         """Momentum auxiliary network: none, man or manpp."""
         precision: str = "32-true"
@@ -50,7 +52,6 @@ def plan(arguments: Sequence[str]) -> int:
 
     options = parse(Plan, arguments, "localgrad plan", PLAN_HELP)
     from localgrad.commands.plan_table import parse_bytes, plan_model, show_sheets, write_sheets
-    from localgrad.config.methods import planned_objective
 
     small = options.model == "cifar_resnet"
     size = (32 if small else 224) if options.image_size is None else options.image_size

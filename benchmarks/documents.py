@@ -1,6 +1,6 @@
-"""Write the figures of the READMEs from the files in `results/`; a test fails where they disagree.
+"""Write the figures of the documents from the files in `results/`; a test fails where they disagree.
 
-python benchmarks/readme.py
+python benchmarks/documents.py
 """
 
 import json
@@ -147,7 +147,7 @@ def features_table(folder: Path) -> str:
     return "\n".join(lines)
 
 
-DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 TABLES = {
     "runs": lambda: runs_table([ROOT / "results" / f"cifar10-{epochs}-epochs" for epochs in ("five", "ten")]),
     "imagenette": lambda: runs_table([ROOT / "results" / "imagenette-three-epochs"]),
