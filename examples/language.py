@@ -179,7 +179,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         return rows[:, :-1], rows[:, 1:]
 
     isolation = isolated(model, options, batch()[0], len(letters)) if options.method == "local" else None
-    parts = [list(model.parameters())] if isolation is None else isolation.trainable_parameters_by_block()
+    parts = [list(model.parameters())]
+    if isolation is not None:
+        parts = [isolation.trainable_parameters(block) for block in range(options.blocks)]
     decayed = [{"params": [p for part in parts for p in part if p.ndim >= 2], "weight_decay": 0.1}]
     rest = [{"params": [p for part in parts for p in part if p.ndim < 2], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW([*decayed, *rest], lr=options.lr, betas=(0.9, 0.99))
@@ -219,9 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     exits, texts = [], {}
     with mixed:
         if isolation is not None:
-            for module in (*isolation.objectives, *isolation.momenta):
-                if module is not None:
-                    module.eval()
+            isolation.eval()
             scores = [early_exit(model, isolation, options, block) for block in range(options.blocks - 1)]
             exits = [validate(score, validation, options.context) for score in scores]
             texts["first exit"] = sample(scores[0], letters, options.context, options.device)
