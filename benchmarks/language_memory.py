@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 import transformers
-from report import environment, print_table, write
 from torch import Tensor, nn
 
 import localgrad
 from localgrad.planning.measure import PeakMemory
+from report import environment, print_table, write
 
 GIB = 2**30
 META = torch.device("meta")
@@ -121,7 +121,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             }
         )
     print_table(f"GPT-2 {options.size}, {options.batch_size} x {options.length} tokens", rows)
-    write(options.output, {"environment": environment(), "settings": {"size": options.size, "batch_size": options.batch_size, "length": options.length}, "rows": rows})
+    write(
+        options.output,
+        {
+            "environment": environment(),
+            "settings": {"size": options.size, "batch_size": options.batch_size, "length": options.length},
+            "rows": rows,
+        },
+    )
 
 
 if __name__ == "__main__":
