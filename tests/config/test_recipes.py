@@ -93,7 +93,7 @@ def test_cut_names_of_resnet110_with_32_blocks() -> None:
 
 def test_the_papers_errors_are_on_their_rows_only() -> None:
     published = {name: row.paper_error for name, row in _rows().items() if row.paper_error is not None}
-    assert len(published) == 31
+    assert len(published) == 32
     assert published["cifar10-resnet32-k16-dgl-man"] == 9.11
     assert published["cifar10-resnet32-k8-infopro"] == 11.51
     assert published["cifar10-resnet110-e2e"] == 5.42
@@ -308,3 +308,20 @@ def test_rows_of_the_main_tables() -> None:
 def test_a_mistyped_table_gets_the_closest_ones() -> None:
     with pytest.raises(LocalGradError, match=r"no table 'ablation-part' \(did you mean ablation-parts"):
         table("ablation-part")
+
+
+def test_auglocal_cuts_after_each_layer_and_keeps_d_plus_one_in_the_last_block() -> None:
+    for depth, units, k, blocks in ((2, 5, 16, 14), (5, 5, 16, 11), (3, 18, 55, 52), (6, 18, 55, 49)):
+        network = 6 * units + 2
+        row = recipe(f"cifar10-resnet{network}-k{k}-auglocal-d{depth}")
+        assert row.num_blocks == blocks
+        names = _unit_names(network)
+        assert list(row.config.cuts or ()) == names[: blocks - 1]
+        assert len(names) - 1 - (blocks - 1) == depth + 1  # the head beside
+
+
+def test_rows_with_reach_two_are_their_rows_but_for_that() -> None:
+    for name, row in _rows().items():
+        if name.endswith("-reach2"):
+            plain = recipe(name.removesuffix("-reach2")).config
+            assert differences(plain, row.config) == [f"name: {plain.name!r} -> {name!r}", "reach: 1 -> 2"]

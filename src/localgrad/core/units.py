@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ class Unit:
     features: torch.Size
     channel_dim: int
     writes_input: bool
-    inputs: torch.Size = torch.Size()  # noqa: RUF009
+    inputs: torch.Size = field(default_factory=torch.Size)
     dtype: torch.dtype = torch.float32
 
 

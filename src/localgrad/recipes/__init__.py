@@ -7,9 +7,10 @@ from collections.abc import Callable
 
 from localgrad.errors import LocalGradError, closest
 from localgrad.recipes.ablation import ablation_recipes
+from localgrad.recipes.auglocal import auglocal_recipes
 from localgrad.recipes.cifar import cifar_recipes
 from localgrad.recipes.digits import digits_recipes
-from localgrad.recipes.imagenet import imagenet_recipes, imagenette_recipes
+from localgrad.recipes.imagenet import imagenet_recipes, imagenette64_recipes, imagenette_recipes
 from localgrad.recipes.recipe import Recipe
 from localgrad.recipes.vit import vit_recipes
 
@@ -17,7 +18,9 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     **digits_recipes(),
     **cifar_recipes(),
     **ablation_recipes(),
+    **auglocal_recipes(),
     **imagenette_recipes(),
+    **imagenette64_recipes(),
     **imagenet_recipes(),
     **vit_recipes(),
 }

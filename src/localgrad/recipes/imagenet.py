@@ -10,9 +10,12 @@
 * Imagenette (10 classes, 128 px) has ImageNet's settings. ResNet-50, which no paper cuts, is cut into blocks of four
   units; DGL has the head "light", as the papers' heads outweigh a network of 512 and more channels. Nothing is
   published for these rows.
+* Imagenette at 64 px: ResNet-18 with a stem for small images, four blocks, 60 epochs, rate 0.1 and a warm-up of two
+  epochs. InfoPro's weights and head are those of ImageNet. Nothing is published for these rows either.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from localgrad.config.schema import ModelConfig, MomentumConfig, ObjectiveConfig, OptimConfig, TrainConfig
@@ -72,6 +75,30 @@ def imagenette_recipes() -> dict[str, Callable[[], Recipe]]:
     for network in ("resnet50", "resnet101"):
         rows |= _rows("imagenette", network, {"infopro": ("none", "man"), "dgl": ("none", "man")}, ("k4",))
     return rows
+
+
+def imagenette64_recipes() -> dict[str, Callable[[], Recipe]]:
+    """The rows, by name, as `imagenette64-resnet18-k4-dgl-man`."""
+    rows = ("e2e", "k4-dgl", "k4-dgl-man", "k4-infopro", "k4-infopro-man", "k4-auglocal")
+    return {f"imagenette64-resnet18-{row}": partial(_small, row) for row in rows}
+
+
+def _small(row: str) -> Recipe:
+    _, method, momentum = (*row.split("-"), "none", "none")[:3]
+    objective = _objective("resnet18", method)
+    if method == "auglocal":
+        objective = ObjectiveConfig("auglocal", depth=2, pyramid=0.5)
+    images = replace(data.imagenette(), image_size=64, resize=64, padding=8)
+    config = TrainConfig(
+        name=f"imagenette64-resnet18-{row}",
+        model=ModelConfig("torchvision:resnet18", small_stem=True),
+        data=images,
+        cuts=() if row == "e2e" else ("layer1.1", "layer2.1", "layer3.1"),
+        objective=objective,
+        momentum=MomentumConfig(momentum, decay=None if momentum == "none" else 0.995),
+        optim=OptimConfig(lr=0.1, batch_size=128, epochs=60, warmup_epochs=2),
+    )
+    return Recipe(config, label="E2E" if row == "e2e" else "K=4")
 
 
 def _rows(

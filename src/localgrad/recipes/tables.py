@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from localgrad.errors import LocalGradError, closest
 from localgrad.recipes import RECIPES
+from localgrad.recipes.auglocal import REACHING
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,29 @@ def _ablation_tables() -> dict[str, Table]:
     }
 
 
+def _equal_cost_tables() -> dict[str, Table]:
+    """AugLocal, gradients over two blocks and fewer blocks beside MAN, and what end-to-end training does."""
+    rows = ["e2e", "e2e-accumulate4", "e2e-checkpointed", "e2e-accumulate4-checkpointed"]
+    rows += [f"k{k}-dgl{end}" for k in (2, 4, 8, 16) for end in ("", "-man")]
+    rows.remove("k4-dgl-man")
+    rows += [f"k16-auglocal-d{depth}{end}" for depth in (1, 2, 3, 5) for end in ("", "-man")]
+    rows += [f"{row}-reach2" for row in REACHING]
+    return {
+        "auglocal": Table(
+            "CIFAR-10, ResNet-110, K=55: AugLocal, with MAN",
+            ("cifar10-resnet110-e2e", *(row for row in RECIPES if row.startswith("cifar10-resnet110-k55-auglocal"))),
+        ),
+        "equal-cost": Table(
+            "CIFAR-10, ResNet-32: AugLocal, MAN, gradients over two blocks, fewer blocks, accumulation, checkpoints",
+            tuple(f"cifar10-resnet32-{row}" for row in rows),
+        ),
+    }
+
+
 def _network_tables() -> dict[str, Table]:
     """One table a network of ImageNet and Imagenette: every row that there is."""
     titles = {
+        "imagenette64-resnet18": "Imagenette at 64 px, ResNet-18: DGL, InfoPro and AugLocal at K=4, with MAN",
         "imagenette-resnet50": "Imagenette at 128 px, ResNet-50: InfoPro and DGL at K=4, with MAN",
         "imagenette-resnet101": "Imagenette at 128 px, ResNet-101: InfoPro and DGL at K=4, with MAN",
         "imagenet-resnet101": "ImageNet, ResNet-101: InfoPro at K=2 and K=4, with MAN, MAN++",
@@ -84,6 +105,7 @@ TABLES: dict[str, Table] = {
     ),
     **_main_tables(),
     **_ablation_tables(),
+    **_equal_cost_tables(),
     **_network_tables(),
 }
 
