@@ -1,27 +1,26 @@
 """Everything that needs a GPU, in one call that ends in time and goes on where it stopped.
 
-    python benchmarks/gpu.py --data path/to/cifar10 --minutes 9 -o results/gpu
-    python benchmarks/gpu.py --parts train --recipes cifar10-resnet32-k16-dgl-man --data path/to/cifar10 -o results/gpu
+    python benchmarks/gpu.py --data path/to/folders --minutes 9 -o results/gpu --pack results/gpu.tar.gz
 
+- speed: seconds a step of the rows of `gpu_jobs.TIMED`, each alone on the GPU, as a CUDA graph and some without.
+- tests: the suite's tests that need a GPU.
 - memory: the allocator's peak of a step beside the planner's prediction, in float32 and under bf16 autocast.
-- speed: seconds a step, bf16, channels last, of the same rows, and of those that nothing is recomputed in as a CUDA
-  graph too.
-- train: whole recipes, as CUDA graphs with `--cuda-graph`; a run that the time does not allow is saved and continued
-  by the next call.
+- train: `gpu_jobs.TRAININGS`, several at a time (under NVIDIA's MPS where it can be started), a JSON each.
 
-Rows go to `gpu.json` in the output folder as they are done, and a row that is there is not measured again. With
-`--device cpu --tiny` every line runs on small networks.
+What is there is not done again. `--data` holds a folder for each set of images (`gpu_data.py` packs them). With
+`--device cpu --tiny` every part runs on small networks and random images.
 """
 
 import argparse
 import json
 import os
-import signal
-import statistics
-import threading
+import shutil
+import subprocess
+import sys
+import tarfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,21 +28,23 @@ from typing import Any
 import torch
 
 import localgrad
+from gpu_data import load
+from gpu_jobs import EAGER, TEN, TIMED, TINY, TRAININGS, Training
+from gpu_train import Queue, Sets, is_finished, machine, predicted, save, time_steps, train
 from localgrad.config.build import build_model
 from localgrad.config.schema import ModelConfig
 from localgrad.core.units import units
+from localgrad.data.config import cifar10
+from localgrad.data.sets import Images
 from localgrad.planning.profile import profile
 from localgrad.planning.simulation import Precision
 from localgrad.planning.step_peak import step_peak
-from localgrad.recipes import recipe
-from localgrad.runs.folder import RunFolder
-from localgrad.training.cuda_graphs import WARM_UPS, GraphedStep
-from report import environment, print_table, write
 
 HALF = (0.5, 0.5, 0.5)
-PARTS = ("memory", "speed", "train")
-RECIPES = ("cifar10-resnet32-k16-dgl-man", "cifar10-resnet32-e2e", "cifar10-resnet32-k16-dgl")
-SPARE_SECONDS = 20.0
+PARTS = ("speed", "tests", "memory", "train")
+SPARE_SECONDS = 12.0
+"""Kept for ending and packing."""
+MPS_FOLDER = Path("/tmp/localgrad-mps")
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,9 @@ class Method:
 
 NETWORKS = (
     Network("cifar_resnet", 32, 10, 1024, 32, 15),
-    Network("cifar_resnet", 110, 10, 1024, 32, 32),
     Network("torchvision:resnet50", 0, 1000, 128, 224, 4),
-    Network("torchvision:resnet101", 0, 1000, 128, 224, 4),
-    Network("torchvision:resnet152", 0, 1000, 128, 224, 4),
 )
-TINY = (Network("cifar_resnet", 8, 10, 4, 16, 3),)
+TINY_NETWORKS = (Network("cifar_resnet", 8, 10, 4, 16, 3),)
 TINY_METHODS = ("end-to-end, checkpointed", "DGL", "InfoPro+MAN, recomputed")
 METHODS = {
     "end-to-end": Method(None, None),
@@ -94,35 +92,6 @@ METHODS = {
 
 
 _KNOWN: dict[Any, Any] = {}
-
-
-class Results:
-    """The rows so far, on disk after each."""
-
-    def __init__(self, folder: Path, minutes: float) -> None:
-        self.path = folder / "gpu.json"
-        self.deadline = time.monotonic() + 60 * minutes
-        self.rows: list[dict[str, Any]] = json.loads(self.path.read_text())["rows"] if self.path.exists() else []
-        self.left: list[str] = []
-
-    def add(self, part: str, key: str, measure: Callable[[], dict[str, Any]]) -> None:
-        """Measure a row unless it is there, or the time is up."""
-        if any((row["part"], row["row"]) == (part, key) for row in self.rows):
-            return
-        if self.seconds_left <= 0:
-            self.left.append(f"{part}: {key}")
-            return
-        measured = measure()
-        if measured:
-            self.rows.append({"part": part, "row": key, **measured})
-            write(self.path, {"rows": self.rows, **environment()})
-        else:
-            self.left.append(f"{part}: {key}")
-
-    @property
-    def seconds_left(self) -> float:
-        """Until no further row is begun."""
-        return self.deadline - SPARE_SECONDS - time.monotonic()
 
 
 @dataclass(frozen=True)
@@ -192,138 +161,165 @@ class Job:
             "error_percent": 100 * (predicted / measured - 1),
         }
 
-    @property
-    def recomputes(self) -> bool:
-        """Whether anything is, which a CUDA graph cannot."""
-        return self.method.recompute or "recomputed" in self.name
-
-    def seconds_per_step(self, rounds: int, *, graphed: bool = False) -> dict[str, Any]:
-        """Median over the rounds, after those that warm up or are recorded."""
-        cuts, _ = self.plan()
-        model, inputs = self.model(), torch.randn_like(self.example())
-        targets = torch.arange(len(inputs), device=self.device) % self.network.classes
-        blocks = localgrad.split(
-            model,
-            inputs[:2],
-            cuts=cuts,
-            objective=self.objective(),
-            momentum=self.method.momentum,
-            recompute=self.method.recompute,
-        )
-        if self.precision == "bf16-mixed":
-            for block in blocks:
-                block.forward = torch.autocast(self.device.type, torch.bfloat16)(block.forward)
-        optimizers = [
-            torch.optim.SGD(block.trainable_parameters(), lr=0.01, momentum=0.9, nesterov=True, fused=True)
-            for block in blocks
-        ]
-
-        def step(inputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            return (torch.stack(localgrad.local_step(blocks, optimizers, inputs, targets)),)
-
-        run = GraphedStep(step) if graphed else step
-        seconds = []
-        for _ in range(rounds + WARM_UPS + 1):
-            begin = time.perf_counter()
-            run(inputs, targets)
-            _wait(self.device)
-            seconds.append(time.perf_counter() - begin)
-        median = statistics.median(seconds[WARM_UPS + 1 :])
-        return {"blocks": len(blocks), "seconds_per_step": median, "rounds": rounds}
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
 
 def jobs(options: argparse.Namespace, precision: Precision) -> Iterator[tuple[str, Job]]:
     """Every network by every method, under the names of their rows."""
-    for network in TINY if options.tiny else NETWORKS:
+    for network in TINY_NETWORKS if options.tiny else NETWORKS:
         for name in TINY_METHODS if options.tiny else METHODS:
             job = Job(network, name, torch.device(options.device), precision)
             yield f"{network.label}, {name}, {precision}", job
 
 
-def train(name: str, results: Results, options: argparse.Namespace) -> dict[str, Any]:
-    """Train a recipe as far as the time allows; nothing if it is not at its end."""
-    from localgrad.training.trainer import fit
+def measure_memory(options: argparse.Namespace) -> None:
+    """Predicted and measured peaks; a row is written as soon as it is there."""
+    path = options.output / "memory.json"
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
+    for precision in ("bf16-mixed", "32-true"):
+        for key, job in jobs(options, precision):
+            if all(row["row"] != key for row in rows):
+                rows.append({"row": key, **job.measured_peak()})
+                save(path, {"rows": rows, **machine(torch.device(options.device)), "commit": options.commit})
 
-    config = recipe(name).config
-    if options.data is not None:
-        config = replace(config, data=replace(config.data, source=options.data))
+
+def run_tests(options: argparse.Namespace) -> None:
+    """The suite's tests marked `gpu`; what pytest says goes to a file."""
+    options_of_pytest = ["-m", "gpu", "-o", "addopts=", "-q", "-p", "no:cacheprovider", "-W", "default"]
+    command = [sys.executable, "-m", "pytest", *options_of_pytest, "tests/training/test_cuda.py"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=200)
+    (options.output / "tests.txt").write_text(done.stdout[-20000:] + done.stderr[-2000:])
+
+
+def load_sets(options: argparse.Namespace) -> Sets:
+    """The images of the folders that are there, by name."""
     if options.tiny:
-        config = replace(config, data=replace(config.data, train_limit=60, test_limit=40))
-    epochs = options.epochs or config.optim.epochs
-    warmup = min(config.optim.warmup_epochs, epochs - 1)
-    config = replace(config, optim=replace(config.optim, epochs=epochs, warmup_epochs=warmup))
-    config = replace(
-        config, accelerator=options.device, evaluate_every=max(1, epochs // 40), cuda_graph=options.cuda_graph
-    )
-    folder = RunFolder((options.runs or options.output / "runs") / name)
-    timer = threading.Timer(results.seconds_left, partial(os.kill, os.getpid(), signal.SIGINT))
-    timer.start()
+        pixels = torch.randint(0, 256, (72, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        labels = torch.arange(72) % 10
+        images = Images(labels, cifar10("random"), 10, pixels)
+        return {"cifar10": (images.subset(torch.arange(48)), images.subset(torch.arange(48, 72)))}
+    sets: Sets = {}
+    for name in sorted({job.data for job in TRAININGS}):
+        folder = options.data / name
+        config = next(job for job in TRAININGS if job.data == name).config().data
+        if folder.is_dir():
+            begin = time.monotonic()
+            sets[name] = load(folder, config, options.processes)
+            print(
+                f"{time.monotonic() - begin:6.1f} s  {name}: {len(sets[name][0])} and {len(sets[name][1])} images",
+                flush=True,
+            )
+        else:
+            print(f"{folder} is not there: what needs it is left out", flush=True)
+    return sets
+
+
+def start_mps() -> bool:
+    """Start NVIDIA's MPS, which lets kernels of several processes run at the same time, and see that it works."""
+    control = shutil.which("nvidia-cuda-mps-control")
+    if control is None:
+        return False
+    MPS_FOLDER.mkdir(parents=True, exist_ok=True)
+    os.environ |= {"CUDA_MPS_PIPE_DIRECTORY": str(MPS_FOLDER), "CUDA_MPS_LOG_DIRECTORY": str(MPS_FOLDER)}
+    subprocess.run([control, "-d"], capture_output=True, timeout=20, check=False)
+    probe = "import torch; torch.ones(8, device='cuda').sum().item()"
     try:
-        result = fit(config, folder.path, resume=folder.checkpoint.exists(), quiet=True)
-    except KeyboardInterrupt as interruption:
-        if results.seconds_left > 0:
-            raise  # by hand, not by the timer
-        print(f"{name}: {interruption}")
-        return {}
-    finally:
-        timer.cancel()
-    return {
-        "blocks": result.num_blocks,
-        "epochs": epochs,
-        "test_error": result.test_error,
-        "wall_seconds": result.wall_seconds,
-        "seconds_per_step": result.seconds_per_step,
-        "peak_gib": result.peak_memory_bytes / 2**30,
-        "precision": result.precision,
-    }
+        works = (
+            subprocess.run([sys.executable, "-c", probe], capture_output=True, timeout=60, check=False).returncode == 0
+        )
+    except subprocess.TimeoutExpired:
+        works = False
+    if not works:
+        stop_mps()
+        for name in ("CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"):
+            del os.environ[name]
+    return works
+
+
+def stop_mps() -> None:
+    """End what `start_mps` started."""
+    subprocess.run(["nvidia-cuda-mps-control"], input=b"quit\n", capture_output=True, timeout=20, check=False)
+
+
+def wanted(options: argparse.Namespace, sets: Sets) -> list[Training]:
+    """The trainings that are asked for, can be done and are not done."""
+    chosen = [job for job in (TINY if options.tiny else TRAININGS) if not options.only or job.name in options.only]
+    return [job for job in chosen if job.data in sets and not is_finished(job, options.output)]
+
+
+def do(options: argparse.Namespace, parts: Sequence[str], deadline: float) -> Queue:
+    """Every part, in order."""
+    sets = load_sets(options) if {"speed", "train"} & {*parts} else {}
+    if "speed" in parts:
+        rows = TINY if options.tiny else [Training(f"cifar10-resnet32-{row}", "", TEN) for row in TIMED]
+        eager = [job for job in rows if job.recipe.removeprefix("cifar10-resnet32-") in EAGER]
+        todo = [(job, True) for job in rows if "checkpointed" not in job.recipe] + [(job, False) for job in eager]
+        there = {path.stem for path in (options.output / "speed").glob("*.json")}
+        todo = [
+            row
+            for row in todo
+            if f"{row[0].recipe}-{'graph' if row[1] else 'eager'}" not in there and row[0].data in sets
+        ]
+        for _ in time_steps(todo, sets, options):
+            if time.monotonic() > deadline - 120:
+                break
+        print(f"{time.monotonic() - deadline + 60 * options.minutes:6.1f} s  speed is done", flush=True)
+    work: list[tuple[str, Callable[[], None], Callable[[], float]]] = []
+    if "tests" in parts and not (options.output / "tests.txt").exists():
+        work.append(("tests", partial(run_tests, options), lambda: 0.0))
+    if "memory" in parts and not (options.output / "memory.json").exists():
+        work.append(("memory", partial(measure_memory, options), lambda: 0.0))
+    for job in wanted(options, sets) if "train" in parts else ():
+        work.append((job.name, partial(train, job, sets, options), partial(predicted, job, options.output)))
+    queue = Queue(options.workers, deadline, options.output)
+    queue.run(work)
+    return queue
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {', '.join(PARTS)}, with commas between")
-    parser.add_argument("--data", help="images to train on, a folder or a hub name; the recipes' own if not given")
-    parser.add_argument("--recipes", nargs="+", default=None, help="what to train")
-    parser.add_argument("--epochs", type=int, help="passes over the images; the recipes' own unless given")
+    parser.add_argument("--data", type=Path, default=Path(".data"), help="folder of the folders of images")
+    parser.add_argument("--only", nargs="+", default=None, help="trainings by name, as cifar10-ten-epochs/RECIPE-seed0")
     parser.add_argument("--minutes", type=float, default=9.0, help="when to stop")
-    parser.add_argument("--rounds", type=int, default=20, help="steps that are timed")
-    parser.add_argument("--cuda-graph", action="store_true", help="train by replaying the step as a CUDA graph")
+    parser.add_argument("--rounds", type=int, default=30, help="steps that are timed")
+    parser.add_argument(
+        "--workers", type=int, default=0, help="trainings at a time; 12 with MPS and 6 without, unless given"
+    )
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="processes that decode images")
+    parser.add_argument("--no-graph", action="store_true", help="train without CUDA graphs")
+    parser.add_argument("--no-mps", action="store_true", help="do not start MPS")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="small networks and batches, to see that it runs")
-    parser.add_argument("--runs", type=Path, help="folder of the trainings; `runs` in the output folder unless given")
+    parser.add_argument("--tiny", action="store_true", help="small networks and random images, to see that it runs")
+    parser.add_argument("--commit", help="of the code, for the record, where there is no repository")
+    parser.add_argument("--pack", type=Path, help="archive of the output folder, written at the end")
     parser.add_argument("-o", "--output", type=Path, default=Path("results/gpu"))
     options = parser.parse_args(arguments)
+    deadline = time.monotonic() + 60 * options.minutes - SPARE_SECONDS
     parts = options.parts.split(",")
     if unknown := [part for part in parts if part not in PARTS]:
         parser.error(f"--parts is {options.parts}: {', '.join(unknown)} is none of {', '.join(PARTS)}")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("there is no CUDA device; --device cpu --tiny shows that everything runs")
-    results = Results(options.output, options.minutes)
-    if "memory" in parts:
-        for precision in ("bf16-mixed", "32-true"):
-            for key, job in jobs(options, precision):
-                results.add("memory", key, job.measured_peak)
-    if "speed" in parts:
-        torch.backends.cudnn.benchmark = True
-        for key, job in jobs(options, "bf16-mixed"):
-            results.add("speed", key, partial(job.seconds_per_step, options.rounds))
-            if job.device.type == "cuda" and not job.recomputes:
-                results.add("speed", f"{key}, CUDA graph", partial(job.seconds_per_step, options.rounds, graphed=True))
-    if "train" in parts:
-        for name in options.recipes or (("digits-dgl-man",) if options.tiny else RECIPES):
-            results.add("train", name, partial(train, name, results, options))
-    for part in parts:
-        rows = [
-            {key: value for key, value in row.items() if key != "part"} for row in results.rows if row["part"] == part
-        ]
-        if rows:
-            print_table(part, rows)
-    if results.left:
-        print("the time was up before\n  " + "\n  ".join(results.left) + "\nthe same command goes on from here")
+    names = [job.name for job in (TINY if options.tiny else TRAININGS)]
+    if unknown := [name for name in options.only or () if name not in names]:
+        parser.error(f"--only is {' '.join(unknown)}: it is one of {' '.join(names)}")
+    torch.set_num_threads(1)  # this process forks, and never touches CUDA
+    options.output.mkdir(parents=True, exist_ok=True)
+    mps = options.device == "cuda" and not options.no_mps and start_mps()
+    options.workers = options.workers or (12 if mps else 6 if options.device == "cuda" else 1)
+    print(f"MPS {'on' if mps else 'off'}, {options.workers} at a time, {options.processes} processors", flush=True)
+    try:
+        queue = do(options, parts, deadline)
+    finally:
+        if mps:
+            stop_mps()
+        if options.pack:
+            options.pack.parent.mkdir(parents=True, exist_ok=True)
+            with tarfile.open(options.pack, "w:gz") as archive:
+                archive.add(options.output, arcname=options.output.name)
+    for what, which in (
+        ("failed (see errors/)", queue.failed),
+        ("not done: the same command goes on from here", queue.left),
+    ):
+        if which:
+            print(f"{what}:\n  " + "\n  ".join(which))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The benchmarks run: every part of the one for a GPU, on a small network of a processor, and that of the step."""
 
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -8,42 +9,110 @@ import pytest
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
-def test_the_gpu_benchmark_does_each_row_once_and_stops_in_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.slow
+def test_the_gpu_benchmark_does_everything_once_and_packs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
     import gpu
 
-    arguments = ["--device", "cpu", "--tiny", "--rounds", "1", "--epochs", "4", "-o", str(tmp_path)]
-    gpu.main([*arguments, "--minutes", "0"])
-    assert not (tmp_path / "gpu.json").exists()
-    assert "the time was up before\n  memory: cifar_resnet 8, end-to-end, checkpointed" in capsys.readouterr().out
-
+    output = tmp_path / "gpu"
+    arguments = ["--device", "cpu", "--tiny", "--parts", "speed,memory,train", "--rounds", "2", "--workers", "2"]
+    arguments += ["--minutes", "5", "-o", str(output), "--pack", str(tmp_path / "gpu.tar.gz")]
     gpu.main(arguments)
-    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
-    assert [row["part"] for row in rows] == ["memory"] * 6 + ["speed"] * 3 + ["train"]
-    assert all(abs(row["error_percent"]) < 5 for row in rows[:6])
-    assert all(row["seconds_per_step"] > 0 for row in rows[6:])
-    assert rows[-1]["epochs"] == 4
+    files = {str(path.relative_to(output)) for path in output.rglob("*.json")}
+    assert files == {
+        "memory.json",
+        *(f"speed/cifar10-resnet32-{row}.json" for row in ("e2e-graph", "e2e-eager", "k16-auglocal-d2-reach2-graph")),
+        *(f"tiny/cifar10-resnet32-{row}-seed0.json" for row in ("e2e", "k16-auglocal-d2-reach2")),
+    }
+    assert all(abs(row["error_percent"]) < 5 for row in json.loads((output / "memory.json").read_text())["rows"])
+    result = json.loads((output / "tiny/cifar10-resnet32-k16-auglocal-d2-reach2-seed0.json").read_text())
+    assert (result["finished"], result["num_blocks"], len(result["test_errors"])) == (True, 14, 2)
+    assert all(len(losses) == 14 for losses in result["train_losses"])
+    with tarfile.open(tmp_path / "gpu.tar.gz") as archive:
+        assert {name.partition("/")[2] for name in archive.getnames() if name.endswith(".json")} == files
 
-    monkeypatch.setattr(gpu.Job, "plan", lambda job: pytest.fail("measured again"))
-    monkeypatch.setattr(gpu, "train", lambda *arguments: pytest.fail("trained again"))
+    for name in ("measure_memory", "train"):
+        monkeypatch.setattr(gpu, name, lambda *arguments: pytest.fail("done again"))
     gpu.main(arguments)
-    assert json.loads((tmp_path / "gpu.json").read_text())["rows"] == rows
+    assert "ended with" not in capfd.readouterr().out
 
 
-def test_a_training_that_the_time_does_not_allow_is_saved_for_the_next_call(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_the_gpu_benchmark_starts_nothing_that_the_time_does_not_allow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
-    import gpu
+    import time
 
-    arguments = ["--device", "cpu", "--tiny", "--parts", "train", "--epochs", "100000", "-o", str(tmp_path)]
-    monkeypatch.setattr(gpu, "SPARE_SECONDS", 0.0)
-    gpu.main([*arguments, "--minutes", "0.05"])
-    assert "the same command goes on from here" in capsys.readouterr().out
-    assert (tmp_path / "runs" / "digits-dgl-man" / "checkpoint.pt").exists()
-    assert not (tmp_path / "gpu.json").exists()
+    from gpu_train import Queue
+
+    done = tmp_path / "done"
+    queue = Queue(workers=1, deadline=time.monotonic() + 1.5, output=tmp_path)
+    work = [
+        ("long", lambda: None, lambda: 60.0),
+        ("short", lambda: done.write_text("short"), lambda: 0.0),
+        ("broken", lambda: 1 / 0, lambda: 0.0),
+        ("endless", lambda: time.sleep(100), lambda: 0.0),
+    ]
+    queue.run(work)  # pyright: ignore[reportArgumentType]
+    assert done.read_text() == "short"
+    assert queue.failed == ["broken"]
+    assert "ZeroDivisionError" in (tmp_path / "errors" / "broken.txt").read_text()
+    assert queue.left == ["long", "endless"]
+
+
+def test_what_is_trained_on_a_gpu_is_what_the_trainer_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from dataclasses import replace
+
+    import torch
+
+    from gpu_train import Loop
+    from localgrad.data.loading import load_images
+    from localgrad.recipes import recipe
+    from localgrad.training.trainer import fit
+
+    config = recipe("digits-dgl-man").config
+    config = replace(
+        config,
+        precision="32-true",
+        accelerator="cpu",
+        reach=2,
+        optim=replace(config.optim, epochs=3, warmup_epochs=1, batch_size=16, accumulate=2),
+        data=replace(config.data, train_limit=52, test_limit=40),
+    )
+    result = fit(config, tmp_path / "run", quiet=True)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    train, test = load_images(config.data)
+    loop = Loop(config, 10, torch.device("cpu"), graphed=False)
+    for epoch, line in enumerate(lines, start=1):
+        assert loop.epoch(train, epoch) == pytest.approx(line["train_loss"], rel=1e-4)  # pyright: ignore
+    assert loop.error(test) == pytest.approx(result.test_error)  # pyright: ignore[reportArgumentType]
+
+
+def test_images_for_the_gpu_are_those_that_the_project_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    datasets = pytest.importorskip("datasets")
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from gpu_data import load
+    from localgrad.data.config import cifar10
+    from localgrad.data.loading import load_images
+
+    rng = np.random.default_rng(0)
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    for split, count in (("train", 12), ("test", 6)):
+        images = [Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(count)]
+        rows = datasets.Dataset.from_dict({"img": images, "label": [i % 2 for i in range(count)]}, features=features)
+        rows.to_parquet(tmp_path / f"{split}-00000-of-00001.parquet")
+    config = cifar10(str(tmp_path))
+    for ours, theirs in zip(load(tmp_path, config, 2), load_images(config), strict=True):
+        assert torch.equal(ours.images, theirs.images)  # pyright: ignore[reportAttributeAccessIssue]
+        assert torch.equal(ours.labels, theirs.labels)
+        assert ours.class_names == theirs.class_names
 
 
 def test_the_speed_benchmark_compares_the_trainer_with_the_loops(
