@@ -197,3 +197,25 @@ def test_views_differ_and_noise_is_of_training_alone() -> None:
     features = 2 * torch.randn(2, 50, 10, 10)
     assert float((noise(features) - features).std()) == pytest.approx(1, rel=0.1)
     assert torch.equal(noise.eval()(features), features)
+
+
+# The list of what is run on a GPU.
+
+
+def test_every_job_is_a_command_that_its_example_takes() -> None:
+    spec = importlib.util.spec_from_file_location("task_jobs", FOLDER.parent / "benchmarks" / "task_jobs.py")
+    assert spec is not None and spec.loader is not None
+    task_jobs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(task_jobs)
+    jobs = task_jobs.jobs(Path("data"), Path("out"))
+    assert len({job.name for job in jobs}) == len(jobs)
+    assert [job.priority for job in jobs] == sorted(job.priority for job in jobs)
+    modules = {"language": language, "segmentation": segmentation, "selfsupervised": selfsupervised}
+    settings = set()
+    for job in jobs:
+        task = job.name.split("/")[0]
+        options = modules[task].parse(job.arguments[2:])
+        assert options.out == Path("out") / f"{job.name}.json"
+        settings.add((task, tuple(sorted((k, str(v)) for k, v in vars(options).items() if k != "out"))))
+    assert len(settings) == len(jobs)  # none is run twice
+    assert {job.name for job in jobs if job.priority == 0} >= {"language/small-e2e-seed0", "segmentation/e2e-seed0"}

@@ -1,0 +1,147 @@
+"""What of the examples is run on a GPU, the most wanted first: command lines, each of which writes one JSON.
+
+    python benchmarks/task_jobs.py --data path/to/data --out results/tasks            # print them
+    python benchmarks/task_jobs.py --data path/to/data --out results/tasks --run      # run them one after another
+
+`jobs(data, out)` gives the list: a name, the arguments, a priority (0 first) and the seconds that it may take alone on
+an H100. `data` holds the folders cifar10, camvid and shakespeare.
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+SMALL = ""  # the defaults are nanoGPT's small setting
+LARGE = "--layers 6 --heads 8 --width 256 --context 128 --batch-size 32 --dropout 0.1"
+LOCAL = "--method local --blocks {blocks}"
+HEADS = {
+    "private": "--head private",
+    "readout": "",
+    "man": "--momentum man",
+    "ema": "--momentum ema",
+    "bias": "--momentum bias",
+    "residual": "--momentum residual",
+    "depth1": "--depth 1",
+    "depth2": "--depth 2",
+    "private-man": "--head private --momentum man",
+}
+PIXELS = "--steps 2000"
+STAGES = "--epochs 30 --images 20000"
+
+
+class Job(NamedTuple):
+    """One command."""
+
+    name: str
+    arguments: list[str]
+    priority: int
+    seconds: float
+
+
+def language() -> list[tuple[str, str, int, float]]:
+    """Names, flags, priorities and seconds."""
+    rows = [(f"small-e2e-seed{seed}", f"{SMALL} --seed {seed}", 0, 12.0) for seed in range(3)]
+    rows += [
+        (f"small-k2-{head}-seed0", f"{LOCAL.format(blocks=2)} {HEADS[head]}", 3, 20.0) for head in ("readout", "man")
+    ]
+    for seed in range(3):
+        rows.append((f"large-e2e-seed{seed}", f"{LARGE} --seed {seed}", seed, 18.0))
+        for head, flags in HEADS.items():
+            wanted = seed if head not in ("private-man", "ema", "depth2") or seed == 0 else seed + 1
+            rows.append(
+                (f"large-k3-{head}-seed{seed}", f"{LARGE} {LOCAL.format(blocks=3)} {flags} --seed {seed}", wanted, 30.0)
+            )
+        for blocks in (2, 6):
+            for head in ("private", "readout", "man", "bias", "residual", "depth2"):
+                flags = f"{LARGE} {LOCAL.format(blocks=blocks)} {HEADS[head]} --seed {seed}"
+                rows.append((f"large-k{blocks}-{head}-seed{seed}", flags, seed + 1, 22.0 + 3 * blocks))
+    rows.append(("large-checkpointed-seed0", f"{LARGE} --method checkpointed", 1, 22.0))
+    return rows
+
+
+def segmentation() -> list[tuple[str, str, int, float]]:
+    """Names, flags, priorities and seconds."""
+    k4 = f"{PIXELS} {LOCAL.format(blocks=4)}"
+    wide = "--crop 180 240"
+    many = "--batch-size 32"
+    rows = {
+        "e2e": (PIXELS, 0),
+        "k2": (f"{PIXELS} {LOCAL.format(blocks=2)}", 1),
+        "k4": (k4, 0),
+        "k4-man": (f"{k4} --momentum man", 0),
+        "k4-reconstruction": (f"{k4} --reconstruction 1", 0),
+        "k4-man-reconstruction": (f"{k4} --momentum man --reconstruction 1", 2),
+        "k4-bias": (f"{k4} --momentum bias", 2),
+        "k2-man": (f"{PIXELS} {LOCAL.format(blocks=2)} --momentum man", 2),
+        "checkpointed": (f"{PIXELS} --method checkpointed", 1),
+        "e2e-wide": (f"{PIXELS} {wide}", 1),
+        "k4-man-wide": (f"{k4} --momentum man {wide}", 1),
+        "k4-wide": (f"{k4} {wide}", 1),
+        "k4-man-many": (f"{k4} --momentum man {many}", 2),
+        "e2e-many": (f"{PIXELS} {many}", 2),
+    }
+    return [
+        (
+            f"{name}-seed{seed}",
+            f"{flags} --seed {seed}",
+            priority + seed,
+            45.0 if wide in flags or many in flags else 30.0,
+        )
+        for seed in range(3)
+        for name, (flags, priority) in rows.items()
+    ]
+
+
+def selfsupervised() -> list[tuple[str, str, int, float]]:
+    """Names, flags, priorities and seconds."""
+    rows = {
+        "e2e": ("", 0),
+        "k4": ("--method local", 0),
+        "k4-noise": ("--method local --noise 0.25", 0),
+        "k4-man": ("--method local --momentum man", 0),
+        "k4-man-noise": ("--method local --momentum man --noise 0.25", 1),
+        "k4-bias": ("--method local --momentum bias", 1),
+    }
+    return [
+        (f"{name}-seed{seed}", f"{STAGES} {flags} --seed {seed}", priority + 2 * seed, 45.0)
+        for seed in range(2)
+        for name, (flags, priority) in rows.items()
+    ]
+
+
+def jobs(data: Path, out: Path) -> list[Job]:
+    """Every command, by priority, then the long ones first."""
+    tasks = (("language", "shakespeare", language()), ("segmentation", "camvid", segmentation()))
+    tasks = (*tasks, ("selfsupervised", "cifar10", selfsupervised()))
+    found = []
+    for task, folder, rows in tasks:
+        for name, flags, priority, seconds in rows:
+            where = ["--data", str(data / folder), "--out", str(out / task / f"{name}.json")]
+            found.append(
+                Job(
+                    f"{task}/{name}", [sys.executable, f"examples/{task}.py", *where, *flags.split()], priority, seconds
+                )
+            )
+    return sorted(found, key=lambda job: (job.priority, -job.seconds))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--out", type=Path, default=Path("results/tasks"))
+    parser.add_argument("--only", nargs="+", default=None, help="names, such as language/small-e2e-seed0")
+    parser.add_argument("--run", action="store_true", help="run what has no JSON yet")
+    options = parser.parse_args(arguments)
+    for job in jobs(options.data, options.out):
+        if options.only and job.name not in options.only:
+            continue
+        print(f"{job.priority}  {job.seconds:5.0f} s  {job.name:45}  {' '.join(job.arguments[1:])}", flush=True)
+        if options.run and not (options.out / f"{job.name}.json").exists():
+            subprocess.run(job.arguments, check=True)
+
+
+if __name__ == "__main__":
+    main()
