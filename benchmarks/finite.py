@@ -7,39 +7,38 @@ ResNet-32 in 15 blocks, DGL+MAN, on random images; the ratio is the median over 
 
 import argparse
 import statistics
-import tempfile
 import time
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from localgrad.core.step import local_gradients
 from localgrad.data import config as data
 from localgrad.recipes import recipe
-from localgrad.runs.folder import RunFolder
-from localgrad.training import nonfinite, trainer
+from localgrad.training import nonfinite, step
+from localgrad.training.build import build_run
 from report import environment, print_table, write
 
 
-def measure(batch_size: int, rounds: int, run_dir: Path, held: ExitStack) -> dict[str, Any]:
+def measure(batch_size: int, rounds: int) -> dict[str, Any]:
     """Median seconds of a step with and without the gradients' norms, and of the norms alone."""
     config = recipe("cifar10-resnet32-k16-dgl-man").config
     config = replace(
         config, data=data.digits(), optim=replace(config.optim, batch_size=batch_size), precision="32-true"
     )
-    run = trainer.set_up(config, RunFolder(run_dir), False, held)
+    run = build_run(config)
     inputs, targets = torch.randn(batch_size, 3, 32, 32), torch.arange(batch_size) % 10
     without = torch.zeros(len(run.blocks))
     seconds: dict[str, list[float]] = {"checked": [], "unchecked": [], "norms": []}
     for _ in range(rounds + 1):
         for name, norms in (("checked", nonfinite.gradient_norms), ("unchecked", lambda run, like: without)):
-            trainer.gradient_norms = norms
+            step.gradient_norms = norms
             begin = time.perf_counter()
-            trainer.train_step(run, inputs, targets)
+            step.train_step(run, inputs, targets)
             seconds[name].append(time.perf_counter() - begin)
-        trainer.local_gradients(run.blocks, inputs, targets)
+        local_gradients(run.blocks, inputs, targets)
         begin = time.perf_counter()
         nonfinite.gradient_norms(run.blocks, without)
         seconds["norms"].append(time.perf_counter() - begin)
@@ -61,8 +60,7 @@ if __name__ == "__main__":
     options = parser.parse_args()
     rows = []
     for batch_size in (16, 128):
-        with tempfile.TemporaryDirectory() as scratch, ExitStack() as held:
-            rows.append(measure(batch_size, options.rounds, Path(scratch) / "run", held))
+        rows.append(measure(batch_size, options.rounds))
     print_table("Gradient check, seconds", rows)
     if options.output:
         write(options.output, {"rows": rows, **environment()})

@@ -17,7 +17,7 @@ from typing import Any
 
 from kills import CONFIG
 from localgrad.training import trainer
-from localgrad.training.state import Run
+from localgrad.training.run import Run
 from localgrad.training.trainer import fit
 from report import environment, write
 

@@ -148,7 +148,7 @@ def test_an_interrupt_before_anything_is_written(
     def interrupted(*arguments: object, **named: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(trainer, "set_up", interrupted)
+    monkeypatch.setattr(trainer, "build_run", interrupted)
     assert main(["train", "digits-dgl", "--run-dir", str(tmp_path / "run"), *SMALL]) == 130
     assert _error(capsys) == "localgrad: interrupted\n"
 

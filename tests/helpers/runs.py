@@ -1,13 +1,10 @@
 """What tests of whole runs share: small configs, runs made of them, and how two runs are compared."""
 
 import json
-from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 from safetensors.torch import load_file
@@ -15,8 +12,7 @@ from torch import Tensor, nn
 
 from localgrad.config.schema import ModelConfig, MomentumConfig, ObjectiveConfig, OptimConfig, TrainConfig
 from localgrad.data import config as data
-from localgrad.runs.folder import RunFolder
-from localgrad.training import state, trainer
+from localgrad.training.run import Run
 
 LOCAL = TrainConfig(
     name="tiny",
@@ -65,24 +61,6 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert reproducible(one) == reproducible(other)
 
 
-def set_up(config: TrainConfig, tmp_path: Path) -> state.Run:
-    return trainer.set_up(config, RunFolder(tmp_path / "run"), False, ExitStack())
-
-
-def after_steps(monkeypatch: pytest.MonkeyPatch, count: int, action: Callable[[], Any]) -> None:
-    """Has `action` called in the middle of step number `count`."""
-    original, calls = trainer.train_step, []
-
-    def counted(run: state.Run, inputs: Tensor, targets: Tensor) -> Tensor:
-        losses = original(run, inputs, targets)
-        calls.append(None)
-        if len(calls) == count:
-            action()
-        return losses
-
-    monkeypatch.setattr(trainer, "train_step", counted)
-
-
 def plain_model(extra: nn.Module) -> nn.Sequential:
     """A network without BatchNorm."""
     return nn.Sequential(
@@ -93,7 +71,7 @@ def plain_model(extra: nn.Module) -> nn.Sequential:
     )
 
 
-def everything(run: state.Run) -> dict[str, Tensor]:
+def everything(run: Run) -> dict[str, Tensor]:
     """Copies of all weights, auxiliary networks, buffers and optimizer states."""
     found = {f"{i}.{name}": value for i, block in enumerate(run.blocks) for name, value in block.state_dict().items()}
     for i, optimizer in enumerate(run.optimizers):
@@ -106,17 +84,7 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-def spoil_batches(monkeypatch: pytest.MonkeyPatch, spoiled: set[int]) -> None:
-    """Makes the images of the steps with these numbers (from 0) infinite."""
-    original = trainer.train_step
-
-    def spoiling(run: state.Run, inputs: Tensor, targets: Tensor) -> Tensor | None:
-        return original(run, inputs * float("inf") if run.state.step in spoiled else inputs, targets)
-
-    monkeypatch.setattr(trainer, "train_step", spoiling)
-
-
-def spoil_gradient(run: state.Run, value: float) -> None:
+def spoil_gradient(run: Run, value: float) -> None:
     """Makes one gradient of the second block not finite, though every loss is finite."""
     parameter = run.blocks[1].trainable_parameters()[0]
 

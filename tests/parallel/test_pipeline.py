@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 import localgrad
 from helpers.processes import run_ranks
 from helpers.runs import LOCAL, assert_same_run, weights
+from helpers.training import eventful, interrupt
 from localgrad.config.methods import with_defaults
 from localgrad.config.schema import MomentumConfig, TrainConfig
 from localgrad.core.block import Block
@@ -29,7 +29,8 @@ from localgrad.parallel.pipeline import Stage
 from localgrad.parallel.shards import shard
 from localgrad.results.evaluation import evaluate
 from localgrad.runs.folder import RunFolder
-from localgrad.training import state, trainer
+from localgrad.training import trainer
+from localgrad.training.trainer import fit
 
 CUTS = ["layer1.0", "layer2.0", "layer3.0"]
 SIZES = [6] * 9 + [3] + [6] * 10
@@ -130,23 +131,16 @@ BLOCKS = replace(LOCAL, devices=2, parallel="blocks", checkpoint_every=3)
 
 def _fit(config: TrainConfig, run_dir: Path, interrupt_at: int, resume: bool) -> Any:
     """Train on a rank; with a step to interrupt at, as Ctrl-C would on the first rank."""
-    original = trainer.train_step
-
-    def step(run: state.Run, *batch: Tensor) -> Tensor:
-        if run.state.step + 1 == interrupt_at and run.fabric.is_global_zero:
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(run, *batch)
-
-    trainer.train_step = step
-    return trainer.fit(config, run_dir, quiet=True, resume=resume).test_error
+    events = {interrupt_at: interrupt} if os.environ["RANK"] == "0" else {}
+    return fit(config, run_dir, quiet=True, resume=resume, images=eventful(config, events)).test_error
 
 
 def test_a_run_on_two_ranks_is_that_of_one_process(tmp_path: Path) -> None:
-    trainer.fit(LOCAL, tmp_path / "one", quiet=True)
+    fit(LOCAL, tmp_path / "one", quiet=True)
     run_ranks(_fit, 2, BLOCKS, tmp_path / "two", 0, False)
     assert_same_run(tmp_path / "one", tmp_path / "two")
     with pytest.raises(KeyboardInterrupt, match="after step 3; everything is saved"):
-        run_ranks(_fit, 2, BLOCKS, tmp_path / "resumed", 2, False)
+        run_ranks(_fit, 2, BLOCKS, tmp_path / "resumed", 3, False)
     run_ranks(_fit, 2, BLOCKS, tmp_path / "resumed", 0, True)
     assert_same_run(tmp_path / "one", tmp_path / "resumed")
 
@@ -165,7 +159,7 @@ def test_replicas_of_a_pipeline_are_data_parallel(tmp_path: Path) -> None:
 def test_synchronised_norms_see_the_whole_batch(tmp_path: Path) -> None:
     """The last batch of 7 images gives one process 4 of them and the other 3."""
     config = replace(LOCAL, data=replace(LOCAL.data, train_limit=55))
-    trainer.fit(config, tmp_path / "one", quiet=True)
+    fit(config, tmp_path / "one", quiet=True)
     run_ranks(_fit, 2, replace(config, devices=2, sync_batchnorm=True), tmp_path / "two", 0, False)
     both = replace(config, devices=4, parallel="blocks", replicas=2, sync_batchnorm=True)
     run_ranks(_fit, 4, both, tmp_path / "four", 0, False)
@@ -229,19 +223,18 @@ trainer.fit(BLOCKS if sys.argv[2] == "blocks" else replace(LOCAL, devices=2), sy
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Runs a script; a hang would end with the timeouts of the process groups, half an hour, and so fails here."""
     paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, *command], env=environment, capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, *command], env=environment, capture_output=True, text=True, check=False, timeout=600
     )
 
 
 @pytest.mark.parametrize("parallel", ["blocks", "data"])
 def test_the_other_ranks_leave_when_one_dies(tmp_path: Path, parallel: str) -> None:
     (tmp_path / "script.py").write_text(DYING)
-    begin = time.monotonic()
     done = _run([str(tmp_path / "script.py"), str(tmp_path / "run"), parallel])
-    assert time.monotonic() - begin < 60, "a hang would end with the timeouts of the process groups, half an hour"
     assert done.returncode != 0
     assert (tmp_path / "run.died").exists()
     assert "another process of this run has ended" in done.stderr
@@ -253,7 +246,7 @@ def test_torchrun_starts_again_where_the_run_was(tmp_path: Path) -> None:
     done = _run([*torchrun, str(tmp_path / "script.py"), str(tmp_path / "run"), "blocks"])
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run.died").exists()
-    trainer.fit(LOCAL, tmp_path / "one", quiet=True)
+    fit(LOCAL, tmp_path / "one", quiet=True)
     assert_same_run(tmp_path / "one", tmp_path / "run")
 
 
@@ -261,10 +254,10 @@ def test_torchrun_starts_again_where_the_run_was(tmp_path: Path) -> None:
 
 
 def test_metrics_of_three_ranks_are_those_of_one_process(tmp_path: Path) -> None:
-    trainer.fit(LOCAL, tmp_path / "one", quiet=True)
+    fit(LOCAL, tmp_path / "one", quiet=True)
     three = replace(BLOCKS, devices=3)
     with pytest.raises(KeyboardInterrupt, match="after step 3; everything is saved"):
-        run_ranks(_fit, 3, three, tmp_path / "three", 2, False)
+        run_ranks(_fit, 3, three, tmp_path / "three", 3, False)
     run_ranks(_fit, 3, three, tmp_path / "three", 0, True)
     assert_same_run(tmp_path / "one", tmp_path / "three")
 
@@ -279,7 +272,7 @@ def _losses_shown(config: TrainConfig, run_dir: Path) -> list[float]:
 
     trainer.Display.step = step
     trainer.Display.is_due = lambda self: True
-    trainer.fit(config, run_dir, quiet=True)
+    fit(config, run_dir, quiet=True)
     return shown[: 2 * len(config.cuts or ()) + 2]
 
 
@@ -316,7 +309,7 @@ def test_no_rank_ends_before_the_checkpoint_is_written(config: TrainConfig, tmp_
 def _fit_apart(config: TrainConfig, folder: Path) -> str:
     """Each rank with a folder of its own, as on nodes that share none."""
     try:
-        trainer.fit(config, folder / os.environ["RANK"], quiet=True, resume=True)
+        fit(config, folder / os.environ["RANK"], quiet=True, resume=True)
     except localgrad.LocalGradError as error:
         return str(error)
     return "trained"
@@ -343,5 +336,5 @@ def test_a_run_that_failed_before_its_first_checkpoint_is_started_again(
 ) -> None:
     monkeypatch.setattr(trainer, "restarted", lambda: True)
     RunFolder(tmp_path).start(with_defaults(LOCAL), 0)
-    trainer.fit(LOCAL, tmp_path, quiet=True)
+    fit(LOCAL, tmp_path, quiet=True)
     assert (tmp_path / "result.json").exists()

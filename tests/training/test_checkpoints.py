@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from helpers.runs import LOCAL, after_steps, assert_same_run, read_metrics
+from helpers.runs import LOCAL, assert_same_run, read_metrics
+from helpers.training import eventful, interrupt
 from localgrad.commands.main import main
 from localgrad.config.methods import with_defaults
 from localgrad.errors import LocalGradError
@@ -25,6 +27,7 @@ from localgrad.runs import folder as runs
 from localgrad.runs.files import atomic_write, versions
 from localgrad.runs.folder import RunFolder
 from localgrad.training import trainer
+from localgrad.training.run import Run
 from localgrad.training.trainer import fit
 
 CONFIG = replace(LOCAL, checkpoint_every=3)  # 8 steps in 2 epochs; checkpoints after steps 3, 4, 6 and 8
@@ -229,7 +232,15 @@ def test_a_signal_saves_and_leaves_with_its_code(
     RunFolder(run_dir).start(with_defaults(CONFIG), lines=0)
     arguments = ["train", str(run_dir), "--resume", "--quiet"]
     with monkeypatch.context() as patch:
-        after_steps(patch, 2, lambda: os.kill(os.getpid(), getattr(signal, name)))
+        read = trainer.epoch_batches
+
+        def signalled(run: Run, *arguments: Any) -> Iterator[tuple[Tensor, ...]]:
+            for number, batch in enumerate(read(run, *arguments), start=1):
+                if number == 2:
+                    os.kill(os.getpid(), getattr(signal, name))
+                yield batch
+
+        patch.setattr(trainer, "epoch_batches", signalled)
         assert main(arguments) == code
     said = capsys.readouterr()
     assert said.out == ""
@@ -271,13 +282,11 @@ def small_files() -> Iterator[Callable[[int], None]]:
 
 
 def test_a_checkpoint_that_finds_no_room_is_an_error_and_the_run_goes_on_later(
-    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_files: Callable[[int], None]
+    straight: Path, tmp_path: Path, small_files: Callable[[int], None]
 ) -> None:
     limit = (straight / "checkpoint.pt").stat().st_size - 100
-    with monkeypatch.context() as patch:
-        after_steps(patch, 5, lambda: small_files(limit))
-        with pytest.raises(LocalGradError, match=r"checkpoint\.pt could not be written \(File too large\); what it"):
-            fit(CONFIG, tmp_path, quiet=True)
+    with pytest.raises(LocalGradError, match=r"checkpoint\.pt could not be written \(File too large\); what it"):
+        fit(CONFIG, tmp_path, quiet=True, images=eventful(CONFIG, {5: lambda inputs: small_files(limit)}))
     small_files(resource.RLIM_INFINITY)
     assert [torch.load(path)["state"]["step"] for path in versions(tmp_path / "checkpoint.pt").values()] == [4, 3]
     assert not list(tmp_path.glob(".*.tmp"))
@@ -388,9 +397,8 @@ def test_a_folder_where_another_process_trains_is_refused_until_that_ends(
     straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_dir = tmp_path / "run"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        after_steps(patch, 4, lambda: os.kill(os.getpid(), signal.SIGINT))
-        fit(CONFIG, run_dir, quiet=True)
+    with pytest.raises(KeyboardInterrupt):
+        fit(CONFIG, run_dir, quiet=True, images=eventful(CONFIG, {4: interrupt}))
     with _holder(run_dir) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "got it\n", "the interrupted run has left the folder free"
@@ -404,14 +412,13 @@ def test_a_folder_where_another_process_trains_is_refused_until_that_ends(
     assert_same_run(straight, run_dir)
 
 
-def test_a_run_keeps_its_folder_until_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_keeps_its_folder_until_it_ends(tmp_path: Path) -> None:
     answers: list[str] = []
 
-    def knock() -> None:
+    def knock(inputs: Tensor | None = None) -> None:
         answers.append(_holder(tmp_path / "run").communicate("")[1])
 
-    after_steps(monkeypatch, 2, knock)
-    fit(CONFIG, tmp_path / "run", quiet=True)
+    fit(CONFIG, tmp_path / "run", quiet=True, images=eventful(CONFIG, {2: knock}))
     assert set(answers) == {"held\n"}
     knock()
     assert answers[-1] == ""
@@ -421,13 +428,13 @@ def test_a_run_that_another_one_has_begun_meanwhile_is_not_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_dir = tmp_path / "run"
-    check = trainer._check_parts
+    build = trainer.build_run
 
-    def meanwhile(run: Any) -> None:
+    def meanwhile(*arguments: Any) -> Any:
         RunFolder(run_dir).start(with_defaults(CONFIG), lines=0)
-        check(run)
+        return build(*arguments)
 
-    monkeypatch.setattr(trainer, "_check_parts", meanwhile)
+    monkeypatch.setattr(trainer, "build_run", meanwhile)
     with pytest.raises(LocalGradError, match="holds this run, not finished; continue it with --resume"):
         fit(CONFIG, run_dir, quiet=True)
 
@@ -437,20 +444,18 @@ def test_what_another_process_has_saved_meanwhile_is_gone_on_from(
 ) -> None:
     run_dir, later = tmp_path / "run", tmp_path / "later"
     for path, step in ((run_dir, 3), (later, 7)):
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            after_steps(patch, step, lambda: os.kill(os.getpid(), signal.SIGINT))
-            fit(CONFIG, path, quiet=True)
-    locked, steps = RunFolder.locked, []
+        with pytest.raises(KeyboardInterrupt):
+            fit(CONFIG, path, quiet=True, images=eventful(CONFIG, {step: interrupt}))
+    locked, steps = RunFolder.locked, list[int]()
 
     def after_the_other(folder: RunFolder) -> Any:
         shutil.copytree(later, run_dir, dirs_exist_ok=True)
         return locked(folder)
 
     monkeypatch.setattr(RunFolder, "locked", after_the_other)
-    step = trainer.train_step
-    monkeypatch.setattr(trainer, "train_step", lambda run, *batch: steps.append(run.state.step) or step(run, *batch))
-    fit(CONFIG, run_dir, resume=True, quiet=True)
-    assert steps == [7]
+    read = {step: lambda inputs, step=step: steps.append(step) for step in range(1, 9)}
+    fit(CONFIG, run_dir, resume=True, quiet=True, images=eventful(CONFIG, read))
+    assert steps == [8]
     assert_same_run(straight, run_dir)
 
 
@@ -477,4 +482,4 @@ def test_the_config_says_how_many_are_kept(tmp_path: Path) -> None:
         fit(dataclasses.replace(CONFIG, keep_checkpoints=keep), run_dir, quiet=True)
         steps = [torch.load(path)["state"]["step"] for path in versions(run_dir / "checkpoint.pt").values()]
         assert steps == [8, 6, 4][:keep]
-    assert trainer.RunFolder(tmp_path / "1").newest_checkpoint()[1]["state"]["step"] == 8
+    assert RunFolder(tmp_path / "1").newest_checkpoint()[1]["state"]["step"] == 8

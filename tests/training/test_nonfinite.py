@@ -16,24 +16,35 @@ from helpers.runs import (
     equal,
     everything,
     read_metrics,
-    set_up,
-    spoil_batches,
     spoil_gradient,
     weights,
 )
+from helpers.training import CrashError, crash, eventful, spoil
 from localgrad import dgl, local_step, plan, split
 from localgrad.commands.main import main
 from localgrad.config.checks import validate
-from localgrad.config.schema import ModelConfig, MomentumConfig, ObjectiveConfig
+from localgrad.config.schema import ModelConfig, MomentumConfig, ObjectiveConfig, TrainConfig
 from localgrad.core.explain import OutOfMemoryError
+from localgrad.core.step import local_gradients
 from localgrad.data import config as data
+from localgrad.data.sets import ImageSet
 from localgrad.errors import LocalGradError
 from localgrad.models import cifar_resnet
-from localgrad.training import nonfinite, state, trainer
+from localgrad.runs.folder import RunFolder
+from localgrad.training import trainer
+from localgrad.training.build import build_run
 from localgrad.training.memory_advice import memory_advice
-from localgrad.training.trainer import fit
+from localgrad.training.nonfinite import gradient_norms
+from localgrad.training.run import Run
+from localgrad.training.step import train_step
+from localgrad.training.trainer import epoch_batches, fit
 
 SKIP = replace(LOCAL, on_nonfinite="skip", max_skips=2)  # 4 batches an epoch, 2 epochs
+
+
+def spoiled(config: TrainConfig, *steps: int) -> tuple[ImageSet, ImageSet]:
+    """A config's images, with infinite ones in the batches of these steps."""
+    return eventful(config, dict.fromkeys(steps, spoil))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -41,7 +52,7 @@ SKIP = replace(LOCAL, on_nonfinite="skip", max_skips=2)  # 4 batches an epoch, 2
 def test_a_gradient_that_is_not_finite_stops_before_the_update(
     tmp_path: Path, value: float, clip_norm: float | None
 ) -> None:
-    run = set_up(replace(LOCAL, optim=replace(LOCAL.optim, clip_norm=clip_norm)), tmp_path)
+    run = build_run(replace(LOCAL, optim=replace(LOCAL.optim, clip_norm=clip_norm)))
     spoil_gradient(run, value)
     before = {name: parameter.clone() for name, parameter in run.model.named_parameters()}
     message = (
@@ -49,16 +60,16 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(
         r"learning rate 0\.01, in batch 1 of the epoch; all weights were left"
     )
     with pytest.raises(LocalGradError, match=message):
-        trainer.train_step(run, *next(iter(trainer._batches(run))))
+        train_step(run, *next(iter(epoch_batches(run))))
     assert all(torch.equal(parameter, before[name]) for name, parameter in run.model.named_parameters())
     assert all(parameter.grad is None for parameter in run.model.parameters())
     assert not any(optimizer.state for optimizer in run.optimizers)
 
 
 def test_the_norms_are_those_of_the_gradients(tmp_path: Path) -> None:
-    run = set_up(LOCAL, tmp_path)
-    trainer.local_gradients(run.blocks, *next(iter(trainer._batches(run))))
-    norms = nonfinite.gradient_norms(run.blocks, torch.zeros(3))
+    run = build_run(LOCAL)
+    local_gradients(run.blocks, *next(iter(epoch_batches(run))))
+    norms = gradient_norms(run.blocks, torch.zeros(3))
     for block, norm in zip(run.blocks, norms, strict=True):
         squares = [p.grad.double().square().sum() for p in block.trainable_parameters() if p.grad is not None]
         assert float(norm) == pytest.approx(float(torch.stack(squares).sum().sqrt()), rel=1e-5)
@@ -67,23 +78,22 @@ def test_the_norms_are_those_of_the_gradients(tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", ["loss", "gradient"])
 def test_a_skipped_batch_leaves_no_trace(tmp_path: Path, how: str) -> None:
     """Weights, EMA, running statistics and optimizers of all blocks stay, those of blocks without a problem too."""
-    run = set_up(SKIP, tmp_path)
-    inputs, targets = next(iter(trainer._batches(run)))
-    assert trainer.train_step(run, inputs, targets) is not None
+    run = build_run(SKIP)
+    inputs, targets = next(iter(epoch_batches(run)))
+    train_step(run, inputs, targets)
     before = everything(run)
     if how == "gradient":
         spoil_gradient(run, float("nan"))
     bad = inputs.clone()
     bad[0, 0, 0, 0] = float("inf") if how == "loss" else 0.0
-    assert trainer.train_step(run, bad, targets) is None
+    losses = train_step(run, bad, targets)
     assert equal(everything(run), before)
+    assert not run.check.if_allowed(torch.ones_like(losses)).any()
     assert (run.state.skipped, run.state.skipped_in_a_row) == (1, 1)
 
 
-def test_skipped_batches_are_counted_and_left_out_of_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        spoil_batches(patch, {1, 2, 5})
-        result = fit(SKIP, tmp_path / "run", quiet=True)
+def test_skipped_batches_are_counted_and_left_out_of_the_loss(tmp_path: Path) -> None:
+    result = fit(SKIP, tmp_path / "run", quiet=True, images=spoiled(SKIP, 2, 3, 6))
     lines = read_metrics(tmp_path / "run")
     assert [line["skipped"] for line in lines] == [2, 3]
     assert [line["step"] for line in lines] == [4, 8]
@@ -99,31 +109,25 @@ def test_without_a_bad_batch_skip_changes_no_bit(tmp_path: Path) -> None:
     assert all(torch.equal(value, skipped[name]) for name, value in stopped.items())
 
 
-def test_too_many_in_a_row_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spoil_batches(monkeypatch, {1, 3, 4, 5})
+def test_too_many_in_a_row_stop_the_run(tmp_path: Path) -> None:
     with pytest.raises(LocalGradError, match=r"loss of block 1 of 3.*step 6.*after 2 batches in a row were skipped"):
-        fit(SKIP, tmp_path, quiet=True)
+        fit(SKIP, tmp_path, quiet=True, images=spoiled(SKIP, 2, 4, 5, 6))
     saved = torch.load(tmp_path / "checkpoint.pt")["state"]
     assert (saved["skipped"], saved["skipped_in_a_row"]) == (2, 1), "of the end of the first epoch"
 
 
-def test_an_epoch_of_skipped_batches_has_no_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spoil_batches(monkeypatch, {0, 1, 2, 3})
-    fit(replace(SKIP, max_skips=4), tmp_path)
+def test_an_epoch_of_skipped_batches_has_no_loss(tmp_path: Path) -> None:
+    fit(replace(SKIP, max_skips=4), tmp_path, images=spoiled(SKIP, 1, 2, 3, 4))
     assert [line["train_loss"] is None for line in read_metrics(tmp_path)] == [True, False]
 
 
-def test_a_resumed_run_remembers_what_it_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spoil_batches(monkeypatch, {2, 5})
+def test_a_resumed_run_remembers_what_it_skipped(tmp_path: Path) -> None:
     config = replace(SKIP, checkpoint_every=3)
-    fit(config, tmp_path / "straight", quiet=True)
-    original = trainer.finish_epoch
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer, "finish_epoch", lambda run, display: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            fit(config, tmp_path / "run", quiet=True)
-    assert trainer.finish_epoch is original
-    fit(config, tmp_path / "run", resume=True, quiet=True)
+    fit(config, tmp_path / "straight", quiet=True, images=spoiled(config, 3, 6))
+    bad = dict.fromkeys((3, 6), spoil)
+    with pytest.raises(CrashError):
+        fit(config, tmp_path / "run", quiet=True, images=eventful(config, bad, evaluation={1: crash}))
+    fit(config, tmp_path / "run", resume=True, quiet=True, images=spoiled(config, 3, 6))
     assert_same_run(tmp_path / "straight", tmp_path / "run")
 
 
@@ -144,7 +148,7 @@ class _Greedy(nn.Module):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8")
 
 
-def _greedy(run: state.Run) -> None:
+def _greedy(run: Run) -> None:
     run.blocks[1].body.append(_Greedy())
 
 
@@ -160,15 +164,7 @@ def test_out_of_memory_names_the_block_and_is_torchs_error_too() -> None:
             local_step(blocks, [torch.optim.SGD(model.parameters())], torch.zeros(2, 3, 8, 8), torch.zeros(2).long())
 
 
-def test_a_run_out_of_memory_says_what_plan_would_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = trainer.set_up
-
-    def greedy(*arguments: Any) -> state.Run:
-        run = original(*arguments)
-        _greedy(run)
-        return run
-
-    monkeypatch.setattr(trainer, "set_up", greedy)
+def test_a_run_out_of_memory_says_what_plan_would_do(tmp_path: Path) -> None:
     config = replace(LOCAL, cuts=("layer2.0", "layer3.0"), momentum=replace(LOCAL.momentum, name="none"))
     message = (
         r"^block 2 of 3 \(layer3\.0 to layer3\.0\) does not fit into memory with 16 samples .*"
@@ -176,8 +172,10 @@ def test_a_run_out_of_memory_says_what_plan_would_do(tmp_path: Path, monkeypatch
         r"[\d.]+ MiB with \d blocks: "
         r"--cuts layer1\.0[^;]*; fewer images at once, as --optim\.accumulate 2, would take less too$"
     )
+    run = build_run(config)
+    _greedy(run)
     with pytest.raises(LocalGradError, match=message) as raised:
-        fit(config, tmp_path, quiet=True)
+        trainer.train(run, RunFolder(tmp_path), quiet=True)
     assert "\n" not in str(raised.value)
 
 
@@ -221,7 +219,7 @@ def test_on_the_command_line_it_is_one_line(
 ) -> None:
     original: Callable[..., Any] = trainer.train_step
 
-    def failing(run: state.Run, inputs: Tensor, targets: Tensor) -> Tensor | None:
+    def failing(run: Run, inputs: Tensor, targets: Tensor) -> Tensor | None:
         _greedy(run)
         return original(run, inputs, targets)
 

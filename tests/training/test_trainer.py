@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from helpers.runs import LOCAL, NORM_FREE, after_steps, assert_same_run, plain_model, read_metrics, set_up, weights
+from helpers.runs import LOCAL, NORM_FREE, assert_same_run, plain_model, read_metrics, weights
+from helpers.training import CrashError, crash, eventful, interrupt, terminate
 from localgrad.config.schema import MomentumConfig, ObjectiveConfig
 from localgrad.data.loading import load_images
 from localgrad.errors import LocalGradError
@@ -26,10 +27,13 @@ from localgrad.models import cifar_resnet
 from localgrad.planning.measure import measure_peak
 from localgrad.results import evaluation
 from localgrad.runs.folder import RunFolder
-from localgrad.training import devices, trainer
+from localgrad.training import build, devices, step, trainer
+from localgrad.training.build import build_run
 from localgrad.training.devices import make_fabric, resolve_precision
+from localgrad.training.error_rates import error_rates
 from localgrad.training.schedule import learning_rate
-from localgrad.training.trainer import fit
+from localgrad.training.step import train_step
+from localgrad.training.trainer import epoch_batches, fit
 
 END_TO_END = replace(LOCAL, cuts=(), objective=ObjectiveConfig(), momentum=MomentumConfig())
 
@@ -65,10 +69,10 @@ def test_the_result_says_what_was_done(straight: Path) -> None:
 
 
 def test_the_peak_is_that_of_a_step_whose_optimizers_have_their_state(straight: Path, tmp_path: Path) -> None:
-    run = set_up(LOCAL, tmp_path)
-    first, second, *_ = trainer._batches(run)
-    _, starting = measure_peak(lambda: trainer.train_step(run, *first))
-    _, steady = measure_peak(lambda: trainer.train_step(run, *second))
+    run = build_run(LOCAL)
+    first, second, *_ = epoch_batches(run)
+    _, starting = measure_peak(lambda: train_step(run, *first))
+    _, steady = measure_peak(lambda: train_step(run, *second))
     assert json.loads((straight / "result.json").read_text())["peak_memory_bytes"] == steady < starting
 
 
@@ -134,7 +138,7 @@ def test_end_to_end_is_an_ordinary_training_loop(tmp_path: Path) -> None:
 
 
 def test_the_backbone_starts_the_same_under_every_method(tmp_path: Path) -> None:
-    starts = [set_up(config, tmp_path / config.objective.name).model.state_dict() for config in (LOCAL, END_TO_END)]
+    starts = [build_run(config).model.state_dict() for config in (LOCAL, END_TO_END)]
     assert all(torch.equal(value, starts[1][name]) for name, value in starts[0].items())
 
 
@@ -142,38 +146,22 @@ def test_the_backbone_starts_the_same_under_every_method(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("step", [1, 2, 4, 7, 8])
-def test_an_interrupted_run_resumes_to_the_same_bits(
-    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
-) -> None:
+def test_an_interrupted_run_resumes_to_the_same_bits(straight: Path, tmp_path: Path, step: int) -> None:
     handler = signal.getsignal(signal.SIGINT)
-    with monkeypatch.context() as patch:
-        after_steps(patch, step, lambda: os.kill(os.getpid(), signal.SIGINT))
-        with pytest.raises(KeyboardInterrupt, match=f"after step {step}; everything is saved"):
-            fit(LOCAL, tmp_path, quiet=True)
+    with pytest.raises(KeyboardInterrupt, match=f"after step {step}; everything is saved"):
+        fit(LOCAL, tmp_path, quiet=True, images=eventful(LOCAL, {step: interrupt}))
     assert signal.getsignal(signal.SIGINT) is handler
     assert not (tmp_path / "result.json").exists()
     fit(LOCAL, tmp_path, resume=True, quiet=True)
     assert_same_run(straight, tmp_path)
 
 
-class _CrashError(Exception):
-    pass
-
-
-def _crash() -> None:
-    raise _CrashError
-
-
 @pytest.mark.parametrize("checkpoint_every", [0, 3])
-def test_a_crashed_run_resumes_from_its_last_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint_every: int
-) -> None:
+def test_a_crashed_run_resumes_from_its_last_checkpoint(tmp_path: Path, checkpoint_every: int) -> None:
     config = replace(LOCAL, checkpoint_every=checkpoint_every)
     fit(config, tmp_path / "straight", quiet=True)
-    with monkeypatch.context() as patch:
-        after_steps(patch, 7, _crash)
-        with pytest.raises(_CrashError):
-            fit(config, tmp_path / "run", quiet=True)
+    with pytest.raises(CrashError):
+        fit(config, tmp_path / "run", quiet=True, images=eventful(config, {7: crash}))
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["state"]
     assert saved["step"] == (6 if checkpoint_every else 4)
     fit(config, tmp_path / "run", resume=True, quiet=True)
@@ -184,8 +172,8 @@ def test_a_crash_between_metrics_and_checkpoint_repeats_no_line(
     straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "save", lambda run: _crash())
-        with pytest.raises(_CrashError):
+        patch.setattr(RunFolder, "save_checkpoint", lambda self, *arguments: crash())
+        with pytest.raises(CrashError):
             fit(LOCAL, tmp_path, quiet=True)
     assert len(read_metrics(tmp_path)) == 1
     fit(LOCAL, tmp_path, resume=True, quiet=True)
@@ -196,45 +184,40 @@ def test_a_crash_after_the_last_epoch_loses_only_the_result(
     straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "save_model", lambda self, model: _crash())
-        with pytest.raises(_CrashError):
+        patch.setattr(RunFolder, "save_model", lambda self, model: crash())
+        with pytest.raises(CrashError):
             fit(LOCAL, tmp_path, quiet=True)
     result = fit(LOCAL, tmp_path, resume=True, quiet=True)
     assert result.test_error == read_metrics(straight)[-1]["test_error"]
     assert_same_run(straight, tmp_path)
 
 
-def test_adamw_resumes_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adamw_resumes_to_the_same_bits(tmp_path: Path) -> None:
     config = replace(LOCAL, optim=replace(LOCAL.optim, name="adamw", nesterov=False, lr=1e-3))
     fit(config, tmp_path / "straight", quiet=True)
-    with monkeypatch.context() as patch:
-        after_steps(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(KeyboardInterrupt):
-            fit(config, tmp_path / "resumed", quiet=True)
+    with pytest.raises(KeyboardInterrupt):
+        fit(config, tmp_path / "resumed", quiet=True, images=eventful(config, {3: terminate}))
     fit(config, tmp_path / "resumed", resume=True, quiet=True)
     assert_same_run(tmp_path / "straight", tmp_path / "resumed")
     moments = torch.load(tmp_path / "resumed" / "checkpoint.pt", weights_only=True)["optimizers"][0]["state"][0]
     assert moments.keys() == {"step", "exp_avg", "exp_avg_sq"}
 
 
-def test_a_second_interrupt_acts_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def twice() -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+def test_a_second_interrupt_acts_at_once(tmp_path: Path) -> None:
+    def twice(inputs: Tensor) -> None:
+        interrupt(inputs)
+        interrupt(inputs)
 
-    after_steps(monkeypatch, 2, twice)
     with pytest.raises(KeyboardInterrupt, match="at once"):
-        fit(LOCAL, tmp_path, quiet=True)
+        fit(LOCAL, tmp_path, quiet=True, images=eventful(LOCAL, {2: twice}))
 
 
 def test_dropout_draws_the_same_after_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "build_model", lambda config, num_classes: plain_model(nn.Dropout(0.5)))
+    monkeypatch.setattr(build, "build_model", lambda config, num_classes: plain_model(nn.Dropout(0.5)))
     config = replace(END_TO_END, channels_last=False)
     fit(config, tmp_path / "straight", quiet=True)
-    with monkeypatch.context() as patch:
-        after_steps(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(KeyboardInterrupt):
-            fit(config, tmp_path / "run", quiet=True)
+    with pytest.raises(KeyboardInterrupt):
+        fit(config, tmp_path / "run", quiet=True, images=eventful(config, {3: terminate}))
     torch.rand(3)
     fit(config, tmp_path / "run", resume=True, quiet=True)
     assert_same_run(tmp_path / "straight", tmp_path / "run")
@@ -278,23 +261,23 @@ def test_a_checkpoint_of_another_model_or_version(
 def test_accumulated_parts_give_the_gradients_of_the_whole_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "build_model", lambda config, num_classes: plain_model(nn.Identity()))
+    monkeypatch.setattr(build, "build_model", lambda config, num_classes: plain_model(nn.Identity()))
     gradients = []
-    monkeypatch.setattr(trainer, "apply_updates", lambda blocks, optimizers: None)
+    monkeypatch.setattr(step, "apply_updates", lambda blocks, optimizers: None)
     for accumulate in (1, 3):
-        run = set_up(replace(NORM_FREE, optim=replace(LOCAL.optim, accumulate=accumulate)), tmp_path / str(accumulate))
-        inputs, targets = next(iter(trainer._batches(run)))
-        losses = trainer.train_step(run, inputs, targets)
+        run = build_run(replace(NORM_FREE, optim=replace(LOCAL.optim, accumulate=accumulate)))
+        inputs, targets = next(iter(epoch_batches(run)))
+        losses = train_step(run, inputs, targets)
         gradients.append([losses, *(p.grad for block in run.blocks for p in block.trainable_parameters())])
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
 def test_each_block_is_clipped_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "apply_updates", lambda blocks, optimizers: None)
+    monkeypatch.setattr(step, "apply_updates", lambda blocks, optimizers: None)
 
     def norms(clip_norm: float | None) -> list[float]:
-        run = set_up(replace(LOCAL, optim=replace(LOCAL.optim, clip_norm=clip_norm)), tmp_path / str(clip_norm))
-        trainer.train_step(run, *next(iter(trainer._batches(run))))
+        run = build_run(replace(LOCAL, optim=replace(LOCAL.optim, clip_norm=clip_norm)))
+        train_step(run, *next(iter(epoch_batches(run))))
         gradients = [[p.grad for p in block.trainable_parameters() if p.grad is not None] for block in run.blocks]
         return [float(torch.stack([g.norm() for g in block]).norm()) for block in gradients]
 
@@ -308,33 +291,33 @@ def test_label_smoothing_is_for_the_last_block_only(tmp_path: Path) -> None:
     losses = []
     for smoothing in (0.0, 0.2):
         config = replace(LOCAL, optim=replace(LOCAL.optim, label_smoothing=smoothing))
-        run = set_up(config, tmp_path / str(smoothing))
-        losses.append(trainer.train_step(run, *next(iter(trainer._batches(run)))))
+        run = build_run(config)
+        losses.append(train_step(run, *next(iter(epoch_batches(run)))))
     assert torch.equal(losses[0][:-1], losses[1][:-1])
     assert losses[0][-1] != losses[1][-1]
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> None:
-    run = set_up(LOCAL, tmp_path)
-    inputs, targets = next(iter(trainer._batches(run)))
+    run = build_run(LOCAL)
+    inputs, targets = next(iter(epoch_batches(run)))
     nn.init.constant_(run.blocks[1].trainable_parameters()[0], float("inf"))
     before = {name: value.clone() for name, value in run.model.named_parameters()}
     message = r"loss of block 2 of 3 \(layer2\.0 to layer2\.0\) is nan at epoch 1, step 1, learning rate 0\.01"
     with pytest.raises(LocalGradError, match=message):
-        trainer.train_step(run, inputs, targets)
+        train_step(run, inputs, targets)
     for name, parameter in run.model.named_parameters():
         assert torch.equal(parameter, before[name]), name
         assert parameter.grad is None
 
 
 def test_stepping_each_block_at_once_stops_at_the_block_whose_loss_is_not_finite(tmp_path: Path) -> None:
-    run = set_up(replace(LOCAL, step_each_block=True), tmp_path)
-    inputs, targets = next(iter(trainer._batches(run)))
+    run = build_run(replace(LOCAL, step_each_block=True))
+    inputs, targets = next(iter(epoch_batches(run)))
     nn.init.constant_(run.blocks[1].trainable_parameters()[0], float("inf"))
     before = [[p.clone() for p in block.trainable_parameters()] for block in run.blocks]
     message = r"block 2 of 3 .* is nan .* its weights were left as they were.*, those of the blocks before it were not"
     with pytest.raises(LocalGradError, match=message):
-        trainer.train_step(run, inputs, targets)
+        train_step(run, inputs, targets)
     same = [all(map(torch.equal, b.trainable_parameters(), w)) for b, w in zip(run.blocks, before, strict=True)]
     assert same == [False, True, True]
     assert all(parameter.grad is None for block in run.blocks for parameter in block.parameters())
@@ -376,9 +359,9 @@ def test_every_second_epoch_is_evaluated_and_the_last(tmp_path: Path) -> None:
 
 
 def test_local_heads_are_the_blocks_own(tmp_path: Path) -> None:
-    run = set_up(replace(LOCAL, local_heads=True, momentum=MomentumConfig()), tmp_path)
+    run = build_run(replace(LOCAL, local_heads=True, momentum=MomentumConfig()))
     before = {name: value.clone() for name, value in run.model.state_dict().items()}
-    _, errors = evaluation.error_rates(run.fabric, run.config, run.model, run.blocks, run.test)
+    _, errors = error_rates(run.fabric, run.model, run.blocks, run.test, batch_size=16)
     assert all(module.training for block in run.blocks for module in block.modules()), "training mode comes back"
     assert all(torch.equal(value, before[name]) for name, value in run.model.state_dict().items()), "BatchNorm's too"
     run.model.eval()
@@ -391,15 +374,16 @@ def test_local_heads_are_the_blocks_own(tmp_path: Path) -> None:
 
 def test_a_block_without_a_class_head_has_no_error(tmp_path: Path) -> None:
     contrast = ObjectiveConfig(name="infopro", loss="contrast", task=(1.0, 1.0))
-    run = set_up(replace(LOCAL, local_heads=True, objective=contrast), tmp_path)
-    _, errors = evaluation.error_rates(run.fabric, run.config, run.model, run.blocks, run.test)
+    run = build_run(replace(LOCAL, local_heads=True, objective=contrast))
+    _, errors = error_rates(run.fabric, run.model, run.blocks, run.test, batch_size=16)
     assert errors is not None
     assert errors[:2] == [None, None]
     assert errors[2] is not None
 
 
 def test_an_unfinished_run_cannot_be_evaluated(tmp_path: Path) -> None:
-    set_up(LOCAL, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        fit(LOCAL, tmp_path / "run", quiet=True, images=eventful(LOCAL, {2: interrupt}))
     with pytest.raises(LocalGradError, match=r"has no model\.safetensors"):
         evaluation.evaluate(tmp_path / "run", accelerator="cpu")
 
@@ -441,10 +425,10 @@ TWO_PROCESSES = """
 import sys
 from dataclasses import replace
 from helpers.runs import NORM_FREE, plain_model
-from localgrad.training import trainer
+from localgrad.training import build
 from localgrad.training.trainer import fit
 from torch import nn
-trainer.build_model = lambda config, num_classes: plain_model(nn.Identity())
+build.build_model = lambda config, num_classes: plain_model(nn.Identity())
 fit(replace(NORM_FREE, devices=2, optim=replace(NORM_FREE.optim, accumulate=2)), sys.argv[1], quiet=True)
 """
 
@@ -462,7 +446,7 @@ def test_two_processes_train_what_one_would(tmp_path: Path, monkeypatch: pytest.
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    monkeypatch.setattr(trainer, "build_model", lambda config, num_classes: plain_model(nn.Identity()))
+    monkeypatch.setattr(build, "build_model", lambda config, num_classes: plain_model(nn.Identity()))
     fit(NORM_FREE, tmp_path / "one", quiet=True)
     torch.testing.assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"), rtol=1e-5, atol=1e-6)
     one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")

@@ -33,8 +33,8 @@ def join_again(accelerator: str) -> None:
 
 
 @contextmanager
-def noticed_losses() -> Iterator[None]:
-    """Turns what torch.distributed raises when another process is gone into a sentence.
+def peer_failure_as_error() -> Iterator[None]:
+    """Translates an error of torch.distributed (another rank has ended) into a LocalGradError.
 
     Raises:
         LocalGradError: a process that this one waited for has ended.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
@@ -43,18 +43,23 @@ def shard(model: nn.Module, blocks: Sequence[Block], device: torch.device, world
 
 
 @contextmanager
-def put_together(blocks: Sequence[Any]) -> Iterator[None]:
-    """Has every block whole inside, as the model's own forward pass needs it; nothing where weights are not sharded."""
-    sharded = [block for block in blocks if hasattr(block, "unshard")]
+def unsharded(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """All-gathers the weights of every block, which the model's own forward pass needs; blocks in no shards are left.
+
+    Every rank enters and leaves together; the weights are shards again at the end, also after an error.
+    """
+    sharded = [block for block in blocks if isinstance(block, FSDPModule)]
     for block in sharded:
         block.unshard()
-    yield
-    for block in sharded:
-        block.reshard()
+    try:
+        yield
+    finally:
+        for block in sharded:
+            block.reshard()
 
 
-def whole(values: Any) -> Any:
-    """The same tree with every shard put together, on every process."""
+def gathered_state(values: Any) -> Any:
+    """The same tree with every DTensor as a whole tensor, on every rank; anything else as it is."""
     return tree_map_only(DTensor, DTensor.full_tensor, values)
 
 

@@ -1,7 +1,7 @@
 """How often a trained network is wrong: the user's own forward, and each block's own head."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -51,8 +51,14 @@ def evaluate(
             the network, or local heads are asked for and the last checkpoint is not there or damaged.
     """
     trained = load_trained(run_dir, data=data, test_split=test_split, with_blocks=local_heads, accelerator=accelerator)
-    config = replace(trained.config, local_heads=local_heads)
-    test_error, local_errors = error_rates(trained.fabric, config, trained.model, trained.blocks, trained.test)
+    test_error, local_errors = error_rates(
+        trained.fabric,
+        trained.model,
+        trained.blocks,
+        trained.test,
+        batch_size=trained.config.optim.batch_size,
+        channels_last=trained.config.channels_last,
+    )
     return Evaluation(test_error, local_errors, len(trained.test))
 
 
@@ -106,7 +112,12 @@ def early_exit(
     compute = _operations(exit_network, example) / _operations(trained.model, example)
     parameters = _size(exit_network.parts) / _size([trained.model])
     test_error, _ = error_rates(
-        trained.fabric, replace(trained.config, local_heads=False), exit_network, [], trained.test
+        trained.fabric,
+        exit_network,
+        (),
+        trained.test,
+        batch_size=trained.config.optim.batch_size,
+        channels_last=trained.config.channels_last,
     )
     return EarlyExit(test_error, len(trained.test), count, compute, parameters)
 

@@ -7,7 +7,6 @@ were made at different times cannot.
 import contextlib
 import itertools
 import statistics
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,11 +30,12 @@ from localgrad.data.sets import ImageSet
 from localgrad.errors import LocalGradError
 from localgrad.results.read import read_results
 from localgrad.results.tables import Row, Table, step_key, tables, told_seconds
-from localgrad.runs.folder import RunFolder
 from localgrad.runs.provenance import provenance
-from localgrad.training.devices import resolve_precision
-from localgrad.training.state import Run
-from localgrad.training.trainer import set_up, train_step
+from localgrad.training.build import build_run
+from localgrad.training.devices import fast_kernels, make_fabric, resolve_precision
+from localgrad.training.run import Run
+from localgrad.training.schedule import set_learning_rate
+from localgrad.training.step import train_step
 
 Step = Callable[[], object]
 
@@ -235,10 +235,10 @@ def timed_step(config: TrainConfig, held: contextlib.ExitStack) -> tuple[Step, R
         held: closed when the step is no longer needed.
     """
     images = _few_images(config.data, BATCHES * config.optim.batch_size)
-    scratch = held.enter_context(tempfile.TemporaryDirectory())
-    run = set_up(replace(config, tensorboard=False), RunFolder(Path(scratch)), False, held, images)
-    for optimizer in run.optimizers:
-        optimizer.param_groups[0]["lr"] = 0.0 if run.rate is None else run.rate  # which is 0 too
+    fabric = make_fabric(config)
+    held.enter_context(fast_kernels(fabric.device))
+    run = build_run(config, images, fabric)
+    set_learning_rate(run.optimizers, 0.0, run.rate)
     batches = endless_batches(run, channels_last=config.channels_last)
     return lambda: train_step(run, *next(batches)), run
 

@@ -1,67 +1,109 @@
-"""Checkpoints: what is saved of a run, and loaded into it."""
+"""A run and its folder: opening it, saving the run there, and loading it back."""
 
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch import nn
 
-from localgrad.config.saved import fits
 from localgrad.core.block import Block
 from localgrad.errors import LocalGradError
-from localgrad.parallel.shards import shard_optimizer_state, sharded_as, whole
-from localgrad.runs.folder import load_state
-from localgrad.training.state import Run, State
+from localgrad.parallel.shards import gathered_state, shard_optimizer_state, sharded_as
+from localgrad.runs.folder import RunFolder, load_state
+from localgrad.training.run import Run
+from localgrad.training.state import state_of
+from localgrad.training.tensorboard import Board, open_board
 
 
-def save(run: Run) -> None:
-    """Writes the checkpoint; the config says how many of the last ones stay."""
+@contextmanager
+def open_folder(run: Run, folder: RunFolder, resume: bool) -> Iterator[Board | None]:
+    """Locks a folder for a run, loads the folder's newest checkpoint into it where it is resumed, starts its files.
+
+    Args:
+        run: as it was built.
+        folder: checked with `folder.check` before the run was built; checked again here, once it is locked, for another
+            process may have been there meanwhile.
+        resume: whether to continue what is there.
+
+    Returns:
+        Context with the TensorBoard writer of rank 0, if the config asks for one. No other process can use the folder
+        until the context ends.
+
+    Raises:
+        LocalGradError: another process uses the folder, it holds another or a finished run or was trained with
+            other images, its checkpoints are damaged, or the ranks would begin at different steps.
+    """
+    config, board = run.config, None
+    with ExitStack() as held:
+        if run.fabric.is_global_zero:
+            held.enter_context(folder.locked())
+            folder.check(config, resume)
+            folder.check_images(train=run.train, test=run.test)
+        run.fabric.barrier()
+        if resume and folder.has_checkpoint:
+            load(run, folder)
+        _check_start(run, folder)
+        if run.fabric.is_global_zero:
+            folder.start(config, run.state.lines)
+            folder.keep_images(run.train, run.test)
+            board = open_board(folder.path, run.state.epoch) if config.tensorboard else None
+        run.fabric.barrier()
+        yield board
+
+
+def _check_start(run: Run, folder: RunFolder) -> None:
+    """Refuses ranks that do not begin at the same step, as where each node has a folder of its own."""
+    where = run.state.epoch, run.state.batch, run.state.step
+    first = tuple(run.fabric.broadcast(where))
+    if run.fabric.all_reduce(torch.tensor(float(where != first)), reduce_op="sum") > 0:
+        raise LocalGradError(
+            f"process {run.fabric.global_rank} begins at epoch {where[0]}, batch {where[1]}, and the first one at "
+            f"epoch {first[0]}, batch {first[1]}: the run folder {folder.path} must be the same for all processes"
+        )
+
+
+def save(run: Run, folder: RunFolder) -> None:
+    """Writes a checkpoint; the config says how many of the last ones stay."""
     run.state.elapsed_seconds = time.perf_counter() - run.begin
     run.state.seconds_per_step = run.seconds_per_step
-    optimizers = [optimizer.state_dict() for optimizer in run.optimizers]
-    if run.stage:
-        run.stage.gather()
-        on_cpu = tree_map_only(Tensor, Tensor.cpu, optimizers)
-        optimizers = [state for states in run.stage.gather_objects(on_cpu) for state in states]
-    saved = whole(
+    run.placement.gather()
+    saved = gathered_state(
         {
             "model": run.model.state_dict(),
             "auxiliary": [block.auxiliary_state_dict() for block in run.blocks],
-            "optimizers": optimizers,
+            "optimizers": run.placement.gather_list([optimizer.state_dict() for optimizer in run.optimizers]),
         }
     )
     if run.fabric.is_global_zero:
-        run.folder.save_checkpoint(saved | {"state": asdict(run.state)}, run.config.keep_checkpoints)
+        folder.save_checkpoint(saved | {"state": asdict(run.state)}, run.config.keep_checkpoints)
     run.fabric.barrier()  # a process that ended sooner would have the others stopped, this one while it writes
 
 
-def load(run: Run) -> None:
-    """Loads the folder's newest whole checkpoint into the objects of the run.
+def load(run: Run, folder: RunFolder) -> None:
+    """Loads the folder's newest whole checkpoint into the objects of a run.
 
     Raises:
         LocalGradError: none is whole, or it is of another model or version.
     """
-    path, saved = run.folder.newest_checkpoint()
-    state = _state(saved.get("state"), len(run.blocks), path)
-    own = dict(zip(run.own, run.optimizers, strict=True))
-    numbers = range(len(run.blocks))
+    path, saved = folder.newest_checkpoint()
+    state = state_of(saved.get("state"), len(run.blocks), path)
+    own = dict(zip(run.placement.own, run.optimizers, strict=True))
+    optimizers = [own.get(index) for index in range(len(run.blocks))]  # None: of another rank's block
     load_state(lambda values: _load_model(run.model, values), saved.get("model"), path)
-    for name, load_one in (
-        ("auxiliary", lambda number, values: _load_auxiliary(run.blocks[number], values)),
-        ("optimizers", lambda number, values: _load_optimizer(own.get(number), values)),
-    ):
-        load_state(
-            lambda parts, one=load_one: [one(number, part) for number, part in zip(numbers, parts, strict=True)],
-            saved.get(name),
-            path,
-        )
-    run.state = state
+    load_state(lambda values: _load_each(_load_auxiliary, run.blocks, values), saved.get("auxiliary"), path)
+    load_state(lambda values: _load_each(_load_optimizer, optimizers, values), saved.get("optimizers"), path)
+    vars(run.state).update(vars(state))  # in place: the check counts there too
     run.begin = time.perf_counter() - run.state.elapsed_seconds
     if run.fabric.is_global_zero:
-        run.folder.set_aside_newer(path)
+        folder.set_aside_newer(path)
+
+
+def _load_each(load_one: Callable[[Any, Any], None], parts: Sequence[Any], values: Any) -> None:
+    for part, value in zip(parts, values, strict=True):
+        load_one(part, value)
 
 
 def _load_model(model: nn.Module, values: Any) -> None:
@@ -73,22 +115,6 @@ def _load_auxiliary(block: Block, values: Any) -> None:
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer | None, values: Any) -> None:
-    if optimizer is not None:  # else it is the optimizer of another process's block
+    if optimizer is not None:
         optimizer.load_state_dict(values)
         shard_optimizer_state(optimizer)
-
-
-def _state(values: Any, num_blocks: int, path: Path) -> State:
-    """The state of a checkpoint, with the types of every field checked."""
-    hints = get_type_hints(State)
-    if (
-        not isinstance(values, dict)
-        or values.keys() != hints.keys()
-        or not all(fits(hint, values[name]) for name, hint in hints.items())
-        or len(values["sums"]) != num_blocks + 1
-    ):
-        raise LocalGradError(
-            f"{path} is not a checkpoint of this version of localgrad, or not of this run; "
-            "start again in another --run-dir"
-        )
-    return State(**values)

@@ -3,6 +3,9 @@
 import ctypes
 import os
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -75,6 +78,27 @@ def resolve_precision(config: TrainConfig) -> Any:
     else:
         native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return "bf16-mixed" if native else "32-true"
+
+
+@contextmanager
+def fast_kernels(device: torch.device) -> Iterator[None]:
+    """Settings of the whole process under which training is fast; what can be put back is put back at the end.
+
+    On CUDA cuDNN times its algorithms for each shape. On a processor the C library keeps freed memory, also afterwards
+    (see `keep_freed_memory`). Torch's global random state, which training seeds, is what it was before.
+    """
+    benchmark = torch.backends.cudnn.benchmark
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+    elif device.type == "cpu":
+        keep_freed_memory()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), warnings.catch_warnings():
+            # of AdamW, whose steps before a CUDA graph is recorded are not replayed
+            warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")
+            yield
+    finally:
+        torch.backends.cudnn.benchmark = benchmark
 
 
 def keep_freed_memory() -> None:

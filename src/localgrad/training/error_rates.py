@@ -1,61 +1,82 @@
-"""Test error of a network and of each block's local head."""
+"""Test error of a trained network and of each block's local head."""
 
-from collections.abc import Sequence
-from typing import Any
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from localgrad.config.schema import TrainConfig
 from localgrad.core.block import Block
 from localgrad.data.sets import ImageSet
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
 
 
 @torch.no_grad()
 def error_rates(
-    fabric: Any, config: TrainConfig, model: nn.Module, blocks: Sequence[Block], images: ImageSet
+    fabric: Fabric,
+    model: nn.Module,
+    blocks: Sequence[Block],
+    images: ImageSet,
+    *,
+    batch_size: int,
+    channels_last: bool = False,
 ) -> tuple[float, list[float | None] | None]:
-    """Top-1 error in percent, in eval mode, of the model's own forward and, if the config asks, of each block's head.
+    """Top-1 error in percent, in evaluation mode, of the model's own forward pass and of each block's local head.
 
     Args:
-        fabric: devices and precision; each device takes its share of the images.
-        config: says the batch size, the memory format, and whether local heads are wanted.
-        model: the whole network, left in training mode.
-        blocks: its blocks, left in training mode.
+        fabric: devices and precision; each rank takes its share of the images.
+        model: the whole network.
+        blocks: those whose heads to evaluate too, from the first of the network on; none for the network alone.
         images: the test set.
+        batch_size: images at once, on all ranks together.
+        channels_last: memory format of the images.
 
     Returns:
-        The network's error, and one error a block (None for a block without a class head), or None for all of them.
+        The network's error, and one error a block (None for a block without a class head), or None without blocks.
     """
-    modules = (model, *blocks)
-    for module in modules:
-        module.eval()
     wrong = torch.zeros(1 + len(blocks), dtype=torch.int64, device=fabric.device)
     headless: set[int] = set()
-    for inputs, targets in images.batches(
-        max(1, config.optim.batch_size // fabric.world_size),
+    batches = images.batches(
+        max(1, batch_size // fabric.world_size),
         train=False,
         rank=fabric.global_rank,
         world_size=fabric.world_size,
         device=fabric.device,
-        channels_last=config.channels_last,
-    ):
-        with fabric.autocast():
-            wrong[0] += _count_wrong(model(inputs), targets)
-            features = inputs
-            for index, block in enumerate(blocks if config.local_heads else (), start=1):
-                features = block.body(features)
-                scores = block.local_logits(features)
-                if scores is None:
-                    headless.add(index)
-                else:
-                    wrong[index] += _count_wrong(scores, targets)
-    for module in modules:
-        module.train()
-    shares = [100 * count / len(images) for count in fabric.all_reduce(wrong, reduce_op="sum").tolist()]
-    if not config.local_heads:
-        return shares[0], None
-    return shares[0], [None if index in headless else shares[index] for index in range(1, len(shares))]
+        channels_last=channels_last,
+    )
+    with evaluation_mode(model, *blocks):
+        for inputs, targets in batches:
+            with fabric.autocast():
+                wrong[0] += _count_wrong(model(inputs), targets)
+                features = inputs
+                for index, block in enumerate(blocks, start=1):
+                    features = block.body(features)
+                    scores = block.local_logits(features)
+                    if scores is None:
+                        headless.add(index)
+                    else:
+                        wrong[index] += _count_wrong(scores, targets)
+    errors = [100 * count / len(images) for count in fabric.all_reduce(wrong, reduce_op="sum").tolist()]
+    local = [None if index in headless else errors[index] for index in range(1, len(errors))]
+    return errors[0], local or None
+
+
+@contextmanager
+def evaluation_mode(*modules: nn.Module) -> Iterator[None]:
+    """Evaluation mode; each submodule gets its own mode back at the end, also after an error."""
+    before = [(module, module.training) for root in modules for module in root.modules()]
+    for root in modules:
+        root.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
 
 
 def _count_wrong(scores: Tensor, targets: Tensor) -> Tensor:

@@ -1,6 +1,12 @@
 """The learning rate as a pure function of the epoch."""
 
 import math
+from collections.abc import Iterable
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from localgrad.config.schema import OptimConfig
 
 
 def learning_rate(epoch: int, *, epochs: int, peak: float, warmup_epochs: int = 10, first_epoch: int = 1) -> float:
@@ -35,3 +41,29 @@ def learning_rate(epoch: int, *, epochs: int, peak: float, warmup_epochs: int = 
         return base
     start = min(0.01, peak)
     return base * (epoch - 1) / warmup_epochs + start * (warmup_epochs + 1 - epoch) / warmup_epochs
+
+
+def rate_of(optim: OptimConfig, epoch: int) -> float:
+    """Learning rate of an epoch of a config."""
+    return learning_rate(
+        epoch,
+        epochs=optim.epochs,
+        peak=optim.lr,
+        warmup_epochs=optim.warmup_epochs,
+        first_epoch=optim.first_epoch,
+    )
+
+
+def set_learning_rate(optimizers: Iterable[Optimizer], rate: float, on_device: Tensor | None = None) -> None:
+    """Gives every parameter group of every optimizer a learning rate.
+
+    Args:
+        optimizers: all of them.
+        rate: the learning rate.
+        on_device: a tensor that is to hold it, `()`, and that they read, as CUDA graphs need it.
+    """
+    if on_device is not None:
+        on_device.fill_(rate)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate if on_device is None else on_device

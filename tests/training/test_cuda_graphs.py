@@ -12,17 +12,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from helpers.runs import ADAMW, LOCAL, SKIP, assert_same_run, equal, everything, reproducible, set_up, weights
+from helpers.runs import ADAMW, LOCAL, SKIP, assert_same_run, equal, everything, reproducible, weights
+from helpers.training import CrashError, crash, eventful, fit_as_on_cuda, work_as_on_cuda
 from localgrad.commands.main import main
 from localgrad.config.checks import validate
 from localgrad.config.schema import TrainConfig
 from localgrad.errors import LocalGradError
 from localgrad.training import cuda_graphs as graphs
-from localgrad.training import state, trainer
+from localgrad.training.build import build_run
 from localgrad.training.cuda_graphs import GraphedStep
-from localgrad.training.guard import Guard
-from localgrad.training.progress import Display
-from localgrad.training.trainer import fit
+from localgrad.training.schedule import set_learning_rate
+from localgrad.training.step import train_step
+from localgrad.training.trainer import epoch_batches, fit
 
 
 class Tape(TorchDispatchMode):
@@ -72,7 +73,7 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 @pytest.fixture
 def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
-    """The tapes that are recorded; every run replays its steps."""
+    """The tapes that are recorded."""
     made: list[Tape] = []
 
     def tape() -> Tape:
@@ -88,15 +89,6 @@ def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
     monkeypatch.setattr(graphs.torch.cuda, "CUDAGraph", tape)
     monkeypatch.setattr(graphs.torch.cuda, "graph", recording)
     monkeypatch.setattr(graphs.torch.cuda, "graph_pool_handle", lambda: 1)
-    original = trainer.make_guard
-
-    def guard_and_replay(run: state.Run) -> Guard:
-        guard = run.guard = Guard(run)
-        trainer.replay_steps(run)
-        return guard
-
-    assert original is not guard_and_replay
-    monkeypatch.setattr(trainer, "make_guard", guard_and_replay)
     return made
 
 
@@ -123,14 +115,11 @@ def test_a_step_is_recorded_once_a_shape_after_two_that_are_not(tapes: list[Tape
     [LOCAL, SKIP, replace(LOCAL, step_each_block=True), replace(LOCAL, optim=ADAMW)],
     ids=["stop", "skip", "each block", "adamw"],
 )
-def test_a_replayed_run_is_the_same_run(
-    config: TrainConfig, tmp_path: Path, tapes: list[Tape], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_replayed_run_is_the_same_run(config: TrainConfig, tmp_path: Path, tapes: list[Tape]) -> None:
     """Three epochs with three learning rates, and a last batch of another size."""
     config = replace(config, optim=replace(config.optim, epochs=3))
-    fit(config, tmp_path / "replayed", quiet=True)
+    fit_as_on_cuda(config, tmp_path / "replayed", recorded=True)
     assert len(tapes) == 2, "16 images, and the last 2 of an epoch"
-    monkeypatch.setattr(trainer, "make_guard", lambda run: None)
     fit(config, tmp_path / "plain", quiet=True)
     replayed, plain = (weights(tmp_path / run) for run in ("replayed", "plain"))
     # on the device a learning rate is a float32, which AdamW would otherwise compute with as a float64
@@ -143,44 +132,35 @@ def test_a_replayed_run_is_the_same_run(
 
 
 def test_bad_batches_are_skipped_in_a_replay_too_and_stop_it(tmp_path: Path, tapes: list[Tape]) -> None:
-    run = set_up(SKIP, tmp_path)
-    assert run.rate is not None
-    run.rate.fill_(0.1)
-    for optimizer in run.optimizers:
-        optimizer.param_groups[0]["lr"] = run.rate
-    batches = [batch for batch in trainer._batches(run) if len(batch[0]) == 16]
+    run = build_run(SKIP)
+    work_as_on_cuda(run, recorded=True)
+    set_learning_rate(run.optimizers, 0.1, run.rate)
+    batches = [batch for batch in epoch_batches(run) if len(batch[0]) == 16]
     for inputs, targets in batches:
-        trainer.train_step(run, inputs, targets)
+        train_step(run, inputs, targets)
     assert len(tapes) == 1
     bad = (batches[0][0] * float("nan"), batches[0][1])
     before = everything(run)
-    trainer.train_step(run, *bad)
-    trainer.train_step(run, *bad)
+    train_step(run, *bad)
+    train_step(run, *bad)
     assert equal(everything(run), before)
-    trainer.train_step(run, *batches[0])
+    train_step(run, *batches[0])
     after = everything(run)
     assert not equal(after, before)
     for _ in range(3):
-        trainer.train_step(run, *bad)
+        train_step(run, *bad)
     with pytest.raises(LocalGradError, match="after 2 batches in a row were skipped"):
-        trainer.train_step(run, *batches[0])
+        train_step(run, *batches[0])
     assert run.state.skipped == 4
     assert equal(everything(run), after), "a good batch after it finds the run stopped"
 
 
-def test_an_interrupted_replayed_run_resumes_to_the_same_bits(
-    tmp_path: Path, tapes: list[Tape], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fit(LOCAL, tmp_path / "straight", quiet=True)
-    with monkeypatch.context() as patch:
-
-        def stop(run: state.Run, display: Display) -> None:
-            raise KeyboardInterrupt
-
-        patch.setattr(trainer, "finish_epoch", stop)
-        with pytest.raises(KeyboardInterrupt):
-            fit(replace(LOCAL, checkpoint_every=3), tmp_path / "run", quiet=True)
-    fit(replace(LOCAL, checkpoint_every=3), tmp_path / "run", resume=True, quiet=True)
+def test_an_interrupted_replayed_run_resumes_to_the_same_bits(tmp_path: Path, tapes: list[Tape]) -> None:
+    fit_as_on_cuda(LOCAL, tmp_path / "straight", recorded=True)
+    config = replace(LOCAL, checkpoint_every=3)
+    with pytest.raises(CrashError):
+        fit_as_on_cuda(config, tmp_path / "run", images=eventful(config, {}, evaluation={1: crash}), recorded=True)
+    fit_as_on_cuda(config, tmp_path / "run", resume=True, recorded=True)
     assert_same_run(tmp_path / "straight", tmp_path / "run")
     assert tapes
 

@@ -1,10 +1,10 @@
 """On devices that compute beside the host, the device itself keeps a bad step from changing anything.
 
-A processor has no such device, so the guard is put in the host's place here: the fused optimizers read it there too.
+A processor has no such device, so the check of a device is put in the host's place here: the fused optimizers read it
+there too.
 """
 
 import os
-import signal
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -28,19 +28,20 @@ from helpers.runs import (
     equal,
     everything,
     read_metrics,
-    set_up,
-    spoil_batches,
     spoil_gradient,
     weights,
 )
+from helpers.training import CrashError, crash, eventful, fit_as_on_cuda, interrupt, spoil, work_as_on_cuda
 from localgrad import split
 from localgrad.config.schema import TrainConfig
 from localgrad.core.step import apply_updates, local_gradients
 from localgrad.errors import LocalGradError
 from localgrad.models import cifar_resnet
-from localgrad.training import nonfinite, state, trainer
-from localgrad.training.guard import Guard
-from localgrad.training.trainer import fit
+from localgrad.training.build import build_run
+from localgrad.training.nonfinite import DeviceCheck
+from localgrad.training.run import Run
+from localgrad.training.step import plain_update, train_step
+from localgrad.training.trainer import epoch_batches, fit
 
 CLIPPED = replace(
     LOCAL,
@@ -49,17 +50,9 @@ CLIPPED = replace(
 )
 
 
-@pytest.fixture
-def guarded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every run has a guard, and its host never looks before an update."""
-    monkeypatch.setattr(trainer, "make_guard", Guard)
-    monkeypatch.setattr(trainer, "all_finite", lambda *arguments: pytest.fail("the host looked"))
-
-
-def _run(config: TrainConfig, tmp_path: Path) -> tuple[state.Run, Guard, Tensor, Tensor]:
-    run = set_up(config, tmp_path)
-    assert run.guard is not None
-    return run, run.guard, *next(iter(trainer._batches(run)))
+def _run(config: TrainConfig) -> tuple[Run, DeviceCheck, Tensor, Tensor]:
+    run = build_run(config)
+    return run, work_as_on_cuda(run), *next(iter(epoch_batches(run)))
 
 
 @pytest.mark.parametrize(
@@ -75,30 +68,28 @@ def _run(config: TrainConfig, tmp_path: Path) -> tuple[state.Run, Guard, Tensor,
     ],
     ids=["stop", "skip", "each block", "clipped", "adamw"],
 )
-def test_a_guarded_run_is_the_same_run(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_the_device_checks_is_the_same_run(config: TrainConfig, tmp_path: Path) -> None:
     fit(config, tmp_path / "host", quiet=True)
-    monkeypatch.setattr(trainer, "make_guard", Guard)
-    fit(config, tmp_path / "guard", quiet=True)
-    assert_same_run(tmp_path / "host", tmp_path / "guard")
+    fit_as_on_cuda(config, tmp_path / "device")
+    assert_same_run(tmp_path / "host", tmp_path / "device")
 
 
-@pytest.mark.usefixtures("guarded")
 @pytest.mark.parametrize("optim", [LOCAL.optim, ADAMW], ids=["sgd", "adamw"])
 @pytest.mark.parametrize("first", [True, False], ids=["first step", "second step"])
 def test_a_bad_step_changes_no_weight_and_neither_does_the_next(tmp_path: Path, optim: Any, first: bool) -> None:
-    run, guard, inputs, targets = _run(replace(LOCAL, optim=optim), tmp_path)
+    run, check, inputs, targets = _run(replace(LOCAL, optim=optim))
     if not first:
-        trainer.train_step(run, inputs, targets)
+        train_step(run, inputs, targets)
     before = {name: value for name, value in everything(run).items() if "running" not in name and "num_b" not in name}
     before = {name: value for name, value in before.items() if "momentum.ema" not in name}
     bad = inputs.clone()
     bad[0, 0, 0, 0] = float("inf")
     run.state.step, run.state.batch = 3, 3
-    trainer.train_step(run, bad, targets)
+    train_step(run, bad, targets)
     run.state.step, run.state.batch = 4, 4
     with pytest.raises(LocalGradError, match=r"loss of block 1 of 3 .* is nan at epoch 1, step 4, .* in batch 4 of"):
-        trainer.train_step(run, inputs, targets)
-        guard.settle(run)
+        train_step(run, inputs, targets)
+        check.settle()
     after = everything(run)
     started = {name: after[name] for name in before}
     assert equal(started, before)
@@ -108,86 +99,73 @@ def test_a_bad_step_changes_no_weight_and_neither_does_the_next(tmp_path: Path, 
         assert not any(value.any() for value in made)
 
 
-@pytest.mark.usefixtures("guarded")
 @pytest.mark.parametrize("optim", [LOCAL.optim, ADAMW], ids=["sgd", "adamw"])
 @pytest.mark.parametrize("how", ["loss", "gradient"])
 def test_a_skipped_batch_leaves_no_trace(tmp_path: Path, optim: Any, how: str) -> None:
-    run, guard, inputs, targets = _run(replace(SKIP, optim=optim), tmp_path)
-    trainer.train_step(run, inputs, targets)
+    run, check, inputs, targets = _run(replace(SKIP, optim=optim))
+    train_step(run, inputs, targets)
     before = everything(run)
     if how == "gradient":
         spoil_gradient(run, float("nan"))
     bad = inputs.clone()
     bad[0, 0, 0, 0] = float("inf") if how == "loss" else 0.0
-    losses = trainer.train_step(run, bad, targets)
-    assert losses is not None
+    losses = train_step(run, bad, targets)
     assert equal(everything(run), before)
-    assert not guard.only_if_open(losses).any()
-    guard.settle(run)
+    assert not check.if_allowed(losses).any()
+    check.settle()
     assert (run.state.skipped, run.state.skipped_in_a_row) == (1, 1)
 
 
-@pytest.mark.usefixtures("guarded")
-def test_skipped_batches_are_counted_as_the_host_counts_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spoil_batches(monkeypatch, {1, 2, 5})
-    fit(SKIP, tmp_path / "guard", quiet=True)
-    assert [line["skipped"] for line in read_metrics(tmp_path / "guard")] == [2, 3]
-    monkeypatch.setattr(trainer, "make_guard", lambda run: None)
-    monkeypatch.setattr(trainer, "all_finite", nonfinite.all_finite)
-    fit(SKIP, tmp_path / "host", quiet=True)
-    assert_same_run(tmp_path / "host", tmp_path / "guard")
+def test_skipped_batches_are_counted_as_the_host_counts_them(tmp_path: Path) -> None:
+    images = eventful(SKIP, dict.fromkeys((2, 3, 6), spoil))
+    fit_as_on_cuda(SKIP, tmp_path / "device", images=images)
+    assert [line["skipped"] for line in read_metrics(tmp_path / "device")] == [2, 3]
+    fit(SKIP, tmp_path / "host", quiet=True, images=images)
+    assert_same_run(tmp_path / "host", tmp_path / "device")
 
 
-@pytest.mark.usefixtures("guarded")
 @pytest.mark.parametrize("saved_in_between", [0, 5])
-def test_too_many_in_a_row_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved_in_between: int) -> None:
+def test_too_many_in_a_row_stop_the_run(tmp_path: Path, saved_in_between: int) -> None:
     """Counted over the end of the epoch and over a checkpoint; what is saved comes from before them all."""
-    spoil_batches(monkeypatch, {3, 4, 5})
+    config = replace(SKIP, checkpoint_every=saved_in_between)
+    images = eventful(config, dict.fromkeys((4, 5, 6), spoil))
     with pytest.raises(LocalGradError, match=r"loss of block 1 of 3.*step 6.*after 2 batches in a row were skipped"):
-        fit(replace(SKIP, checkpoint_every=saved_in_between), tmp_path, quiet=True)
+        fit_as_on_cuda(config, tmp_path, images=images)
     saved = torch.load(tmp_path / "checkpoint.pt")["state"]
     expected = (5, 2, 2) if saved_in_between else (4, 1, 1)
     assert (saved["step"], saved["skipped"], saved["skipped_in_a_row"]) == expected
 
 
-@pytest.mark.usefixtures("guarded")
-def test_the_count_in_a_row_goes_on_after_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spoil_batches(monkeypatch, {3, 4, 5})
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer, "finish_epoch", lambda run, display: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            fit(replace(SKIP, checkpoint_every=4), tmp_path, quiet=True)
+def test_the_count_in_a_row_goes_on_after_a_resume(tmp_path: Path) -> None:
+    config, bad = replace(SKIP, checkpoint_every=4), dict.fromkeys((4, 5, 6), spoil)
+    with pytest.raises(CrashError):
+        fit_as_on_cuda(config, tmp_path, images=eventful(config, bad, evaluation={1: crash}))
     with pytest.raises(LocalGradError, match=r"step 6.*after 2 batches in a row were skipped"):
-        fit(replace(SKIP, checkpoint_every=4), tmp_path, resume=True, quiet=True)
+        fit_as_on_cuda(config, tmp_path, images=eventful(config, bad), resume=True)
 
 
-@pytest.mark.usefixtures("guarded")
 def test_a_run_with_as_many_skips_behind_it_is_stopped_on_the_device(tmp_path: Path) -> None:
-    run, guard, inputs, targets = _run(SKIP, tmp_path)
+    run, check, inputs, targets = _run(SKIP)
     run.state.skipped_in_a_row = SKIP.max_skips
-    guard = run.guard = Guard(run)
-    trainer.train_step(run, inputs * float("nan"), targets)
-    guard.look(run, torch.ones(3), torch.ones(3))
-    assert guard.closed == 1
+    train_step(run, inputs * float("nan"), targets)
+    check.allow(torch.ones(3), torch.ones(3), 0)
+    assert check.closed == 1
 
 
-@pytest.mark.usefixtures("guarded")
-def test_a_bad_last_batch_of_an_epoch_is_never_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spoil_batches(monkeypatch, {3})
+def test_a_bad_last_batch_of_an_epoch_is_never_saved(tmp_path: Path) -> None:
     with pytest.raises(LocalGradError, match=r"loss of block 1 of 3 .* at epoch 1, step 4"):
-        fit(LOCAL, tmp_path, quiet=True)
+        fit_as_on_cuda(LOCAL, tmp_path, images=eventful(LOCAL, {4: spoil}))
     assert not (tmp_path / "checkpoint.pt").exists()
     assert not (tmp_path / "metrics.jsonl").read_text()
 
 
-@pytest.mark.usefixtures("guarded")
 def test_each_block_at_once_stops_at_the_block_that_is_not_finite(tmp_path: Path) -> None:
-    run, guard, inputs, targets = _run(replace(LOCAL, step_each_block=True), tmp_path)
+    run, check, inputs, targets = _run(replace(LOCAL, step_each_block=True))
     nn.init.constant_(run.blocks[1].trainable_parameters()[0], float("inf"))
     before = [[p.clone() for p in block.trainable_parameters()] for block in run.blocks]
-    trainer.train_step(run, inputs, targets)
+    train_step(run, inputs, targets)
     with pytest.raises(LocalGradError, match=r"block 2 of 3 .* is nan .*, those of the blocks before it were not"):
-        guard.settle(run)
+        check.settle()
     same = [all(map(torch.equal, b.trainable_parameters(), w)) for b, w in zip(run.blocks, before, strict=True)]
     assert same == [False, True, True]
 
@@ -195,36 +173,29 @@ def test_each_block_at_once_stops_at_the_block_that_is_not_finite(tmp_path: Path
 TWO = replace(LOCAL, devices=2)
 
 
-def _fit_guarded(config: TrainConfig, run_dir: Path, interrupt_at: int, resume: bool, bad_at: int) -> int:
-    """Train on a rank that has a guard; with a step to interrupt at on the first rank, or a bad one on the second."""
-    trainer.make_guard = Guard
-    original = trainer.train_step
-
-    def step(run: state.Run, inputs: Tensor, targets: Tensor) -> Tensor | None:
-        first, number = run.fabric.is_global_zero, run.state.step + 1
-        if number == interrupt_at and first:
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(run, inputs * float("inf") if number == bad_at and not first else inputs, targets)
-
-    trainer.train_step = step
-    return trainer.fit(config, run_dir, quiet=True, resume=resume).skipped
+def _fit_as_on_cuda(config: TrainConfig, run_dir: Path, interrupt_at: int, resume: bool, bad_at: int) -> int:
+    """Train on a rank; with a step to interrupt at on the first rank, or a bad one on the second."""
+    events = {interrupt_at: interrupt} if os.environ["RANK"] == "0" else {bad_at: spoil}
+    return fit_as_on_cuda(config, run_dir, images=eventful(config, events), resume=resume).skipped
 
 
 def _fit_plainly(config: TrainConfig, run_dir: Path) -> None:
-    trainer.fit(config, run_dir, quiet=True)
+    fit(config, run_dir, quiet=True)
 
 
-def test_processes_stop_together_without_waiting_for_each_other_s_answer(tmp_path: Path) -> None:
+@pytest.mark.ranks
+def test_ranks_stop_together_without_waiting_for_each_other_s_answer(tmp_path: Path) -> None:
     run_ranks(_fit_plainly, 2, TWO, tmp_path / "host")
     with pytest.raises(KeyboardInterrupt, match="after step 3; everything is saved"):
-        run_ranks(_fit_guarded, 2, TWO, tmp_path / "guard", 2, False, 0)
-    run_ranks(_fit_guarded, 2, TWO, tmp_path / "guard", 0, True, 0)
-    assert_same_run(tmp_path / "host", tmp_path / "guard")
+        run_ranks(_fit_as_on_cuda, 2, TWO, tmp_path / "device", 2, False, 0)
+    run_ranks(_fit_as_on_cuda, 2, TWO, tmp_path / "device", 0, True, 0)
+    assert_same_run(tmp_path / "host", tmp_path / "device")
 
 
-def test_a_batch_that_is_bad_on_one_process_is_skipped_by_all(tmp_path: Path) -> None:
+@pytest.mark.ranks
+def test_a_batch_that_is_bad_on_one_rank_is_skipped_by_all(tmp_path: Path) -> None:
     config = replace(TWO, on_nonfinite="skip")
-    assert run_ranks(_fit_guarded, 2, config, tmp_path, 0, False, 3) == [1, 1]
+    assert run_ranks(_fit_as_on_cuda, 2, config, tmp_path, 0, False, 3) == [1, 1]
     assert all(value.isfinite().all() for value in weights(tmp_path).values())
 
 
@@ -247,17 +218,15 @@ def test_the_refusal_sees_what_waits() -> None:
             wait(torch.ones(()))
 
 
-@pytest.mark.usefixtures("guarded")
 @pytest.mark.parametrize("config", [LOCAL, SKIP, replace(LOCAL, optim=replace(LOCAL.optim, clip_norm=1.0))])
-def test_a_guarded_step_never_waits_for_the_device(config: TrainConfig, tmp_path: Path) -> None:
-    run, guard, _, _ = _run(config, tmp_path)
-    batches = trainer._batches(run)
+def test_a_step_that_the_device_checks_never_waits_for_the_device(config: TrainConfig, tmp_path: Path) -> None:
+    run, check, _, _ = _run(config)
+    batches = epoch_batches(run)
     next(batches)  # the first draws what is random in the epoch
     with _NoHost():
         inputs, targets = next(batches)
-        done = trainer._work(run, inputs, targets)
-        assert done is not None
-        guard.only_if_open(done[0])
+        losses, _ = plain_update(run, inputs, targets)
+        check.if_allowed(losses)
 
 
 @pytest.mark.parametrize("momentum", MOMENTA)

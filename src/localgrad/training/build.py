@@ -1,0 +1,112 @@
+"""From a config to the objects of a run, without a folder."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from localgrad.config.build import build_blocks, build_model, build_optimizers
+from localgrad.config.schema import TrainConfig
+from localgrad.data.loading import load_images
+from localgrad.data.sets import ImageSet
+from localgrad.errors import LocalGradError
+from localgrad.training.devices import make_fabric
+from localgrad.training.nonfinite import Skips, choose_check
+from localgrad.training.placement import place_blocks
+from localgrad.training.run import Run
+from localgrad.training.state import State
+from localgrad.training.step import plain_update, recorded_update
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+
+logger = logging.getLogger(__name__)
+
+
+def build_run(
+    config: TrainConfig,
+    images: tuple[ImageSet, ImageSet] | None = None,
+    fabric: Fabric | None = None,
+    say: Callable[[str], None] = logger.warning,
+) -> Run:
+    """Makes the objects of a run, on their devices. Nothing is written.
+
+    Model and auxiliary networks start from the config's seed, with torch's global generator.
+
+    Args:
+        config: validated, with its defaults written out (`with_defaults`) where it will be saved.
+        images: those to train and to test on; loaded as the config says unless given.
+        fabric: devices and precision, not launched; made as the config says unless given.
+        say: told what is going on and what is left out of the images, a sentence each, on rank 0.
+
+    Raises:
+        LocalGradError: the devices or images are not there or do not fit together, or the network cannot be cut so.
+    """
+    fabric = fabric or make_fabric(config)
+    fabric.launch()
+    device = fabric.device
+    if config.cuda_graph and device.type != "cuda":
+        raise LocalGradError(
+            f"cuda_graph is on and the device is {device.type}: it takes a CUDA device; leave --cuda-graph out"
+        )
+    images = images or load_images(config.data, say=say if fabric.is_global_zero else _ignore)
+    train, test = (_moved(each, device) for each in images)
+    torch.manual_seed(config.seed)
+    model = build_model(config.model, train.num_classes)
+    blocks = build_blocks(config, model, train.num_classes)
+    for module in (model, *blocks):
+        module.to(device)
+        if config.channels_last:
+            module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    _check_batches(config, model, train, fabric.world_size)
+    placement = place_blocks(config, fabric, model, blocks, train)
+    own = [blocks[index] for index in placement.own]
+    optimizers = build_optimizers(config.optim, own, fused=placement.fused, capturable=config.cuda_graph)
+    state = State(sums=[0.0] * (len(blocks) + 1))
+    check = choose_check(Skips(config, state, blocks, placement), optimizers, device)
+    parts: Any = (config, fabric, train, test, model, blocks, placement, optimizers, state, check)
+    run = Run(*parts, update=lambda *batch: plain_update(run, *batch))
+    if config.cuda_graph:
+        run.rate = torch.zeros((), device=device)
+        run.update = recorded_update(run)
+    return run
+
+
+def _ignore(text: str) -> None:
+    """What ranks other than 0 are told."""
+
+
+def _moved(images: ImageSet, device: torch.device) -> ImageSet:
+    try:
+        return images.to(device)
+    except torch.OutOfMemoryError as error:
+        raise LocalGradError(
+            f"the {len(images):,} images of {images.config.image_size} x {images.config.image_size} pixels do not fit "
+            f"into the memory of {device} beside what is there: decode them while training, --data.streaming"
+        ) from error
+
+
+def _check_batches(config: TrainConfig, model: nn.Module, images: ImageSet, world_size: int) -> None:
+    """Refuses a set without a batch, and a batch or micro-batch of one image with BatchNorm."""
+    replicas = config.replicas if config.parallel == "blocks" else world_size
+    batch_size = config.optim.batch_size // replicas
+    images.batches(batch_size, train=True, world_size=replicas)  # checks its arguments at once
+    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        return
+    if batch_size == 1:
+        raise LocalGradError(
+            f"optim.batch_size {config.optim.batch_size} on {replicas} device(s) leaves a batch norm "
+            "one image, which it cannot normalise; give two or more for each device"
+        )
+    last = len(images) // replicas % batch_size
+    sizes = [size for size in (min(batch_size, len(images)), last) if size >= 2]
+    if any(size // min(config.optim.accumulate, size) == 1 for size in sizes):  # the smallest micro-batch of each
+        raise LocalGradError(
+            f"optim.accumulate {config.optim.accumulate} with batches of {sizes} images leaves a part of one "
+            "image, which a BatchNorm cannot normalise; use fewer parts or another batch size"
+        )

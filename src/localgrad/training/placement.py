@@ -1,0 +1,308 @@
+"""Where blocks and images live: on one device, or shared between ranks by images, by weights or by blocks.
+
+Four classes with the same attributes and methods; the trainer calls them and does not ask which one it has:
+
+    own                     indices of the blocks that this rank trains
+    replicas, replica       number of ranks (or pipelines) that share a batch's images, and which of them this is
+    wrapped                 this rank's blocks, as they are called: in a data-parallel wrapper where there is one
+    fused                   whether the optimizers may be fused
+    on_output               called with the detached output of this rank's last block, before that block's backward
+    batches(...)            batches of one epoch: inputs, targets and, with blocks on several ranks, features
+    no_sync()               context of every micro-batch but the last, whose backward averages gradients over ranks
+    before_updates()        called between the gradients and the optimizers
+    all_reduce_max(flag)    in place, over the ranks that must decide a step together
+    mean(values)            over the ranks that share a batch's images
+    totals(sums)            sums of all blocks over a batch's images, from those of this rank's blocks
+    stop(interrupted)       whether to stop after this step; the same answer on every rank
+    gather()                gives every rank the weights of all blocks
+    gather_list(values)     one value a block of this rank, to one value a block on every rank
+    evaluating()            context in which every rank can run the model's own forward pass, with equal weights
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from localgrad.config.schema import TrainConfig
+from localgrad.core.block import Block
+from localgrad.data.sets import ImageSet
+from localgrad.parallel.batchnorm import synchronise
+from localgrad.parallel.pipeline import Stage, block_seconds, place
+from localgrad.parallel.shards import shard, unsharded
+from localgrad.training.device_values import AnyRank
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+Batches = Iterator[tuple[Tensor, ...]]
+Stop = Callable[[], bool]
+
+
+class OneDevice:
+    """Everything on one device."""
+
+    replicas, replica = 1, 0
+    fused = True
+    on_output = None
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        self.own = range(len(blocks))
+        self.wrapped: list[nn.Module] = list(blocks)
+
+    def batches(self, images: ImageSet, batch_size: int, stop: Stop, **order: Any) -> Batches:
+        return images.batches(batch_size, train=True, **order)
+
+    def no_sync(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def before_updates(self) -> None:
+        pass
+
+    def all_reduce_max(self, flag: Tensor) -> None:
+        pass
+
+    def mean(self, values: Tensor) -> Tensor:
+        return values
+
+    def totals(self, sums: Tensor) -> list[float]:
+        return sums.tolist()
+
+    def stop(self, interrupted: bool) -> bool:
+        return interrupted
+
+    def gather(self) -> None:
+        pass
+
+    def gather_list(self, values: list[Any]) -> list[Any]:
+        return values
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+class DataParallel:
+    """The whole network on every rank, in one DistributedDataParallel wrapper a block; each takes a share of a batch.
+
+    Running statistics are those of rank 0's images from an evaluation on.
+    """
+
+    fused = True
+    on_output = None
+
+    def __init__(self, model: nn.Module, blocks: Sequence[Block], fabric: Fabric) -> None:
+        device = fabric.device
+        self.own = range(len(blocks))
+        self.replicas, self.replica = fabric.world_size, fabric.global_rank
+        device_ids = [device.index] if device.type == "cuda" else None
+        self._ddp = [nn.parallel.DistributedDataParallel(block, device_ids=device_ids) for block in blocks]
+        self.wrapped: list[nn.Module] = list(self._ddp)
+        self.any_rank = AnyRank(device, late=device.type == "cuda")
+        self._modules = (model, *blocks)
+
+    def batches(self, images: ImageSet, batch_size: int, stop: Stop, **order: Any) -> Batches:
+        return images.batches(batch_size, train=True, rank=self.replica, world_size=self.replicas, **order)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for block in self._ddp:
+                stack.enter_context(block.no_sync())
+            yield
+
+    def before_updates(self) -> None:
+        pass
+
+    def all_reduce_max(self, flag: Tensor) -> None:
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+
+    def mean(self, values: Tensor) -> Tensor:
+        return _mean(values)
+
+    def totals(self, sums: Tensor) -> list[float]:
+        return _mean(sums).tolist()
+
+    def stop(self, interrupted: bool) -> bool:
+        return self.any_rank(interrupted)
+
+    def gather(self) -> None:
+        pass
+
+    def gather_list(self, values: list[Any]) -> list[Any]:
+        return values
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        _broadcast_buffers(self._modules)
+        yield
+
+
+class Sharded:
+    """Each rank keeps a shard of every weight (FSDP2, one unit a block) and takes a share of a batch.
+
+    Raises:
+        LocalGradError: weights outside the units' layers (see `localgrad.parallel.shards.shard`).
+    """
+
+    fused = False
+    """FSDP2's parameters are DTensors, which fused optimizers do not take."""
+    on_output = None
+
+    def __init__(self, model: nn.Module, blocks: Sequence[Block], fabric: Fabric) -> None:
+        device = fabric.device
+        shard(model, blocks, device, fabric.world_size)
+        self.own = range(len(blocks))
+        self.replicas, self.replica = fabric.world_size, fabric.global_rank
+        self.wrapped: list[nn.Module] = list(blocks)
+        self.any_rank = AnyRank(device, late=device.type == "cuda")
+        self._blocks, self._modules = blocks, (model, *blocks)
+
+    def batches(self, images: ImageSet, batch_size: int, stop: Stop, **order: Any) -> Batches:
+        return images.batches(batch_size, train=True, rank=self.replica, world_size=self.replicas, **order)
+
+    def no_sync(self) -> AbstractContextManager[Any]:
+        return nullcontext()  # without it FSDP2 keeps whole gradients between micro-batches; with it they are shards
+
+    def before_updates(self) -> None:
+        pass
+
+    def all_reduce_max(self, flag: Tensor) -> None:
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+
+    def mean(self, values: Tensor) -> Tensor:
+        return _mean(values)
+
+    def totals(self, sums: Tensor) -> list[float]:
+        return _mean(sums).tolist()
+
+    def stop(self, interrupted: bool) -> bool:
+        return self.any_rank(interrupted)
+
+    def gather(self) -> None:
+        pass
+
+    def gather_list(self, values: list[Any]) -> list[Any]:
+        return values
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        _broadcast_buffers(self._modules)
+        with unsharded(self._blocks):
+            yield
+
+
+class BlockParallel:
+    """Blocks on ranks of their own, in one or several pipelines side by side (see `localgrad.parallel.Stage`).
+
+    Each rank decides for itself whether its gradients are finite: a common decision would make each wait for the last.
+    """
+
+    fused = True
+
+    def __init__(self, stage: Stage, model: nn.Module, blocks: Sequence[Block]) -> None:
+        self._stage = stage
+        self.own, self.wrapped = stage.own, stage.wrapped
+        self.replicas, self.replica = dist.get_world_size() // stage.num_stages, stage.replica
+        self.on_output = stage.send
+        self._num_blocks, self._modules = len(blocks), (model, *blocks)
+
+    def batches(self, images: ImageSet, batch_size: int, stop: Stop, **order: Any) -> Batches:
+        share: Any = {"train": True, "rank": self.replica, "world_size": self.replicas}
+        sizes = images.batch_sizes(batch_size, start=order["start"], **share)
+        return self._stage.batches(images.batches(batch_size, **share, **order), sizes, stop)
+
+    def no_sync(self) -> AbstractContextManager[Any]:
+        return nullcontext()  # a batch is never cut into micro-batches here
+
+    def before_updates(self) -> None:
+        self._stage.take_weights()
+
+    def all_reduce_max(self, flag: Tensor) -> None:
+        pass
+
+    def mean(self, values: Tensor) -> Tensor:
+        return values
+
+    def totals(self, sums: Tensor) -> list[float]:
+        total = sums.new_zeros(self._num_blocks + 1)
+        total[self.own.start : self.own.stop], total[-1] = sums[:-1], sums[-1]
+        dist.all_reduce(total)
+        return [*(total[:-1] / self.replicas).tolist(), float(total[-1] / dist.get_world_size())]
+
+    def stop(self, interrupted: bool) -> bool:
+        return self._stage.is_last_batch  # which the first rank decided before the batch began
+
+    def gather(self) -> None:
+        self._stage.gather()
+
+    def gather_list(self, values: list[Any]) -> list[Any]:
+        on_cpu = tree_map_only(Tensor, Tensor.cpu, values)
+        return [value for own in self._stage.gather_objects(on_cpu) for value in own]
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        self._stage.gather()
+        if self.replicas > 1:
+            _broadcast_buffers(self._modules)
+        yield
+
+
+Placement = OneDevice | DataParallel | Sharded | BlockParallel
+
+
+def place_blocks(
+    config: TrainConfig, fabric: Fabric, model: nn.Module, blocks: Sequence[Block], images: ImageSet
+) -> Placement:
+    """Shares the work between the ranks as the config says: a batch's images, the weights too, or the blocks.
+
+    Args:
+        config: `parallel`, `replicas` and `sync_batchnorm` count.
+        fabric: launched.
+        model, blocks: on this rank's device; changed in place where norms are synchronised or weights sharded.
+        images: those to train on; a batch of them measures what each block costs.
+
+    Raises:
+        LocalGradError: there are fewer blocks than ranks to share them, or the weights cannot be sharded.
+    """
+    if fabric.world_size == 1:
+        return OneDevice(blocks)
+    if config.parallel == "blocks":
+        return _on_stages(config, fabric, model, blocks, images)
+    for block in blocks if config.sync_batchnorm else ():
+        synchronise(block)
+    return {"data": DataParallel, "shards": Sharded}[config.parallel](model, blocks, fabric)
+
+
+def _on_stages(
+    config: TrainConfig, fabric: Fabric, model: nn.Module, blocks: Sequence[Block], images: ImageSet
+) -> BlockParallel:
+    """Cuts the list of blocks into stages of about equal seconds, which rank 0 measures."""
+    num_stages = fabric.world_size // config.replicas
+    seconds = [1.0] * len(blocks)
+    place(seconds, num_stages)  # refuses too few blocks on every rank
+    if fabric.is_global_zero:
+        inputs, targets = next(iter(images.batches(config.optim.batch_size // config.replicas, train=True)))
+        seconds = block_seconds(blocks, inputs, targets, context=lambda index: fabric.autocast())
+    stage = Stage(blocks, place(fabric.broadcast(seconds), num_stages), config.replicas)
+    for block in stage.blocks if config.sync_batchnorm and config.replicas > 1 else ():
+        synchronise(block, stage.replica_group)
+    return BlockParallel(stage, model, blocks)
+
+
+def _mean(values: Tensor) -> Tensor:
+    total = values.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+@torch.no_grad()
+def _broadcast_buffers(modules: Sequence[nn.Module]) -> None:
+    """Gives every rank the running statistics of rank 0: each has those of its own images, and rank 0's are saved."""
+    for buffer in {id(buffer): buffer for module in modules for buffer in module.buffers()}.values():
+        dist.broadcast(buffer, 0)

@@ -1,0 +1,142 @@
+"""One optimizer step of a run."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from localgrad.core.step import apply_updates, local_gradients
+from localgrad.training.cuda_graphs import GraphedStep
+from localgrad.training.nonfinite import gradient_norms
+from localgrad.training.run import Run, Update
+
+Context = Callable[[int], contextlib.AbstractContextManager[Any]]
+
+
+def train_step(run: Run, inputs: Tensor, targets: Tensor, features: Tensor | None = None) -> Tensor:
+    """One optimizer step of every block of this rank on one batch.
+
+    Whatever is drawn at random in it depends on the seed, the step, the share of the batch and the block alone, so a
+    resumed run draws the same, and so do blocks on other ranks.
+
+    Args:
+        run: the run.
+        inputs: images `(N, 3, H, W)`.
+        targets: classes `(N,)`.
+        features: what the first block of this rank gets; the inputs if not given.
+
+    Returns:
+        The mean loss of each block of this rank over the batch, before the step, `(own blocks,)`. Where the step
+        changes nothing, since a loss or gradient was not finite, they do not count: `run.check.if_allowed` says so.
+
+    Raises:
+        LocalGradError: a loss or gradient is not finite and the batch may not be skipped. No optimizer of this rank
+            has stepped; with `step_each_block`, none of this block and those after it. On CUDA it is raised after the
+            next step, which changes nothing either.
+    """
+    losses, norms = run.update(inputs, targets, features)
+    run.check.report(losses, norms)
+    return losses
+
+
+def plain_update(
+    run: Run, inputs: Tensor, targets: Tensor, features: Tensor | None = None, seeded: bool = True
+) -> tuple[Tensor, Tensor]:
+    """What a step does on the device: gradients micro-batch by micro-batch, the check, clipping, updates.
+
+    Args:
+        run: the run.
+        inputs, targets, features: as in `train_step`.
+        seeded: seed each block's forward pass, which a CUDA graph cannot.
+
+    Returns:
+        Losses and gradient norms of this rank's blocks, `(own blocks,)` each.
+    """
+    own, placement = run.placement.own, run.placement
+    run.check.before()
+    losses, norms = inputs.new_zeros(len(own)), []
+    parts = micro_batches(run, inputs, targets)
+
+    def update_block(index: int, loss: Tensor) -> None:
+        norms.append(_update(run, own[index : index + 1], loss[None]))
+
+    for number, (part, part_targets, scale) in enumerate(parts, start=1):
+        with placement.no_sync() if number < len(parts) else contextlib.nullcontext():
+            part_losses = local_gradients(
+                placement.wrapped,
+                part,
+                part_targets,
+                features=features,
+                scale=scale,
+                context=_seeded(run, number) if seeded else lambda index: run.fabric.autocast(),
+                reach=run.config.reach,
+                on_output=placement.on_output,
+                after_block=update_block if run.config.step_each_block else None,
+            )
+        losses += len(part) / len(inputs) * torch.stack(part_losses)
+    if not run.config.step_each_block:
+        norms.append(_update(run, own, losses))
+    run.check.after()
+    return losses, torch.cat(norms)
+
+
+def _update(run: Run, indices: range, losses: Tensor) -> Tensor:
+    """Checks, clips and steps the blocks with these indices; their gradient norms before clipping."""
+    blocks, first = [run.blocks[index] for index in indices], run.placement.own.start
+    norms, clip_norm = gradient_norms(blocks, losses), run.config.optim.clip_norm
+    if not run.check.allow(losses, norms, indices.start):
+        return norms
+    for block, norm in zip(blocks, norms, strict=True) if clip_norm is not None else ():
+        nn.utils.clip_grads_with_norm_(block.trainable_parameters(), clip_norm, norm)
+    run.placement.before_updates()
+    apply_updates(blocks, [run.optimizers[index - first] for index in indices])
+    return norms
+
+
+def micro_batches(run: Run, inputs: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor, float]]:
+    """Cuts this rank's share of a batch into micro-batches, as many on every rank.
+
+    Returns:
+        Inputs, targets, and the factor of the losses with which all gradients add up to those of the whole batch's mean
+        loss, after data-parallel wrappers have averaged them over the ranks.
+    """
+    optim, replicas = run.config.optim, run.placement.replicas
+    done = run.state.batch * optim.batch_size
+    whole = min(optim.batch_size, len(run.train) - done)  # images on all ranks; one may have an image more
+    count = max(1, min(optim.accumulate, whole // replicas))
+    pairs = zip(inputs.tensor_split(count), targets.tensor_split(count), strict=True)
+    return [(part, part_targets, len(part) * replicas / whole) for part, part_targets in pairs]
+
+
+def _seeded(run: Run, part: int) -> Context:
+    """Context of a block's forward pass: its own seed, and autocast, whose casts of the weights end with the block."""
+    seed = _step_seed(run, part)
+
+    @contextlib.contextmanager
+    def forward(index: int) -> Iterator[None]:
+        torch.manual_seed(seed + run.placement.own[index])
+        with run.fabric.autocast():
+            yield
+
+    return forward
+
+
+def _step_seed(run: Run, part: int) -> int:
+    key = np.random.SeedSequence([run.config.seed, run.state.step, run.placement.replica, part])
+    return int(key.generate_state(1)[0])
+
+
+def recorded_update(run: Run) -> Update:
+    """The same as CUDA graphs, with one seed a step; the learning rate must be a tensor on the device."""
+    graphed = GraphedStep(partial(plain_update, run, seeded=False))
+
+    def update(inputs: Tensor, targets: Tensor, features: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(_step_seed(run, 0))
+        losses, norms = graphed(inputs, targets)
+        return losses, norms
+
+    return update
