@@ -28,7 +28,7 @@ HEADS = {
     "depth2": "--depth 2",
     "private-man": "--head private --momentum man",
 }
-PIXELS = "--steps 2000"
+PIXELS = "--steps 1500"
 STAGES = "--epochs 30 --images 20000"
 
 
@@ -66,30 +66,22 @@ def segmentation() -> list[tuple[str, str, int, float]]:
     """Names, flags, priorities and seconds."""
     k4 = f"{PIXELS} {LOCAL.format(blocks=4)}"
     wide = "--crop 180 240"
-    many = "--batch-size 32"
     rows = {
         "e2e": (PIXELS, 0),
-        "k2": (f"{PIXELS} {LOCAL.format(blocks=2)}", 1),
         "k4": (k4, 0),
-        "k4-man": (f"{k4} --momentum man", 0),
+        "k4-man": (f"{k4} --momentum man", 1),
+        "k4-man-recompute": (f"{k4} --momentum man --recompute", 0),
         "k4-reconstruction": (f"{k4} --reconstruction 1", 0),
-        "k4-man-reconstruction": (f"{k4} --momentum man --reconstruction 1", 2),
+        "checkpointed": (f"{PIXELS} --method checkpointed", 1),
+        "k2": (f"{PIXELS} {LOCAL.format(blocks=2)}", 1),
+        "k4-man-recompute-wide": (f"{k4} --momentum man --recompute {wide}", 1),
+        "k4-wide": (f"{k4} {wide}", 1),
+        "e2e-wide": (f"{PIXELS} {wide}", 2),
         "k4-bias": (f"{k4} --momentum bias", 2),
         "k2-man": (f"{PIXELS} {LOCAL.format(blocks=2)} --momentum man", 2),
-        "checkpointed": (f"{PIXELS} --method checkpointed", 1),
-        "e2e-wide": (f"{PIXELS} {wide}", 1),
-        "k4-man-wide": (f"{k4} --momentum man {wide}", 1),
-        "k4-wide": (f"{k4} {wide}", 1),
-        "k4-man-many": (f"{k4} --momentum man {many}", 2),
-        "e2e-many": (f"{PIXELS} {many}", 2),
     }
     return [
-        (
-            f"{name}-seed{seed}",
-            f"{flags} --seed {seed}",
-            priority + seed,
-            45.0 if wide in flags or many in flags else 30.0,
-        )
+        (f"{name}-seed{seed}", f"{flags} --seed {seed}", priority + seed, 60.0 if wide in flags else 40.0)
         for seed in range(3)
         for name, (flags, priority) in rows.items()
     ]

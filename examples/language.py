@@ -24,13 +24,14 @@ from tqdm import tqdm
 
 import localgrad
 
-MOMENTA: dict[str, Callable[[], Any]] = {
-    "none": lambda: None,
-    "man": lambda: localgrad.man(),
-    "ema": lambda: localgrad.man(bias=False),
-    "bias": lambda: localgrad.man(ema=False),
-    "residual": lambda: localgrad.man(form="residual"),
+MOMENTA: dict[str, dict[str, Any]] = {
+    "none": {},
+    "man": {},
+    "ema": {"bias": False},
+    "bias": {"ema": False},
+    "residual": {"form": "residual"},
 }
+"""Settings of `localgrad.man`."""
 
 
 class Layer(nn.Module):
@@ -117,7 +118,8 @@ def isolated(model: GPT, options: argparse.Namespace, example: Tensor, vocabular
         objective = localgrad.readout("head", "norm", depth=options.depth, shift=False)
     else:
         objective = localgrad.dense(vocabulary)
-    return localgrad.isolate(model, cuts, objective=objective, momentum=MOMENTA[options.momentum](), example=example)
+    momentum = None if options.momentum == "none" else localgrad.man(**MOMENTA[options.momentum])
+    return localgrad.isolate(model, cuts, objective=objective, momentum=momentum, example=example)
 
 
 def early_exit(model: GPT, isolation: Any, options: argparse.Namespace, block: int) -> Callable[[Tensor], Tensor]:
@@ -167,6 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     letters = sorted(set(train + validation))
     index = {letter: i for i, letter in enumerate(letters)}
     train, validation = (torch.tensor([index[c] for c in t], device=options.device) for t in (train, validation))
+    held = torch.cuda.memory_allocated() if "cuda" in options.device else 0  # the text
     model = GPT(len(letters), options.context, options.layers, options.heads, options.width, options.dropout)
     model.to(options.device)
     model.checkpointed = options.method == "checkpointed"
@@ -184,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         parts = [isolation.trainable_parameters(block) for block in range(options.blocks)]
     decayed = [{"params": [p for part in parts for p in part if p.ndim >= 2], "weight_decay": 0.1}]
     rest = [{"params": [p for part in parts for p in part if p.ndim < 2], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW([*decayed, *rest], lr=options.lr, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW([*decayed, *rest], lr=options.lr, betas=(0.9, 0.99), fused="cuda" in options.device)
     warmup = min(100, options.steps // 10)
 
     def rate(step: int) -> float:
@@ -193,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     mixed = torch.autocast(options.device.split(":")[0], torch.bfloat16, enabled="cuda" in options.device)
-    curve, seconds, began = [], 0.0, time.perf_counter()
+    curve, peak, seconds, began = [], None, 0.0, time.perf_counter()
     progress = tqdm(range(1, options.steps + 1), desc=options.out.stem, disable=None)
     for step in progress:
         tokens, targets = batch()
@@ -209,6 +212,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         schedule.step()
         if step == options.steps or step % max(1, options.steps // options.evaluations) == 0:
             train_loss = float(loss.detach())  # waits for the device
+            if "cuda" in options.device and not curve:
+                peak = torch.cuda.max_memory_allocated() - held
             seconds += time.perf_counter() - began
             model.eval()
             with mixed:
@@ -216,7 +221,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             model.train()
             progress.set_postfix(train=f"{train_loss:.3f}", validation=f"{curve[-1][1]:.3f}")
             began = time.perf_counter()
-    peak = torch.cuda.max_memory_allocated() if "cuda" in options.device else None
     model.eval()
     exits, texts = [], {}
     with mixed:

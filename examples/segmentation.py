@@ -13,7 +13,7 @@ import argparse
 import io
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,13 @@ import localgrad
 MEAN, STD = (0.45, 0.45, 0.45), (0.28, 0.28, 0.28)
 CUTS = {2: ["backbone.layer2"], 3: ["backbone.layer1", "backbone.layer2"]}
 CUTS[4] = [*CUTS[3], "backbone.layer3"]
-MOMENTA: dict[str, Callable[[], Any]] = {
-    "none": lambda: None,
-    "man": lambda: localgrad.man(),
-    "ema": lambda: localgrad.man(bias=False),
-    "bias": lambda: localgrad.man(ema=False),
+MOMENTA: dict[str, dict[str, Any]] = {
+    "none": {},
+    "man": {},
+    "ema": {"bias": False},
+    "bias": {"ema": False},
 }
+"""Settings of `localgrad.man`."""
 
 
 def network(head: str, backbone: str, num_classes: int) -> nn.Module:
@@ -129,9 +130,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--method", choices=["e2e", "checkpointed", "local"], default="e2e")
     parser.add_argument("--blocks", type=int, choices=list(CUTS), default=4, help="K, for local")
     parser.add_argument("--momentum", choices=list(MOMENTA), default="none", help="between a block and its head")
+    parser.add_argument("--recompute", action="store_true", help="checkpoint inside the blocks and of MAN's copies too")
     parser.add_argument("--reconstruction", type=float, default=0.0, help="weight of InfoPro's reconstruction")
     parser.add_argument("--crop", type=int, nargs=2, default=[144, 192], metavar=("HEIGHT", "WIDTH"))
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -143,6 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = parse(arguments)
     torch.manual_seed(options.seed)
     images, masks = (part.to(options.device) for part in read(options.data, "train"))
+    held = torch.cuda.memory_allocated() if "cuda" in options.device else 0  # the images
     model = network(options.model, options.backbone, options.classes)
     model.to(options.device, memory_format=torch.channels_last)
     if options.method == "checkpointed":
@@ -161,11 +164,19 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         objective = localgrad.dense(
             options.classes, ignore_index=options.ignored, reconstruction=options.reconstruction, mean=MEAN, std=STD
         )
-        momentum = MOMENTA[options.momentum]()
-        cuts = CUTS[options.blocks]
-        isolation = localgrad.isolate(model, cuts, objective=objective, momentum=momentum, example=batch()[0])
+        momentum = None
+        if options.momentum != "none":
+            momentum = localgrad.man(recompute=options.recompute, **MOMENTA[options.momentum])
+        isolation = localgrad.isolate(
+            model,
+            CUTS[options.blocks],
+            objective=objective,
+            momentum=momentum,
+            recompute=options.recompute,
+            example=batch()[0],
+        )
         parameters = isolation.trainable_parameters()
-    optimizer = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=0.01, fused="cuda" in options.device)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, total_steps=options.steps, pct_start=0.1)
     mixed = torch.autocast(options.device.split(":")[0], torch.bfloat16, enabled="cuda" in options.device)
     progress = tqdm(range(options.steps), desc=options.out.stem, disable=None)
@@ -184,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             progress.set_postfix(loss=f"{float(loss.detach()):.3f}")
     last_loss = float(loss.detach())  # waits for the device
     seconds = time.perf_counter() - began
-    peak = torch.cuda.max_memory_allocated() if "cuda" in options.device else None
+    peak = torch.cuda.max_memory_allocated() - held if "cuda" in options.device else None
     model.eval()
     images, masks = (part.to(options.device) for part in read(options.data, "test"))
     with mixed:

@@ -13,7 +13,7 @@ import argparse
 import io
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,13 @@ import localgrad
 
 MEAN, STD = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)
 STAGES = ["layer1", "layer2", "layer3", "layer4"]
-MOMENTA: dict[str, Callable[[], Any]] = {
-    "none": lambda: None,
-    "man": lambda: localgrad.man(),
-    "ema": lambda: localgrad.man(bias=False),
-    "bias": lambda: localgrad.man(ema=False),
+MOMENTA: dict[str, dict[str, Any]] = {
+    "none": {},
+    "man": {},
+    "ema": {"bias": False},
+    "bias": {"ema": False},
 }
+"""Settings of `localgrad.man`."""
 
 
 class Noise(nn.Module):
@@ -165,6 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = parse(arguments)
     torch.manual_seed(options.seed)
     images, labels = (part[: options.images].to(options.device) for part in read(options.data, "train"))
+    held = torch.cuda.memory_allocated() if "cuda" in options.device else 0  # the images
     model = Encoder(options.noise).to(options.device, memory_format=torch.channels_last)
     draws = torch.Generator().manual_seed(options.seed)
     batch_size = min(options.batch_size, len(images))
@@ -176,11 +178,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     model.train()
     isolation, parameters = None, list(model.parameters())
     if options.method == "local":
-        momentum = MOMENTA[options.momentum]()
+        momentum = None if options.momentum == "none" else localgrad.man(**MOMENTA[options.momentum])
         isolation = localgrad.isolate(model, STAGES[:-1], objective=twins, momentum=momentum, example=example)
         parameters = isolation.trainable_parameters()
     parameters = [*parameters, *last.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=1e-4, fused="cuda" in options.device)
     steps = options.epochs * (len(images) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, total_steps=steps, pct_start=0.1)
     mixed = torch.autocast(options.device.split(":")[0], torch.bfloat16, enabled="cuda" in options.device)
@@ -204,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             progress.set_postfix(loss=f"{float(loss.detach()):.3f}")
     last_loss = float(loss.detach())  # waits for the device
     seconds = time.perf_counter() - began
-    peak = torch.cuda.max_memory_allocated() if "cuda" in options.device else None
+    peak = torch.cuda.max_memory_allocated() - held if "cuda" in options.device else None
     model.eval()
     test_images, truth = (part.to(options.device) for part in read(options.data, "test"))
     with mixed:
