@@ -1,7 +1,7 @@
 """What of the examples is run on a GPU, the most wanted first: command lines, each of which writes one JSON.
 
     python benchmarks/task_jobs.py --data path/to/data --out results/tasks            # print them
-    python benchmarks/task_jobs.py --data path/to/data --out results/tasks --run      # run them one after another
+    python benchmarks/task_jobs.py --data path/to/data --out results/tasks --run --workers 4
 
 `jobs(data, out)` gives the list: a name, the arguments, a priority (0 first) and the seconds that it may take alone on
 an H100. `data` holds the folders cifar10, camvid and shakespeare.
@@ -10,7 +10,9 @@ an H100. `data` holds the folders cifar10, camvid and shakespeare.
 import argparse
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -120,19 +122,47 @@ def jobs(data: Path, out: Path) -> list[Job]:
     return sorted(found, key=lambda job: (job.priority, -job.seconds))
 
 
+def run(wanted: Sequence[Job], out: Path, workers: int, deadline: float) -> list[str]:
+    """Run what has no JSON yet, so many at a time; what the deadline cuts off leaves none. Names of what failed."""
+
+    def one(job: Job) -> str | None:
+        left = deadline - time.monotonic()
+        if left <= 0 or (out / f"{job.name}.json").exists():
+            return None
+        log = out / f"{job.name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with log.open("w") as file:
+                code = subprocess.run(job.arguments, stdout=file, stderr=subprocess.STDOUT, timeout=left).returncode
+        except subprocess.TimeoutExpired:
+            return None
+        print(f"{job.name}: {'done' if code == 0 else f'failed, see {log}'}", flush=True)
+        if code == 0:
+            log.unlink()
+        return None if code == 0 else job.name
+
+    with ThreadPoolExecutor(workers) as pool:
+        return [name for name in pool.map(one, wanted) if name is not None]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--out", type=Path, default=Path("results/tasks"))
-    parser.add_argument("--only", nargs="+", default=None, help="names, such as language/small-e2e-seed0")
+    parser.add_argument("--only", nargs="+", default=None, help="beginnings of names, such as language/small")
     parser.add_argument("--run", action="store_true", help="run what has no JSON yet")
+    parser.add_argument("--workers", type=int, default=1, help="how many at a time")
+    parser.add_argument("--minutes", type=float, default=600.0, help="when to stop")
     options = parser.parse_args(arguments)
-    for job in jobs(options.data, options.out):
-        if options.only and job.name not in options.only:
-            continue
-        print(f"{job.priority}  {job.seconds:5.0f} s  {job.name:45}  {' '.join(job.arguments[1:])}", flush=True)
-        if options.run and not (options.out / f"{job.name}.json").exists():
-            subprocess.run(job.arguments, check=True)
+    deadline = time.monotonic() + 60 * options.minutes
+    wanted = [
+        job for job in jobs(options.data, options.out) if not options.only or job.name.startswith(tuple(options.only))
+    ]
+    if not options.run:
+        for job in wanted:
+            print(f"{job.priority}  {job.seconds:5.0f} s  {job.name:45}  {' '.join(job.arguments[1:])}")
+    elif failed := run(wanted, options.out, options.workers, deadline):
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
