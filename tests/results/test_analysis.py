@@ -391,7 +391,13 @@ def test_analyse_takes_other_images_and_writes_beside_the_run(run: Path, tmp_pat
     _analyse(copy, "--data", tmp_path / "images", "--pictures", "--images", 7, 2, "--points", 6)
     assert {path.suffix for path in (copy / "analysis").iterdir()} == {".json", ".png"}
     values = json.loads((copy / "analysis" / "pictures.json").read_text())
-    assert values["data"] == {"source": str(tmp_path / "images"), "test_split": "test", "test_images": 10}
+    assert values["data"] == {
+        "source": str(tmp_path / "images"),
+        "test_split": "test",
+        "test_images": 10,
+        "class_names": list(map(str, range(10))),
+    }
+    assert (values["kind"], values["schema"]) == ("pictures", 1)
     assert values["image_labels"] == [7, 2]
     assert [images[0][0] for images in values["thumbnails"]] == [[175, 0, 99], [50, 0, 99]]
     assert len(values["point_labels"]) == 6
@@ -441,10 +447,10 @@ def test_two_networks_of_one_name_have_two_files(run: Path, other: Path, tmp_pat
 
 def test_networks_of_other_units_have_no_mean(run: Path, other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = (load_trained(each, accelerator="cpu") for each in (run, other))
-    assert study.study_cka(ours, theirs, batch_size=20)["mean_diagonal"] is not None
+    assert study.study_cka(ours, theirs, batch_size=20).mean_diagonal is not None
     renamed = [replace(unit, name=f"x{unit.name}") for unit in units_of(theirs)]
     monkeypatch.setattr(study, "units_of", lambda trained: renamed if trained is theirs else units_of(ours))
-    assert study.study_cka(ours, theirs, batch_size=20)["mean_diagonal"] is None
+    assert study.study_cka(ours, theirs, batch_size=20).mean_diagonal is None
 
 
 @pytest.mark.parametrize("method", ["pca", "tsne"])

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ from localgrad.errors import LocalGradError
 from localgrad.recipes import recipe
 from localgrad.recipes.tables import TABLES, table
 from localgrad.results import reproduce
-from localgrad.results.reproduce import Cell, mean_std, plan_cells, run_cells, show_table
+from localgrad.results.reproduce import Cell, plan_cells, run_cells, show_table
+from localgrad.results.tables import mean_std
 from localgrad.runs.files import write_json
-from localgrad.runs.result import Result
+from localgrad.runs.result import Result, as_file
 from localgrad.training.trainer import fit
 
 EPOCHS = 8
@@ -46,7 +47,7 @@ def _cells(output: Path, seeds: tuple[int, ...] = (0,), rows: tuple[str, ...] = 
 def _store(cell: Cell, test_error: float, best: float = 1.0) -> None:
     """A result file as a finished run leaves it."""
     result = Result(
-        config=to_dict(cell.config),
+        config=cell.config,
         test_error=test_error,
         best_test_error=best,
         best_epoch=1,
@@ -63,7 +64,7 @@ def _store(cell: Cell, test_error: float, best: float = 1.0) -> None:
         commit=None,
     )
     cell.result.parent.mkdir(parents=True, exist_ok=True)
-    write_json(cell.result, asdict(result))
+    write_json(cell.result, as_file("run", result))
 
 
 def _program(monkeypatch: pytest.MonkeyPatch, path: Path, script: str) -> None:
@@ -391,11 +392,15 @@ def test_a_damaged_result_in_a_run_folder_is_not_collected(tmp_path: Path) -> No
     values = json.loads(cell.result.read_text())
     cell.result.unlink()
     cell.run.path.mkdir(parents=True)
-    for broken, why in (({}, "it has no"), ([], "indices"), (values | {"wall_seconds": None}, "wall_seconds is None")):
+    for broken, why in (
+        ({"kind": "run"}, "it has no"),
+        ([], "is no result"),
+        (values | {"wall_seconds": None}, "wall_seconds is None"),
+    ):
         write_json(cell.run.result, broken)
         ((name, reason),) = run_cells([cell]).items()
         assert name == cell.name
-        assert f"{cell.run.result} is no result of a run (" in reason
+        assert f"{cell.run.result} is " in reason
         assert why in reason
         assert not cell.result.exists()
 
@@ -429,7 +434,7 @@ def test_the_table_has_mean_deviation_number_and_the_papers_value(
     for name, error in (("e2e-seed0", 30.0), ("e2e-seed10", 34.0), ("k16-dgl-seed0", 40.0)):
         _store(found[f"cifar10-resnet32-{name}"], error, error - 1)
     show_table("first", tmp_path)
-    first, header, *lines = capsys.readouterr().out.splitlines()
+    first, header, *lines = filter(str.strip, capsys.readouterr().out.splitlines())
     assert first == f"{TABLES['first'].title}; results in {tmp_path}"
     rows = {line.split()[0]: line.split()[1:] for line in lines}
     assert header.split()[:3] == ["row", "label", "blocks"]
@@ -442,5 +447,5 @@ def test_the_table_has_mean_deviation_number_and_the_papers_value(
 
 
 def test_mean_and_deviation_of_a_sample() -> None:
-    assert mean_std([1.0, 2.0, 4.0]) == "2.33 ± 1.53 (3)"
-    assert mean_std([5.0]) == "5.00 (1)"
+    assert mean_std([1.0, 2.0, 4.0]) == "2.33 ± 1.53"
+    assert mean_std([5.0]) == "5.00"

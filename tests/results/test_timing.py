@@ -4,7 +4,7 @@ import itertools
 import json
 import statistics
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from localgrad.config.schema import ModelConfig, TrainConfig
 from localgrad.recipes import recipe
 from localgrad.results import step_times as timing
 from localgrad.results.step_times import endless_batches, take_turns, timed_step
-from localgrad.runs.result import Result
+from localgrad.runs.result import Result, as_file
 
 MAN = with_defaults(recipe("digits-dgl-man").config)
 MAN = replace(
@@ -39,7 +39,7 @@ END_TO_END = with_defaults(
 def _finished(path: Path, config: TrainConfig, **added: Any) -> None:
     """A result file as `train` leaves it; with fields that its config has besides."""
     result = Result(
-        config={**to_dict(config), **added},
+        config=config,
         test_error=5.0,
         best_test_error=5.0,
         best_epoch=1,
@@ -55,7 +55,9 @@ def _finished(path: Path, config: TrainConfig, **added: Any) -> None:
         versions={},
         commit=None,
     )
-    path.write_text(json.dumps(asdict(result)))
+    values = as_file("run", result)
+    values["config"] = {**to_dict(config), **added}
+    path.write_text(json.dumps(values))
 
 
 def test_steps_take_turns_and_the_first_three_rounds_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,14 +158,14 @@ def test_rows_of_several_networks_and_batches_are_told_apart(tmp_path: Path, mon
     _finished(tmp_path / "adam.json", replace(deeper, optim=replace(deeper.optim, name="adamw", nesterov=False)))
     monkeypatch.setattr(timing, "_compare_devices", lambda *given: None)
     found = timing.time_results(tmp_path, rounds=1, warn=pytest.fail)
-    assert [row["row"] for row in found["rows"]] == [
+    assert [row.row for row in found.rows] == [
         "Digits, ResNet-14, End-to-end (checkpointed), data.image_size 8, optim.name adamw, optim.nesterov False, "
         "batch size 4",
         "Digits, ResNet-14, End-to-end (checkpointed), data.image_size 8, batch size 4",
         "Digits, ResNet-14, End-to-end (checkpointed), batch size 8",
         "Digits, ResNet-8, End-to-end (checkpointed), batch size 4",
     ]
-    assert found["settings"] == {"network": None, "batch_size": None, "rounds": 1}
+    assert found.settings == {"network": None, "batch_size": None, "rounds": 1}
 
 
 class _Made:
@@ -219,7 +221,7 @@ def test_a_run_that_cannot_be_timed_does_not_keep_the_others_from_it(
     said = capsys.readouterr()
     assert f"localgrad: left out: {tmp_path / 'gone.json'}: source='no/such/folder/anywhere'" in said.err
     assert [row["row"] for row in json.loads((tmp_path / "step-times.json").read_text())["rows"]] == [
-        "End-to-end (checkpointed)"
+        "Digits, ResNet-8, End-to-end (checkpointed)"
     ]
 
 
@@ -230,9 +232,7 @@ def test_steps_of_other_sizes_are_other_rows_and_need_images_of_their_own(
         config = replace(END_TO_END, optim=replace(MAN.optim, batch_size=512))
         _finished(tmp_path / f"{limit}.json", replace(config, data=replace(MAN.data, train_limit=limit)))
     found = timing.time_results(tmp_path, rounds=1, warn=lambda text: None)
-    assert [row["row"] for row in found["rows"]] == [
-        f"End-to-end (checkpointed), batch size {size}" for size in (20, 40)
-    ]
+    assert [row.row for row in found.rows] == [f"End-to-end (checkpointed), batch size {size}" for size in (20, 40)]
     _few_classes(tmp_path / "few")
     assert main(["time", str(tmp_path), "--rounds", "1", "--data", str(tmp_path / "few")]) == 0
     said = capsys.readouterr().err

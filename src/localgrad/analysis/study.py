@@ -1,6 +1,5 @@
 """Analyses of run folders: what is found goes into JSON files, and into pictures of them."""
 
-import json
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -14,21 +13,24 @@ from localgrad.analysis.cka import MIN_IMAGES, cka, mean_diagonal
 from localgrad.analysis.features import plain_batches
 from localgrad.analysis.probe import probe
 from localgrad.analysis.projections import MIN_POINTS, Projection, activation_maps, project
-from localgrad.config.saved import to_dict
 from localgrad.core.split import cut_positions
 from localgrad.core.units import Unit, units
 from localgrad.data.loading import balanced
 from localgrad.data.sets import ImageSet
 from localgrad.errors import LocalGradError, check_rules
 from localgrad.results.finished import Trained, load_trained
-from localgrad.runs.files import read_json
-from localgrad.runs.folder import RunFolder, atomic_write
+from localgrad.results.kinds import Alignment, AnalysedImages, AnalysedRun, Pictures, Probe, kind_name
+from localgrad.results.read import read_file
+from localgrad.runs.files import make_folder, write_json
+from localgrad.runs.folder import RunFolder
 from localgrad.runs.provenance import provenance
+from localgrad.runs.result import as_file
 
 MOST_PICTURES = 8
-
-
+"""Units whose features are drawn."""
 MOST_PIXELS = 64
+"""Largest height and width of a map in a file."""
+OTHER_OUTPUT = "give another --output"
 
 
 def analyse_run(
@@ -89,7 +91,7 @@ def analyse_run(
         _check_alike(trained, other, batch_size)
     if pictures or everything:
         _check_images(trained, images)
-    _make(folder)  # so that it fails before there is anything to lose
+    make_folder(folder, OTHER_OUTPUT)  # so that it fails before there is anything to lose
     if probe or everything:
         yield from write_study(folder, "probe", study_probe(trained, epochs=epochs, batch_size=batch_size))
     if other is not None:
@@ -106,22 +108,21 @@ def units_of(trained: Trained) -> list[Unit]:
     return units(trained.model, torch.zeros(2, 3, size, size, device=trained.fabric.device))
 
 
-def study_probe(trained: Trained, *, epochs: int, batch_size: int) -> dict[str, Any]:
+def study_probe(trained: Trained, *, epochs: int, batch_size: int) -> Probe:
     """Linear probes on every unit; see `probe`."""
     found = units_of(trained)
     results = probe(found, trained.train, trained.test, epochs=epochs, batch_size=batch_size, seed=trained.config.seed)
-    return {
-        "analysis": "probe",
-        **_about([trained], [found]),
-        "settings": {"epochs": epochs, "batch_size": batch_size, "train_images": len(trained.train)},
-        "units": [result.unit for result in results],
-        "blocks": _block_numbers(trained, found),
-        "accuracies": [result.accuracy for result in results],
-        "train_losses": [result.train_loss for result in results],
-    }
+    return Probe(
+        **_about([trained], [found], len(trained.test)),
+        settings={"epochs": epochs, "batch_size": batch_size, "train_images": len(trained.train)},
+        units=[result.unit for result in results],
+        blocks=_block_numbers(trained, found),
+        accuracies=[result.accuracy for result in results],
+        train_losses=[result.train_loss for result in results],
+    )
 
 
-def study_cka(first: Trained, second: Trained, *, batch_size: int) -> dict[str, Any]:
+def study_cka(first: Trained, second: Trained, *, batch_size: int) -> Alignment:
     """CKA between the units of two networks on the test images of the first; see `cka`.
 
     Raises:
@@ -132,22 +133,20 @@ def study_cka(first: Trained, second: Trained, *, batch_size: int) -> dict[str, 
     batches = plain_batches(first.test, batch_size, first.fabric.device)
     alignment = cka(ours, theirs, (inputs for inputs, _ in batches if len(inputs) == full))
     names, other_names = [unit.name for unit in ours], [unit.name for unit in theirs]
-    about = _about([first, second], [ours, theirs])
-    about["data"]["test_images"] -= len(first.test) % full  # in the batch that is left out
-    return {
-        "analysis": "cka",
-        **about,
-        "settings": {"batch_size": batch_size},
-        "units": names,
-        "other_units": other_names,
-        "alignment": [[None if value != value else value for value in row] for row in alignment.tolist()],
-        "mean_diagonal": _number(mean_diagonal(alignment)) if names == other_names else None,
-    }
+    seen = len(first.test) - len(first.test) % full  # the others are in the batch that is left out
+    return Alignment(
+        **_about([first, second], [ours, theirs], seen),
+        settings={"batch_size": batch_size},
+        units=names,
+        other_units=other_names,
+        alignment=[[None if value != value else value for value in row] for row in alignment.tolist()],
+        mean_diagonal=_number(mean_diagonal(alignment)) if names == other_names else None,
+    )
 
 
 def study_pictures(
     trained: Trained, *, images: Sequence[int], points: int, projection: Projection, batch_size: int
-) -> dict[str, Any]:
+) -> Pictures:
     """Activation maps and projected features of at most eight units, evenly chosen; see `pictures`.
 
     Args:
@@ -168,44 +167,35 @@ def study_pictures(
     maps = activation_maps(every, inputs)
     some, labels = _some(trained.test, min(points, len(trained.test)))
     projected = project(every, some, at=chosen, method=projection, batch_size=batch_size)
-    return {
-        "analysis": "pictures",
-        **_about([trained], [every]),
-        "settings": {"projection": projection, "points": len(some), "images": numbers},
-        "units": [every[index].name for index in chosen],
-        "blocks": [_block_numbers(trained, every)[index] for index in chosen],
-        "image_labels": trained.test.labels[numbers].tolist(),
-        "thumbnails": _thumbnails(inputs, trained),
-        "maps": [None if each is None else _rounded(_shrunk(each)) for each in (maps[index] for index in chosen)],
-        "point_labels": labels,
-        "points": [_rounded(points) for points in projected],
-    }
+    return Pictures(
+        **_about([trained], [every], len(trained.test)),
+        settings={"projection": projection, "points": len(some), "images": numbers},
+        units=[every[index].name for index in chosen],
+        blocks=[_block_numbers(trained, every)[index] for index in chosen],
+        image_labels=trained.test.labels[numbers].tolist(),
+        thumbnails=_thumbnails(inputs, trained),
+        maps=[None if each is None else _rounded(_shrunk(each)) for each in (maps[index] for index in chosen)],
+        point_labels=labels,
+        points=[_rounded(points) for points in projected],
+    )
 
 
-def write_study(folder: Path, name: str, values: dict[str, Any]) -> list[Path]:
+def write_study(folder: Path, name: str, found: Probe | Alignment | Pictures) -> list[Path]:
     """Writes an analysis as JSON, and its pictures as PNG, into a folder.
 
     Raises:
         LocalGradError: the folder cannot be made or written.
     """
-    from localgrad.results import analysis_figures as drawings
+    from localgrad.results.analysis_figures import of_analysis
+    from localgrad.results.figures import save_png
 
-    _make(folder)
+    make_folder(folder, OTHER_OUTPUT)
     path = folder / f"{name}.json"
-    with atomic_write(path) as file:
-        file.write((json.dumps(values, allow_nan=False) + "\n").encode())
-    drawn = drawings.of_analysis(values)
+    write_json(path, as_file(kind_name(found), found), indent=None)
+    drawn = of_analysis(found)
     for suffix, figure in drawn.items():
-        with atomic_write(folder / f"{name}{suffix}.png") as file:
-            figure.savefig(file, format="png", dpi=200)
+        save_png(figure, folder / f"{name}{suffix}.png")
     return [path, *(folder / f"{name}{suffix}.png" for suffix in drawn)]
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LocalGradError(f"{folder} cannot be made: {error.strerror or error}; give another --output") from error
 
 
 def _check_alike(first: Trained, second: Trained, batch_size: int) -> int:
@@ -230,38 +220,40 @@ def _check_images(trained: Trained, images: Sequence[int]) -> None:
         )
 
 
-def _cka_name(folder: Path, other: Trained, found: dict[str, Any]) -> str:
+def _cka_name(folder: Path, other: Trained, found: Alignment) -> str:
     """Name of the file: with the other run's folder, and with its place too if another one of that name has it."""
     path = other.folder.path.resolve()
     name = f"cka-{path.name}"
     taken = folder / f"{name}.json"
     if taken.exists():
         try:
-            before = read_json(taken)["runs"][1]["config"]
-        except (LocalGradError, KeyError, TypeError, IndexError):
+            before = read_file(taken)
+        except LocalGradError:
             return name  # of a damaged file, which is written anew
-        if before != found["runs"][1]["config"]:
+        if not isinstance(before, Alignment) or before.runs[1].config != found.runs[1].config:
             return f"{name}-{sha256(str(path).encode()).hexdigest()[:8]}"
     return name
 
 
-def _about(runs: Sequence[Trained], found: Sequence[Sequence[Unit]]) -> dict[str, Any]:
-    """Which runs, which images, which machine."""
+def _about(runs: Sequence[Trained], found: Sequence[Sequence[Unit]], test_images: int) -> dict[str, Any]:
+    """Which runs, which images, which machine: what every analysis has."""
     first = runs[0]
+    names = first.test.class_names
     return {
         "runs": [
-            {
-                "name": each.folder.path.resolve().name,
-                "num_blocks": _block_numbers(each, own)[-1],
-                "config": to_dict(RunFolder(each.folder.path).config()),
-            }
+            AnalysedRun(
+                name=each.folder.path.resolve().name,
+                num_blocks=_block_numbers(each, own)[-1],
+                config=RunFolder(each.folder.path).config(),
+            )
             for each, own in zip(runs, found, strict=True)
         ],
-        "data": {
-            "source": first.config.data.source,
-            "test_split": first.config.data.test_split,
-            "test_images": len(first.test),
-        },
+        "data": AnalysedImages(
+            test_images=test_images,
+            source=first.config.data.source,
+            test_split=first.config.data.test_split,
+            class_names=None if names is None else list(names),
+        ),
         **provenance(first.fabric.device),
     }
 

@@ -1,6 +1,5 @@
 """The demo: one small network, trained end-to-end, by blocks, and by blocks with momentum, side by side."""
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -11,9 +10,12 @@ from localgrad.config.saved import to_dict
 from localgrad.config.schema import TrainConfig
 from localgrad.errors import LocalGradError
 from localgrad.recipes import recipe
+from localgrad.results.names import network_label
 from localgrad.results.read import FinishedRun, read_results
-from localgrad.results.reproduce import check_seeds, mean_std
-from localgrad.results.tables import Row, Table, network_label, tables
+from localgrad.results.reproduce import check_seeds
+from localgrad.results.tables import Row, Table, mean_std, parameters_text, seconds_text, tables
+from localgrad.results.terminal import print_table
+from localgrad.runs.files import write_json
 from localgrad.runs.folder import RunFolder
 
 RECIPES = ("digits-e2e", "digits-dgl", "digits-dgl-man")
@@ -66,38 +68,24 @@ def _finished(folder: Path, config: TrainConfig) -> FinishedRun:
 
 def show(table: Table) -> None:
     """Print the table."""
-    from rich.console import Console
-    from rich.table import Table as Grid
-
-    console = Console()
-    grid = Grid(
-        title=f"scikit-learn's digits, the same {network_label(table.config)} three times", title_justify="left"
-    )
-    headings = ["training", "blocks", "test error %", "peak memory", "s/step", "parameters"]
-    shown = [0, 2, 3] if console.width < 80 else range(len(headings))  # figures whole, at any width
-    for column in shown:
-        grid.add_column(headings[column], justify="right" if column else "left", overflow="fold")
-    for row in table.rows:
-        cells = _cells(row)
-        grid.add_row(*(cells[column] for column in shown))
-    console.print(grid)
-    console.print(
-        "Test error: mean ± standard deviation (number of seeds). Peak memory: tensors that one step makes, mostly "
-        "activations. Parameters: of the network, + of auxiliary networks, which are only there during training.",
-        style="dim",
+    print_table(
+        ["training", "blocks", "test error %", "peak memory", "s/step", "parameters"],
+        [_cells(row) for row in table.rows],
+        title=f"scikit-learn's digits, the same {network_label(table.config)} three times",
+        note="Test error: mean ± standard deviation (number of seeds). Peak memory: tensors that one step makes, "
+        "mostly activations. Parameters: of the network, + of auxiliary networks, there only during training.",
+        narrow=[0, 2, 3],
     )
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    first = row.runs[0].result
-    seconds, auxiliary = row.seconds_per_step, first.parameters["auxiliary"]
     return (
         row.label,
         str(row.num_blocks),
-        mean_std([run.result.test_error for run in row.runs]),
+        f"{mean_std(row.values('test_error'))} ({len(row.runs)})",
         f"{row.mean('peak_memory_bytes') / 2**20:.1f} MiB",
-        "-" if seconds is None else f"{seconds:.3f}",
-        f"{first.parameters['backbone'] / 1e3:.0f}k" + (f" + {auxiliary / 1e3:.0f}k" if auxiliary else ""),
+        seconds_text(row.seconds_per_step),
+        parameters_text(row),
     )
 
 
@@ -109,13 +97,12 @@ def main(
         if value is not None and value < 1:
             raise LocalGradError(f"{name} is {value}: it must be at least 1")
     check_seeds(seeds)
-    from localgrad.results.figures import learning_curves
+    from localgrad.results.figures import learning_curves, save_png
 
     table = run_demo(folder, epochs=epochs, train_limit=train_limit, seeds=seeds)
     results = {row.label: [asdict(run.result) for run in row.runs] for row in table.rows}
-    (folder / "table.json").write_text(json.dumps(results, indent=2) + "\n")
-    if figure := learning_curves(table):
-        figure.axes[0].set_title(table.title)
-        figure.savefig(folder / "curves.png", dpi=200)
+    write_json(folder / "table.json", results)
+    if drawn := learning_curves(table):
+        save_png(drawn.figure, folder / "curves.png")
     show(table)
     print(f"learning curves: {folder / 'curves.png'}")

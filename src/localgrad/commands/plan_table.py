@@ -1,9 +1,8 @@
 """The plan of a model on paper: one table, one JSON and one picture of memory against K."""
 
-import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,7 +14,11 @@ from localgrad.data.config import MAX_IMAGE_SIZE
 from localgrad.errors import LocalGradError, closest
 from localgrad.planning.plan import PlanRow, plan_rows
 from localgrad.planning.simulation import Precision
+from localgrad.results.kinds import Plan, PlannedRow
+from localgrad.results.terminal import print_table
+from localgrad.runs.files import make_folder, write_json
 from localgrad.runs.provenance import provenance
+from localgrad.runs.result import as_file
 
 UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
@@ -102,29 +105,27 @@ def plan_model(
 
 def show_sheets(title: str, sheets: Sequence[Sheet], budget: int | None) -> None:
     """Print peaks by number of blocks, kept and checkpointed, and the cuts of the rows to choose from."""
-    from rich.console import Console
-    from rich.table import Table
-
     size, unit = (2**30, "GiB") if max(row.peak for sheet in sheets for row in sheet.rows) >= 2**30 else (2**20, "MiB")
-    table = Table(title=f"{title}: peak {unit} of a step, activations kept | units checkpointed", title_justify="left")
-    table.add_column("blocks", justify="right", overflow="fold")
-    for sheet in sheets:
-        table.add_column(sheet.label, justify="right", overflow="fold")
+    lines = []
     counts = sorted({row.num_blocks for sheet in sheets for row in sheet.rows})
     for count in counts:
         cells = []
         for number, sheet in enumerate(sheets):
             rows = [row for row in sheet.rows if row.num_blocks == count and (count > 1 or number == 0)]
             cells.append(" | ".join(f"{row.peak / size:.2f}{'*' if budget and row.fits else ''}" for row in rows))
-        table.add_row("end-to-end" if count == 1 else str(count), *cells)
-    console = Console()
-    console.print(table)
+        lines.append(("end-to-end" if count == 1 else str(count), *cells))
+    print_table(
+        ["blocks", *(sheet.label for sheet in sheets)],
+        lines,
+        title=f"{title}: peak {unit} of a step, activations kept | units checkpointed",
+        left=(),
+    )
     if budget:
-        console.print(f"* fits {budget / size:.2f} {unit}")
+        print(f"* fits {budget / size:.2f} {unit}")
     for heading, row in _choices(sheets, budget).items():
         how = f"{row.num_blocks} blocks{', units checkpointed' if row.recompute else ''}"
-        console.print(f"{heading}: {how}, {row.peak / size:.2f} {unit}")
-        console.print(f"  cuts {' '.join(row.cuts)}", soft_wrap=True)
+        print(f"{heading}: {how}, {row.peak / size:.2f} {unit}")
+        print(f"  cuts {' '.join(row.cuts)}")
 
 
 def _choices(sheets: Sequence[Sheet], budget: int | None) -> dict[str, PlanRow]:
@@ -148,44 +149,14 @@ def write_sheets(folder: Path, title: str, sheets: Sequence[Sheet], budget: int 
     Raises:
         LocalGradError: the folder cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        rows = [{"training": sheet.label, **asdict(row)} for sheet in sheets for row in sheet.rows]
-        text = (
-            json.dumps({"title": title, "budget": budget, "rows": rows, **provenance(torch.device("cpu"))}, indent=1)
-            + "\n"
-        )
-        (folder / "plan.json").write_text(text)
-        _plot(folder / "plan.png", title, sheets, budget)
-    except OSError as error:
-        raise LocalGradError(
-            f"{folder} cannot be written ({error.strerror or error}); give another --output"
-        ) from error
+    from localgrad.results.figures import planned_peaks, save_png
 
-
-def _plot(path: Path, title: str, sheets: Sequence[Sheet], budget: int | None) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
-    for sheet, color in zip(sheets, ("C0", "C1", "C2"), strict=False):
-        for recompute, style in ((False, "o-"), (True, "s--")):
-            rows = [row for row in sheet.rows if row.recompute == recompute]
-            label = f"{sheet.label}{', units checkpointed' if recompute else ''}"
-            axes.plot([r.num_blocks for r in rows], [r.peak / 2**30 for r in rows], style, color=color, label=label)
-    if budget:
-        axes.axhline(budget / 2**30, color="0.5", linewidth=1)
-        axes.annotate("budget", (1, budget / 2**30), xytext=(0, 3), textcoords="offset points", color="0.4")
-    axes.set_xscale("log", base=2)
-    counts = sorted({row.num_blocks for sheet in sheets for row in sheet.rows})
-    apart = [count for count in counts[:-1] if 1.2 * count < counts[-1]] + counts[-1:]
-    axes.set_xticks(apart, [str(count) for count in apart])
-    axes.minorticks_off()
-    axes.set_ylim(bottom=0)
-    axes.set(xlabel="blocks (1 is end-to-end)", ylabel="peak of a step (GiB)", title=title)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize="small")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    make_folder(folder, "give another --output")
+    rows = [
+        PlannedRow(sheet.label, row.num_blocks, row.recompute, row.peak, row.cuts, row.fits)
+        for sheet in sheets
+        for row in sheet.rows
+    ]
+    plan = Plan(title=title, budget=budget, rows=rows, **provenance(torch.device("cpu")))
+    write_json(folder / "plan.json", as_file("plan", plan))
+    save_png(planned_peaks(plan).figure, folder / "plan.png")

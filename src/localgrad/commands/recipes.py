@@ -18,6 +18,7 @@ def recipes(arguments: Sequence[str]) -> int:
     import tyro
 
     from localgrad.recipes import RECIPES
+    from localgrad.results.terminal import print_table
 
     @dataclass(frozen=True)
     class Recipes:
@@ -28,10 +29,11 @@ def recipes(arguments: Sequence[str]) -> int:
     names = [name for name in RECIPES if all(word in name for word in words)]
     if not names:
         raise LocalGradError(f"no recipe has {' and '.join(words)} in its name; `localgrad recipes` lists all of them")
-    width = max(map(len, names))
-    print(f"{'recipe':{width}}  {'label':>5}  blocks  cuts  paper's error")
-    for name in names:
-        row = RECIPES[name]()
-        error = "-" if row.paper_error is None else f"{row.paper_error:.2f}%"
-        print(f"{name:{width}}  {row.label:>5}  {row.num_blocks:6}  {row.num_blocks - 1:4}  {error:>13}")
+    made = {name: RECIPES[name]() for name in names}
+    errors = {name: "-" if row.paper_error is None else f"{row.paper_error:.2f}%" for name, row in made.items()}
+    print_table(
+        ["recipe", "label", "blocks", "cuts", "paper's error"],
+        [(name, row.label, str(row.num_blocks), str(row.num_blocks - 1), errors[name]) for name, row in made.items()],
+        narrow=[0, 4],
+    )
     return 0

@@ -73,10 +73,10 @@ def reproduce(arguments: Sequence[str]) -> int:
     from localgrad.recipes.tables import TABLES
 
     if not options.table:
-        width = max(map(len, TABLES))
-        print(f"{'table':{width}}  rows  what is compared")
-        for name, listed in TABLES.items():
-            print(f"{name:{width}}  {len(listed.rows):4}  {listed.title}")
+        from localgrad.results.terminal import print_table
+
+        listed = [(name, str(len(each.rows)), each.title) for name, each in TABLES.items()]
+        print_table(["table", "rows", "what is compared"], listed, left=[0, 2])
         return 0
     from localgrad.results.reproduce import plan_cells, run_cells, show_table
 

@@ -45,6 +45,7 @@ def time(arguments: Sequence[str]) -> int:
         raise LocalGradError(f"{path} cannot be a file: give --output with another name, in a folder that is there")
     from localgrad.results.step_times import show_times, time_results
     from localgrad.runs.files import write_json
+    from localgrad.runs.result import as_file
 
     found = time_results(
         options.results,
@@ -54,6 +55,6 @@ def time(arguments: Sequence[str]) -> int:
         warn=lambda text: print(f"localgrad: {text}", file=sys.stderr),
     )
     show_times(found)
-    write_json(path, found)
+    write_json(path, as_file("step-times", found))
     print(f"wrote {path}")
     return 0

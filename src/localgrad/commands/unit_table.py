@@ -9,6 +9,7 @@ from localgrad.core.costs import UnitCost, unit_costs
 from localgrad.core.units import Unit, units
 from localgrad.data.config import MAX_IMAGE_SIZE
 from localgrad.errors import LocalGradError
+from localgrad.results.terminal import print_table
 
 
 def inspect_model(name: str, *, depth: int, image_size: int, batch_size: int) -> tuple[list[Unit], list[UnitCost]]:
@@ -37,32 +38,24 @@ def inspect_model(name: str, *, depth: int, image_size: int, batch_size: int) ->
 
 def show_units(name: str, found: list[Unit], costs: list[UnitCost], batch_size: int) -> None:
     """Print the table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{name}: {len(found)} units, so 1 to {len(found)} blocks; batch {batch_size}, float32")
-    table.title_justify = "left"
-    console = Console()
-    headings = ["cut after", "features", "parameters", "activations", "GFLOP", "head"]
-    shown = [0, 3, 5] if console.width < 72 else range(len(headings))  # the names whole, at any width
-    for column in shown:
-        table.add_column(headings[column], justify="right" if column else "left", overflow="fold")
-    for unit, cost in zip(found, costs, strict=True):
-        last = unit is found[-1]
-        cells = (
-            f"({unit.name}, the end)" if last else unit.name,
-            "x".join(map(str, unit.features[1:])),
-            f"{cost.parameters:,}",
-            _mebibytes(cost.activations),
-            f"{cost.flops / 1e9:.2f}",
-            "-" if cost.end_activations == float("inf") else _mebibytes(cost.end_activations),
-        )
-        table.add_row(*(cells[column] for column in shown))
-    console.print(table)
-    console.print(
-        "Activations: MiB kept for the backward pass. Head: what the local head of `localgrad plan` would add at a cut "
-        "there; - where none can sit. Give names to split(cuts=[...]) or --cuts, or a number to --num-blocks.",
-        style="dim",
+    print_table(
+        ["cut after", "features", "parameters", "activations", "GFLOP", "head"],
+        [
+            (
+                f"({unit.name}, the end)" if unit is found[-1] else unit.name,
+                "x".join(map(str, unit.features[1:])),
+                f"{cost.parameters:,}",
+                _mebibytes(cost.activations),
+                f"{cost.flops / 1e9:.2f}",
+                "-" if cost.end_activations == float("inf") else _mebibytes(cost.end_activations),
+            )
+            for unit, cost in zip(found, costs, strict=True)
+        ],
+        title=f"{name}: {len(found)} units, so 1 to {len(found)} blocks; batch {batch_size}, float32",
+        note="Activations: MiB kept for the backward pass. Head: what the local head of `localgrad plan` would add at "
+        "a cut there; - where none can sit. Give names to split(cuts=[...]) or --cuts, or a number to --num-blocks.",
+        narrow=[0, 3, 5],
+        width=72,
     )
 
 

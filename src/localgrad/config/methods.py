@@ -89,7 +89,7 @@ def with_defaults(config: TrainConfig) -> TrainConfig:
 
 
 def _with_defaults(chosen: Any, choices: dict[str, Method]) -> Any:
-    if chosen.name == "none":
+    if chosen.name not in choices:  # none, or one of another version
         return chosen
     parameters = inspect.signature(choices[chosen.name].factory).parameters
     missing = [name for name, value in vars(chosen).items() if value is None and name in parameters]
@@ -104,18 +104,39 @@ def planned_objective(name: str, image_size: int) -> ObjectiveConfig:
     return _with_defaults(ObjectiveConfig(name, **method.planned, **large), OBJECTIVES)
 
 
-def method_label(objective: str, momentum: str) -> str:
-    """What tables call a method, as `DGL + MAN`; `End-to-end` without an objective."""
-    label = OBJECTIVES[objective].label if objective in OBJECTIVES else objective
-    label = "End-to-end" if objective == "none" else label
-    if momentum == "none":
-        return label
-    return f"{label} + {MOMENTA[momentum].label if momentum in MOMENTA else momentum}"
+def method_label(config: TrainConfig) -> str:
+    """What a config trains, in the papers' words, as `DGL + MAN (EMA only)`; `End-to-end` without an objective."""
+    objective, momentum = config.objective, config.momentum
+    name = OBJECTIVES[objective.name].label if objective.name in OBJECTIVES else objective.name
+    name = "End-to-end" if objective.name == "none" else name
+    if momentum.name != "none":
+        name += f" + {MOMENTA[momentum.name].label if momentum.name in MOMENTA else momentum.name}"
+    decay, parts = momentum.decay, config.optim.accumulate
+    details = [
+        "bias only" if momentum.ema is False else "",
+        "EMA only" if momentum.bias is False else "",
+        "fused" if momentum.form == "fused" else "",
+        "direct use" if decay == 0 else "" if decay in (None, 0.995) else f"decay {decay:g}",
+        "random start" if momentum.initial == "random" else "",
+        f"depth {momentum.depth}" if (momentum.depth or 1) > 1 else "",
+        "1x1 bias" if momentum.bias_form == "conv1x1" else "",
+        f"pooled {momentum.pool}" if (momentum.pool or 1) > 1 else "",
+        f"d={objective.depth}" if objective.depth else "",
+        f"reach {config.reach}" if config.reach > 1 else "",
+        "checkpointed" if config.recompute else "",
+        "auxiliary networks checkpointed" if momentum.recompute else "",
+        f"{parts} micro-batches" if parts > 1 else "",
+        "block by block" if config.step_each_block else "",
+        "CUDA graph" if config.cuda_graph else "",
+    ]
+    said = ", ".join(filter(None, details))
+    return f"{name} ({said})" if said else name
 
 
-def method_order(objective: str, momentum: str) -> tuple[int, int]:
+def method_order(config: TrainConfig) -> tuple[int, int]:
     """Where a method stands in a table: end-to-end first, then as the methods are listed, unknown ones last."""
     objectives, momenta = ["none", *OBJECTIVES], ["none", *MOMENTA]
+    objective, momentum = config.objective.name, config.momentum.name
     return (
         objectives.index(objective) if objective in objectives else len(objectives),
         momenta.index(momentum) if momentum in momenta else len(momenta),

@@ -1,12 +1,11 @@
 """The JSON form of a config."""
 
 import dataclasses
-import types
-import typing
-from typing import Any, Literal
+from typing import Any
 
 from localgrad.config.schema import TrainConfig
-from localgrad.errors import LocalGradError, closest
+from localgrad.config.typed import parse
+from localgrad.errors import LocalGradError
 
 
 def differences(before: TrainConfig, after: TrainConfig) -> list[str]:
@@ -40,51 +39,7 @@ def from_dict(values: Any) -> TrainConfig:
     Raises:
         LocalGradError: with every unknown name and every value of a wrong type at once.
     """
-    problems: list[str] = []
-    config = _dataclass_from(TrainConfig, values, "config", problems)
-    if problems:
-        raise LocalGradError("this saved configuration cannot be used: " + "; ".join(problems))
-    return config
-
-
-def _dataclass_from(kind: Any, values: Any, path: str, problems: list[str]) -> Any:
-    if not isinstance(values, dict):
-        problems.append(f"{path} is {values!r}; it must be a table of names and values")
-        return None
-    hints = typing.get_type_hints(kind)
-    names = [item.name for item in dataclasses.fields(kind)]
-    for name in values:
-        if name not in names:
-            problems.append(f"{path} has no field {name!r}{closest(name, names)}; its fields are {', '.join(names)}")
-    given = [name for name in names if name in values]
-    known = {name: _value_from(hints[name], values[name], f"{path}.{name}", problems) for name in given}
-    return None if problems else kind(**known)
-
-
-def _value_from(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return _dataclass_from(hint, value, path, problems)
-    if fits(hint, value):
-        return tuple(value) if isinstance(value, list) else float(value) if hint is float else value
-    problems.append(f"{path} is {value!r}; it must be {getattr(hint, '__name__', None) or hint}")
-    return None
-
-
-def fits(hint: Any, value: Any) -> bool:
-    """Whether a value read from a file is of a field's type; an int is a float too, a bool is neither."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(fits(option, value) for option in arguments)
-    if origin is Literal:
-        return value in arguments
-    if origin in (tuple, list):
-        if not isinstance(value, list | tuple):
-            return False
-        alike = origin is list or arguments[-1] is Ellipsis
-        items = [arguments[0]] * len(value) if alike else list(arguments)
-        return len(items) == len(value) and all(fits(item, part) for item, part in zip(items, value, strict=True))
-    if hint is float:
-        return isinstance(value, float) or (fits(int, value) and abs(value) < 2**1023)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return value is None if hint in (None, type(None)) else isinstance(value, hint)
+    try:
+        return parse(TrainConfig, values, "config")
+    except LocalGradError as problem:
+        raise LocalGradError(f"this saved configuration cannot be used: {problem}") from None

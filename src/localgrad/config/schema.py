@@ -123,6 +123,9 @@ class OptimConfig:
 class TrainConfig:
     """One complete run."""
 
+    __pydantic_config__ = {"extra": "forbid", "strict": True, "allow_inf_nan": False}  # noqa: RUF012
+    # of this and of all dataclasses in it, when one is read from a file
+
     name: str = ""
     """Name of the recipe that this came from."""
     model: ModelConfig = field(default_factory=ModelConfig)

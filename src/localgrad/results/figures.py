@@ -1,9 +1,11 @@
-"""Pictures of results, drawn by matplotlib for a phone's width: as PNG, or as SVG that takes its ink from the page."""
+"""Pictures of results by matplotlib, for a phone's width: as PNG, or as SVG in the text colour of the page."""
 
 import io
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -12,27 +14,25 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from localgrad.results.tables import Table, told_seconds
+from localgrad.config.methods import method_order
+from localgrad.results.kinds import Plan, StepTimes
+from localgrad.results.read import EpochError
+from localgrad.results.tables import Row, Table, seconds_text
+from localgrad.runs.files import atomic_write
 
 WIDTH = 4.1
 """Inches; at the width of a phone's screen the letters stay readable."""
-
-
 INK = "#123321"
 """Stands for the page's text colour until `as_svg` puts `currentColor` in its place; a PNG has black instead."""
-
-
 LONG = 24
 """Letters of a label that fits twice in a legend's line."""
-
-
 COLORS = ("#2f7ed8", "#e0701a", "#1fa187", "#b05cc6", "#d6455d", "#8a7a2c", "#5f7f95", "#c4508f")
 """Readable on white and on black."""
-
-
 MARKERS = "osD^vPX*"
-
-
+MOST_CURVES = 7
+"""Curves of a picture, end-to-end aside: more are spread over several, by objective."""
+COVERED = 0.004
+"""Two curves that are nowhere further apart than this share of the axis look like one."""
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
@@ -49,8 +49,6 @@ STYLE: dict[Any, Any] = {
     "grid.color": "#808080",
     "grid.alpha": 0.25,
 }
-
-
 styled = matplotlib.rc_context(STYLE)
 
 
@@ -94,9 +92,12 @@ def _paint(figure: Figure, color: str) -> None:
             spine.set_edgecolor(color)
 
 
-def new_figure(height: float) -> Figure:
-    """An empty figure, so many inches high."""
-    return Figure(figsize=(WIDTH, height), layout="constrained")
+def new_figure(height: float, title: str = "") -> Figure:
+    """An empty figure of so many inches in height, with a title."""
+    figure = Figure(figsize=(WIDTH, height + 0.2 * bool(title)), layout="constrained")
+    if title:
+        figure.suptitle(textwrap.fill(title, 62), fontsize=9)
+    return figure
 
 
 def with_legend(figure: Figure, axes: Axes, count: int) -> Figure:
@@ -118,66 +119,157 @@ def look_of(position: int) -> dict[str, Any]:
     }
 
 
+def groups(table: Table, positions: Sequence[int]) -> Iterator[list[int]]:
+    """Rows by picture, so that colors stay apart: all in one, or an objective each, with end-to-end for comparison."""
+    if len(positions) <= MOST_CURVES + 1:
+        yield list(positions)
+        return
+    whole = [position for position in positions if not table.rows[position].is_local]
+    local = [position for position in positions if table.rows[position].is_local]
+    names = dict.fromkeys(table.rows[position].config.objective.name for position in local)
+    for name in names:
+        own = [position for position in local if table.rows[position].config.objective.name == name]
+        for begin in range(0, len(own), MOST_CURVES):
+            yield [*whole[:1], *own[begin : begin + MOST_CURVES]]
+    if len(whole) > 1:
+        yield whole[: MOST_CURVES + 1]
+
+
+def covered(curves: Mapping[str, Sequence[float]], span: float) -> list[str]:
+    """Sentences that say which curves cannot be seen because a later one lies on them.
+
+    Args:
+        curves: by label, in the order in which they are drawn, all over the same positions.
+        span: from the smallest to the largest value of the axis.
+    """
+    values = {label: np.array(curve, dtype=float) for label, curve in curves.items()}
+    said = []
+    for number, label in enumerate(values):
+        for other in list(values)[number + 1 :]:
+            if _lies_under(values[label], values[other], COVERED * span):
+                said.append(f"{label} lies under {other}.")
+                break
+    return said
+
+
+def _lies_under(first: Any, second: Any, distance: float) -> bool:
+    """Whether the second curve is within this distance wherever the first one has a value."""
+    if first.shape != second.shape:
+        return False
+    there = np.isfinite(first)
+    return bool(there.any() and np.isfinite(second[there]).all() and np.abs(first - second)[there].max() <= distance)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A picture, and what its caption must add."""
+
+    figure: Figure
+    remarks: tuple[str, ...] = ()
+
+
 @styled
-def learning_curves(table: Table) -> Figure | None:
-    """Test error over epochs, one line a row: the mean of its seeds, and between the smallest and the largest."""
-    figure = new_figure(3.0)
+def learning_curves(table: Table, positions: Sequence[int] | None = None) -> Drawn | None:
+    """Test error over epochs, one line a row: the mean of its seeds, and a band from the smallest to the largest.
+
+    Args:
+        table: the rows.
+        positions: of the rows to draw; all if None.
+
+    Returns:
+        The picture; None if no row has metrics.
+    """
+    figure = new_figure(3.0, table.title)
     axes = figure.subplots()
-    drawn = 0
-    for position, row in enumerate(table.rows):
+    drawn: dict[str, list[float]] = {}
+    for position in range(len(table.rows)) if positions is None else positions:
+        row = table.rows[position]
         curves = [curve for curve in (_curve(run.metrics) for run in row.runs) if curve]
         epochs = sorted(set.intersection(*map(set, curves))) if curves else []
         if not epochs:
             continue
         values = np.array([[curve[epoch] for epoch in epochs] for curve in curves])
         label = table.labels[position] + (f" (n={len(curves)})" if len(curves) > 1 else "")
-        look = look_of(position)
+        look = look_of(len(drawn))
         axes.plot(epochs, values.mean(0), label=label, markevery=max(1, len(epochs) // 8), **look)
         if len(curves) > 1:
             axes.fill_between(epochs, values.min(0), values.max(0), color=look["color"], alpha=0.18, linewidth=0)
-        drawn += 1
-    axes.set(xlabel="epoch", ylabel="test error (%)")
-    axes.set_ylim(0, 1.05 * axes.dataLim.y1 if drawn else None)
+        drawn[table.labels[position]] = values.mean(0).tolist()
+    if not drawn:
+        return None
+    top = _error_axis(axes, "epoch", "test error (%)")
+    return Drawn(with_legend(figure, axes, len(drawn)), tuple(covered(drawn, top)))
+
+
+def _curve(metrics: Sequence[EpochError]) -> dict[int, float]:
+    return {line.epoch: line.test_error for line in metrics if line.test_error is not None}
+
+
+def _error_axis(axes: Axes, x: str, y: str) -> float:
+    """Names the axes, and starts that of the errors at 0; returns its end."""
+    axes.set(xlabel=x, ylabel=y)
+    top = 1.05 * axes.dataLim.y1 or 1.0
+    axes.set_ylim(0, top)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return with_legend(figure, axes, drawn) if drawn else None
-
-
-def _curve(metrics: Sequence[dict[str, Any]]) -> dict[int, float]:
-    return {line["epoch"]: line["test_error"] for line in metrics if line["test_error"] is not None}
+    return top
 
 
 @styled
-def local_heads(table: Table) -> Figure | None:
-    """Test error of each block's own head after the last epoch, a line a row: the mean of its seeds."""
-    figure = new_figure(3.0)
+def local_heads(table: Table, positions: Sequence[int] | None = None) -> Drawn | None:
+    """Test error of each block's own head after the last epoch, a line a row: the mean of its seeds.
+
+    Args and returns as in `learning_curves`.
+    """
+    figure = new_figure(3.0, table.title)
     axes = figure.subplots()
-    drawn = 0
-    for position, row in enumerate(table.rows):
-        errors = [run.result.local_errors for run in row.runs if run.result.local_errors and row.num_blocks > 1]
+    drawn: dict[str, list[float]] = {}
+    for position in range(len(table.rows)) if positions is None else positions:
+        row = table.rows[position]
+        errors = [run.result.local_errors for run in row.runs if run.result.local_errors and row.is_local]
         if not errors:
             continue
         values = np.array(errors, dtype=float)  # None, of a block without a class head, becomes a gap
         label = table.labels[position] + (f" (n={len(errors)})" if len(errors) > 1 else "")
-        axes.plot(range(1, row.num_blocks + 1), values.mean(0), label=label, **look_of(position))
-        drawn += 1
-    axes.set(xlabel="block", ylabel="test error of its head (%)")
-    axes.set_ylim(0, 1.05 * axes.dataLim.y1 if drawn else None)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return with_legend(figure, axes, drawn) if drawn else None
+        axes.plot(range(1, row.num_blocks + 1), values.mean(0), label=label, **look_of(len(drawn)))
+        drawn[table.labels[position]] = values.mean(0).tolist()
+    if not drawn:
+        return None
+    top = _error_axis(axes, "block", "test error of its head (%)")
+    return Drawn(with_legend(figure, axes, len(drawn)), tuple(covered(drawn, top)))
+
+
+RIVALS = {
+    "": ("o", ""),
+    "checkpointed": ("s", "square"),
+    "micro-batches": ("^", "triangle"),
+    "fewer blocks": ("D", "diamond"),
+}
+"""Marks of the trade-off picture: what saves memory beside local losses has a mark of its own, with its name."""
+
+
+def rival(table: Table, row: Row) -> str:
+    """What else than local losses saves memory in a row, or lets it use fewer blocks: a key of `RIVALS`."""
+    same = (other.num_blocks for other in table.rows if other.label == row.label and other.is_local)
+    if row.config.recompute or row.config.momentum.recompute:
+        return "checkpointed"
+    if row.config.optim.accumulate > 1:
+        return "micro-batches"
+    return "fewer blocks" if row.is_local and row.num_blocks < max(same) else ""
 
 
 @styled
-def trade_off(table: Table, device: str, seconds: Mapping[int, float | None]) -> Figure:
+def trade_off(table: Table, device: str, seconds: Mapping[int, float | None]) -> Drawn:
     """Memory of a step against test error; the area of a point is the time of a step; a line joins the best ones.
 
-    Memory is that on one device, and the error that of all runs, as in the table of errors.
+    Points have the color of their objective and the number of their row. Memory is that on one device, and the error
+    that of all runs, as in the table of errors.
 
     Args:
         table: the rows.
         device: name of the device.
         seconds: of a step on it, by the position of the row; None where nothing is known.
     """
-    figure = new_figure(3.2)
+    figure = new_figure(3.2, table.title)
     axes = figure.subplots()
     rows = table.on(device)
     longest = max((each for each in seconds.values() if each), default=1.0)
@@ -185,21 +277,34 @@ def trade_off(table: Table, device: str, seconds: Mapping[int, float | None]) ->
     points = {p: (row.mean("peak_memory_bytes") / 2**20, errors[p]) for p, row in rows.items()}
     best = sorted(point for point in points.values() if not any(_beats(other, point) for other in points.values()))
     axes.plot(*zip(*best, strict=True), color="#808080", linewidth=1, linestyle=":", zorder=1)
-    for position in rows:
-        known = seconds[position]
-        label = table.labels[position] + (f", {told_seconds(known)} s" if known else "")
+    for number, position in enumerate(rows, start=1):
+        row, known = table.rows[position], seconds[position]
+        label = f"{number}  {table.labels[position]}" + (f", {seconds_text(known)} s" if known else "")
+        color = COLORS[method_order(row.config)[0] % len(COLORS)]
         size = 30 + 130 * (known or 0.0) / longest
-        axes.scatter(*points[position], s=size, alpha=0.85, linewidth=0, label=label, **look_of(position))
-        deviation = table.rows[position].deviation("test_error")
+        marker = RIVALS[rival(table, row)][0]
+        axes.scatter(*points[position], s=size, alpha=0.8, linewidth=0, label=label, color=color, marker=marker)
+        axes.annotate(str(number), points[position], xytext=(5, 5), textcoords="offset points", fontsize=8)
+        deviation = row.deviation("test_error")
         if deviation is not None:
-            axes.errorbar(*points[position], yerr=deviation, color=look_of(position)["color"], linewidth=1, capsize=2)
+            axes.errorbar(*points[position], yerr=deviation, color=color, linewidth=1, capsize=2)
     axes.set(xlabel="peak memory of a step (MiB)", ylabel="test error (%)")
     axes.margins(0.14)
     axes.set_xlim(left=0)
     figure = with_legend(figure, axes, len(rows))
     for handle in figure.legends[0].legend_handles:
         handle.set_sizes([28])  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
-    return figure
+    return Drawn(figure, tuple(_overlaps(axes, points, table.labels)))
+
+
+def _overlaps(axes: Axes, points: Mapping[int, tuple[float, float]], labels: Sequence[str]) -> Iterator[str]:
+    """Sentences that say which points lie on each other."""
+    spans = np.ptp(axes.get_xlim()), np.ptp(axes.get_ylim())
+    places = {position: (x / spans[0], y / spans[1]) for position, (x, y) in points.items()}
+    for first in places:
+        for second in places:
+            if first < second and np.hypot(*np.subtract(places[first], places[second])) < 0.015:
+                yield f"{labels[first]} lies under {labels[second]}."
 
 
 def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
@@ -208,42 +313,57 @@ def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
 
 
 @styled
-def planned_peaks(values: dict[str, Any]) -> Figure:
-    """Predicted peak over the number of blocks, kept and checkpointed."""
-    figure = new_figure(3.2)
+def planned_peaks(plan: Plan) -> Drawn:
+    """Predicted peak over the number of blocks, kept and checkpointed, with the budget."""
+    figure = new_figure(3.2, plan.title)
     axes = figure.subplots()
-    trainings = list(dict.fromkeys(row["training"] for row in values["rows"]))
-    counts = sorted({row["num_blocks"] for row in values["rows"]})
+    trainings = list(dict.fromkeys(row.training for row in plan.rows))
+    counts = sorted({row.num_blocks for row in plan.rows})
+    drawn: dict[str, dict[int, float]] = {}
     for position, training in enumerate(trainings):
         for recompute in (False, True):
-            rows = [row for row in values["rows"] if row["training"] == training and row["recompute"] is recompute]
-            rows.sort(key=lambda row: row["num_blocks"])
+            rows = [row for row in plan.rows if row.training == training and row.recompute is recompute]
+            if not rows:
+                continue
             label = training + (", units checkpointed" if recompute else "")
-            peaks = [row["peak"] / 2**30 for row in rows]
+            drawn[label] = {row.num_blocks: row.peak / 2**30 for row in sorted(rows, key=lambda row: row.num_blocks)}
             style = "--" if recompute else "-"
-            axes.plot([row["num_blocks"] for row in rows], peaks, linestyle=style, label=label, **look_of(position))
+            axes.plot(*zip(*drawn[label].items(), strict=True), linestyle=style, label=label, **look_of(position))
+    if plan.budget:
+        axes.axhline(plan.budget / 2**30, color="#808080", linewidth=1, label="budget")
     axes.set_xscale("log", base=2)
     apart = [count for count in counts[:-1] if 1.2 * count < counts[-1]] + counts[-1:]
     axes.set_xticks(apart, [str(count) for count in apart])
     axes.minorticks_off()
     axes.set_ylim(bottom=0)
     axes.set(xlabel="blocks (1 is end-to-end)", ylabel="predicted peak of a step (GiB)")
-    return with_legend(figure, axes, 2 * len(trainings))
+    span = max(max(values.values()) for values in drawn.values())
+    remarks = covered({label: [values.get(count, np.nan) for count in counts] for label, values in drawn.items()}, span)
+    return Drawn(with_legend(figure, axes, len(drawn) + bool(plan.budget)), tuple(remarks))
 
 
 @styled
-def step_times(values: dict[str, Any]) -> Figure:
+def step_times(times: StepTimes, title: str = "") -> Figure:
     """Seconds a step as bars, with their figures."""
-    rows = values["rows"]
-    labels = [textwrap.fill(row["row"], 36) for row in rows]
+    labels = [textwrap.fill(row.row, 36) for row in times.rows]
     lines = sum(1 + label.count("\n") for label in labels)
-    figure = new_figure(0.6 + 0.12 * len(rows) + 0.2 * lines)
+    figure = new_figure(0.6 + 0.12 * len(labels) + 0.2 * lines, title)
     axes = figure.subplots()
-    seconds = [row["seconds_per_step"] for row in rows]
-    bars = axes.barh(range(len(rows)), seconds, tick_label=labels, color=COLORS[0], height=0.62)
+    seconds = [row.seconds_per_step for row in times.rows]
+    bars = axes.barh(range(len(labels)), seconds, tick_label=labels, color=COLORS[0], height=0.62)
     axes.bar_label(bars, [f"{value:.2f}" if value >= 0.1 else f"{value:.2g}" for value in seconds], padding=3)
     axes.invert_yaxis()
     axes.margins(x=0.14)
     axes.set(xlabel="seconds a step")
     axes.tick_params(axis="y", length=0)
     return figure
+
+
+def save_png(figure: Figure, path: Path, dots_per_inch: int = 200) -> None:
+    """Writes a figure as PNG, whole or not at all.
+
+    Raises:
+        LocalGradError: the file cannot be written.
+    """
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=dots_per_inch)

@@ -14,7 +14,7 @@ from localgrad.data.config import DataConfig
 from localgrad.data.loading import load_images
 from localgrad.data.sets import ImageSet
 from localgrad.errors import LocalGradError
-from localgrad.runs.files import read_json
+from localgrad.results.read import read_result
 from localgrad.runs.folder import RunFolder, load_state
 from localgrad.training.devices import make_fabric
 
@@ -37,7 +37,7 @@ class Trained:
     @property
     def cuts(self) -> list[str]:
         """Units after which gradients were isolated."""
-        return list(read_json(self.folder.result)["cuts"] if self.config.cuts is None else self.config.cuts)
+        return list(read_result(self.folder.result).cuts if self.config.cuts is None else self.config.cuts)
 
 
 def load_trained(

@@ -1,22 +1,28 @@
 """Result files below a folder, read back: runs, analyses, plans and step times."""
 
 import json
-import math
 import os
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
+from localgrad.config.typed import parse
 from localgrad.errors import LocalGradError
+from localgrad.results.kinds import KINDS, Alignment, Pictures, Plan, Probe, StepTimes, kind_of
 from localgrad.runs.files import read_json
-from localgrad.runs.result import Result
+from localgrad.runs.result import SCHEMA, Result
 
-CONFIG_TEXTS = {"": ("name",), "model": ("name",), "data": ("source",), "objective": ("name",), "momentum": ("name",)}
+Values = TypeVar("Values")
 
 
-CONFIG_NUMBERS = {"": ("seed",), "model": ("depth",), "optim": ("epochs", "batch_size")}
-"""Fields of a config that are read here, by part."""
+@dataclass(frozen=True)
+class EpochError:
+    """A line of metrics, as far as it is read here."""
+
+    epoch: int
+    test_error: float | None
+    """Test error in percent; None where it was not evaluated."""
 
 
 @dataclass(frozen=True)
@@ -25,16 +31,16 @@ class FinishedRun:
 
     path: Path
     result: Result
-    metrics: list[dict[str, Any]]
-    """One line an epoch; empty where there is no file of them."""
+    metrics: tuple[EpochError, ...]
+    """One an epoch; empty where there is no file of them."""
 
 
 @dataclass(frozen=True)
-class Sheet:
-    """Any other result: an analysis, a plan, or a table of step times, as its file has it."""
+class File(Generic[Values]):
+    """Any other result file."""
 
     path: Path
-    values: dict[str, Any]
+    values: Values
 
 
 @dataclass
@@ -42,14 +48,19 @@ class Results:
     """Everything that was found."""
 
     runs: list[FinishedRun] = field(default_factory=list)
-    probes: list[Sheet] = field(default_factory=list)
-    alignments: list[Sheet] = field(default_factory=list)
-    pictures: list[Sheet] = field(default_factory=list)
-    plans: list[Sheet] = field(default_factory=list)
-    speeds: list[Sheet] = field(default_factory=list)
+    probes: list[File[Probe]] = field(default_factory=list)
+    alignments: list[File[Alignment]] = field(default_factory=list)
+    pictures: list[File[Pictures]] = field(default_factory=list)
+    plans: list[File[Plan]] = field(default_factory=list)
+    speeds: list[File[StepTimes]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return sum(len(getattr(self, each.name)) for each in fields(self))
+
+    @property
+    def files(self) -> list[File[Any]]:
+        """All but the runs."""
+        return [*self.probes, *self.alignments, *self.pictures, *self.plans, *self.speeds]
 
 
 def read_results(folder: Path, warn: Callable[[str], None]) -> Results:
@@ -57,7 +68,7 @@ def read_results(folder: Path, warn: Callable[[str], None]) -> Results:
 
     Args:
         folder: searched with all its subfolders for `*.json`.
-        warn: told, in one line each, which files are damaged or hold nothing that is known, and left out.
+        warn: told, in one line each, which files are damaged or of no known kind, and left out.
 
     Raises:
         LocalGradError: there is no such folder, or nothing to show in it.
@@ -84,6 +95,43 @@ def read_results(folder: Path, warn: Callable[[str], None]) -> Results:
     return found
 
 
+def read_result(path: Path) -> Result:
+    """The result of a run.
+
+    Raises:
+        LocalGradError: the file is missing, damaged, or something else.
+    """
+    content = read_file(path)
+    if not isinstance(content, Result):
+        raise LocalGradError(f"{path} is no result of a run")
+    return content
+
+
+def read_file(path: Path) -> Any:
+    """A result file of any kind, as its dataclass; None for one of no known kind.
+
+    Raises:
+        LocalGradError: the file is missing, damaged, or of a later version.
+    """
+    values = read_json(path, finite=True)
+    return _typed(path, values) if isinstance(values, dict) and kind_of(values) in KINDS else None
+
+
+def _typed(path: Path, values: dict[str, Any]) -> Any:
+    """The content of a result file of a known kind, as its dataclass.
+
+    Raises:
+        LocalGradError: it is of a later version, or a field is missing or not what it should be.
+    """
+    schema = values.get("schema", SCHEMA)
+    if not isinstance(schema, int) or schema > SCHEMA:
+        raise LocalGradError(f"{path} has schema {schema!r}, this version reads up to {SCHEMA}: update localgrad")
+    try:
+        return parse(KINDS[str(kind_of(values))], values)
+    except LocalGradError as problem:
+        raise LocalGradError(f"{path} is damaged: {problem}") from None
+
+
 def _json_files(folder: Path, warn: Callable[[str], None]) -> list[Path]:
     """All of them in order of their paths, in linked folders too, each once."""
     found: list[Path] = []
@@ -107,154 +155,51 @@ def _sort_in(found: Results, path: Path, values: Any, warn: Callable[[str], None
     """Adds a file to the results; False if it holds nothing that is known."""
     if not isinstance(values, dict):
         return False
-    try:
-        if "config" in values and "test_error" in values:
-            run = FinishedRun(path, checked_result(values), _metrics(path, values, warn))
-            if not any(_same_run(run.result, other.result) for other in found.runs):
-                found.runs.append(run)
-        elif "analysis" in values:
-            kinds = {"probe": found.probes, "cka": found.alignments, "pictures": found.pictures}
-            kinds[values["analysis"]].append(Sheet(path, _checked_analysis(values)))
-        elif _has_rows(values, "peak", "training", "num_blocks", "recompute") and "title" in values:
-            found.plans.append(Sheet(path, _checked_rows(values, "peak", "num_blocks")))
-        elif _has_rows(values, "row", "seconds_per_step"):
-            found.speeds.append(Sheet(path, _checked_rows(values, "seconds_per_step")))
-        else:
-            return "versions" in values  # another benchmark's, for which there is no section
-    except KeyError as error:
-        raise LocalGradError(f"{path} is damaged: it has no {error}") from None
-    except (TypeError, ValueError, AttributeError, IndexError) as error:
-        raise LocalGradError(f"{path} is damaged: {error}") from None
+    kind = kind_of(values)
+    if kind is None:
+        return "versions" in values  # another benchmark's, for which there is no section
+    if kind not in KINDS:
+        raise LocalGradError(f"{path} has the kind {kind!r}: this version knows {', '.join(KINDS)}")
+    content = _typed(path, values)
+    if isinstance(content, Result):
+        run = FinishedRun(path, content, _metrics(path, values, warn))
+        if not any(_same_run(run.result, other.result) for other in found.runs):
+            found.runs.append(run)
+        return True
+    places: dict[type, list[Any]] = {
+        Probe: found.probes,
+        Alignment: found.alignments,
+        Pictures: found.pictures,
+        Plan: found.plans,
+        StepTimes: found.speeds,
+    }
+    places[type(content)].append(File(path, content))
     return True
 
 
 def _same_run(one: Result, other: Result) -> bool:
     """Whether two files are of one run: the run folder's, and a table's, where its images may have another path."""
-    sources = [result.config["data"]["source"] for result in (one, other)]
-    moved = replace(other, config={**other.config, "data": {**other.config["data"], "source": sources[0]}})
+    data = replace(other.config.data, source=one.config.data.source)
+    moved = replace(other, config=replace(other.config, data=data), command=one.command, test_errors=one.test_errors)
     return one == moved
 
 
-def _has_rows(values: dict[str, Any], *names: str) -> bool:
-    rows = values.get("rows")
-    return isinstance(rows, list) and bool(rows) and all(isinstance(row, dict) and {*names} <= {*row} for row in rows)
-
-
-def _checked_rows(values: dict[str, Any], *names: str) -> dict[str, Any]:
-    for row in values["rows"]:
-        for name in names:
-            number(row[name], name)
-        if "config" in row:
-            for name in ("num_blocks", "num_classes"):
-                number(row[name], name)
-            if not isinstance(row["precision"], str):
-                raise ValueError(f"precision is {row['precision']!r}, not a text")
-            _check_config(row["config"])
-    return values
-
-
-def checked_result(values: dict[str, Any]) -> Result:
-    """The result of a run, as its file has it.
-
-    Raises:
-        KeyError, TypeError, ValueError, AttributeError, IndexError: a field is missing, or not what it should be.
-    """
-    result = Result(
-        **{each.name: values[each.name] for each in fields(Result) if each.name in values or each.default is MISSING}
-    )
-    for name in ("test_error", "best_test_error", "best_epoch", "num_blocks", "peak_memory_bytes"):
-        number(getattr(result, name), name)
-    if result.local_errors is not None:
-        _check_length(result.local_errors, int(result.num_blocks), "local_errors")
-    if result.seconds_per_step is not None:  # of a run of two steps or fewer
-        number(result.seconds_per_step, "seconds_per_step")
-    number(result.wall_seconds, "wall_seconds")
-    for name in ("backbone", "auxiliary"):
-        number(result.parameters[name], f"parameters.{name}")
-    if not isinstance(result.precision, str):
-        raise ValueError(f"precision is {result.precision!r}, not a text")
-    _check_config(result.config)
-    return result
-
-
-def _check_config(config: dict[str, Any]) -> None:
-    for part, names in CONFIG_TEXTS.items():
-        for name in names:
-            value = (config[part] if part else config)[name]
-            if not isinstance(value, str):
-                raise ValueError(f"config.{part}.{name} is {value!r}, not a text")
-    for part, names in CONFIG_NUMBERS.items():
-        for name in names:
-            number((config[part] if part else config)[name], f"config.{part}.{name}")
-
-
-def _checked_analysis(values: dict[str, Any]) -> dict[str, Any]:
-    """The values of an analysis, if they have the form that `localgrad analyse` writes."""
-    runs, units = values["runs"], values["units"]
-    for run in runs:
-        number(run["num_blocks"], "num_blocks")
-        _check_config(run["config"])
-    number(values["data"]["test_images"], "test_images")
-    if values["analysis"] == "probe":
-        _check_length(values["accuracies"], len(units), "accuracies")
-        for value in values["accuracies"]:
-            number(value, "accuracy")
-    elif values["analysis"] == "cka":
-        _check_length(runs, 2, "runs")
-        _check_length(values["alignment"], len(units), "alignment")
-        for row in values["alignment"]:
-            _check_length(row, len(values["other_units"]), "a row of alignment")
-            for value in row:
-                number(0 if value is None else value, "alignment")
-    else:
-        for part in ("maps", "points"):
-            _check_length(values[part], len(units), part)
-        for points in values["points"]:
-            _check_length(points, len(values["point_labels"]), "points")
-        for maps in (values["thumbnails"], *(each for each in values["maps"] if each is not None)):
-            _check_length(maps, len(values["image_labels"]), "maps")
-    return values
-
-
-def _check_length(values: Any, length: int, name: str) -> None:
-    if not isinstance(values, list) or len(values) != length:
-        raise ValueError(f"{name} must be a list of {length}")
-
-
-def number(value: Any, name: str) -> float:
-    """The value, if it is a finite number."""
-    try:
-        if not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value):
-            return value
-    except OverflowError:  # of an integer beyond every float
-        raise ValueError(f"{name} is far too large") from None
-    raise ValueError(f"{name} is {value!r}, not a number")
-
-
-def _metrics(path: Path, values: dict[str, Any], warn: Callable[[str], None]) -> list[dict[str, Any]]:
+def _metrics(path: Path, values: dict[str, Any], warn: Callable[[str], None]) -> tuple[EpochError, ...]:
     """Lines of metrics: from the errors by epoch in the result, as `reproduce` keeps them, or the file beside it."""
-    if "test_errors" in values:
-        errors = enumerate(values["test_errors"], start=1)
-        return [_metric({"epoch": epoch, "test_error": error}) for epoch, error in errors]
+    if values.get("test_errors") is not None:
+        return tuple(EpochError(epoch, error) for epoch, error in enumerate(values["test_errors"], start=1))
     beside = path.with_name("metrics.jsonl") if path.name == "result.json" else path.with_suffix(".jsonl")
     if not beside.exists():
-        return []
+        return ()
     try:
         texts = beside.read_text(errors="replace").splitlines()
     except OSError as error:
         warn(f"left out: {beside} cannot be read: {error.strerror or error}")
-        return []
+        return ()
     lines = []
     for position, text in enumerate(texts, start=1):
         try:
-            lines.append(_metric(json.loads(text)))
-        except (ValueError, TypeError, KeyError) as error:
+            lines.append(parse(EpochError, json.loads(text)))
+        except (ValueError, RecursionError) as error:  # no JSON, or other fields
             warn(f"left out: {beside}, line {position}, is damaged ({error})")
-    return lines
-
-
-def _metric(line: dict[str, Any]) -> dict[str, Any]:
-    number(line["epoch"], "epoch")
-    if line["test_error"] is not None:
-        number(line["test_error"], "test_error")
-    return line
+    return tuple(lines)

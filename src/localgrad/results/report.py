@@ -1,20 +1,25 @@
-"""Result files as one static page: tables beside the papers' values, and pictures. No network, no script."""
+"""Result files as one static page: a summary, then the details folded by table. No network, no script."""
 
-from collections.abc import Callable
-from dataclasses import fields
-from html import escape
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
-from localgrad.errors import LocalGradError
-from localgrad.results import sections
-from localgrad.results.read import Results, read_results
-from localgrad.results.tables import one_a_seed, tables
-from localgrad.runs.folder import atomic_write
+from jinja2 import Environment, StrictUndefined
+
+from localgrad.results import analysis_sections, overview, sections
+from localgrad.results.page import Cell, Detail, Grid, Part, Picture, Studio
+from localgrad.results.read import File, Results, read_results
+from localgrad.results.tables import Table, one_a_seed, setting, tables
+from localgrad.runs.files import atomic_write, make_folder
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 """What the page may load: its own styles, and pictures that are part of it."""
+FRONT_PICTURES = 2
+"""Trade-off pictures among the first screens: those of the tables with the most rows."""
+LEAST_ROWS = 3
+"""Rows that such a picture needs."""
 
 
 def write_report(folder: Path, output: Path, warn: Callable[[str], None]) -> None:
@@ -30,96 +35,94 @@ def write_report(folder: Path, output: Path, warn: Callable[[str], None]) -> Non
     """
     found = read_results(folder, warn)
     found.runs = one_a_seed(found.runs, warn)
-    try:
-        text = page(found, folder)
-    except Exception:  # a field that nothing has checked; whose it is shows when each is drawn alone
-        text = page(_drawable(found, folder, warn), folder)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LocalGradError(f"{output.parent} cannot be made: {error.strerror or error}") from error
+    text = page(found, folder)
+    make_folder(output.parent)
     with atomic_write(output) as file:
         file.write(text.encode(errors="replace"))  # a file's name may be no text
 
 
-def _drawable(found: Results, folder: Path, warn: Callable[[str], None]) -> Results:
-    """The results of which a page can be made, one by one; the others are named.
-
-    Raises:
-        LocalGradError: none is left.
-    """
-    kept = Results()
-    for kind in fields(Results):
-        for each in getattr(found, kind.name):
-            try:
-                page(Results(**{kind.name: [each]}), folder)
-            except Exception as error:
-                warn(f"left out: {each.path} is damaged: {type(error).__name__}: {error}")
-            else:
-                getattr(kept, kind.name).append(each)
-    if not len(kept):
-        raise LocalGradError(f"{folder} has no result that can be shown; see the warnings")
-    return kept
-
-
 def page(found: Results, folder: Path) -> str:
-    """The whole page as text. Sections for which there is nothing are left out."""
-    grouped = tables(found.runs)
-    pictures = sections.Pictures(folder)
-    bodies = {
-        "Test errors": "".join(sections.errors(table) for table in grouped),
-        "Learning curves": pictures.grid(sections.curves(grouped)),
-        "Memory, error and time": "".join(sections.costs(grouped, found.speeds, pictures)),
-        "Local heads": pictures.grid(sections.local_heads(grouped)),
-        "Linear separability": "".join(sections.probes(found.probes, pictures)),
-        "Similarity of features (CKA)": sections.alignments(sorted(found.alignments, key=sections.order_of), pictures),
-        "Pictures of features": pictures.grid(sections.features(sorted(found.pictures, key=sections.order_of))),
-        "Planned memory": pictures.grid(sections.plans(found.plans)),
-        "Time of a step": pictures.grid(sections.speeds(found.speeds)),
-        "Files": sections.files(found, folder),
-    }
-    shown = {title: body for title, body in bodies.items() if body}
-    ids = {title: f"section-{number}" for number, title in enumerate(shown, start=1)}
-    links = "".join(f'<li><a href="#{ids[title]}">{escape(title)}</a></li>' for title in shown)
-    main = "\n".join(
-        f'<section id="{ids[title]}"><h2>{escape(title)}</h2>{body}</section>' for title, body in shown.items()
+    """The whole page as text. Parts for which there is nothing are left out."""
+    grouped, studio = tables(found.runs), Studio(folder)
+    ids = [f"table-{number}" for number in range(1, len(grouped) + 1)]
+    details = [detail for detail in _details(found, grouped, ids, studio) if detail.parts]
+    here = files("localgrad.results")
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    style = files("localgrad.results").joinpath("report.css").read_text()
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,">
-<title>localgrad: results</title>
-<style>
-{style}</style>
-</head>
-<body>
-<header>
-<h1>Results</h1>
-<p class="soft">{_counted(found)}. Written by localgrad {escape(version("localgrad"))}.</p>
-<nav aria-label="Sections"><ul>{links}</ul></nav>
-</header>
-<main>
-{main}
-</main>
-</body>
-</html>
-"""
+    return environment.from_string(here.joinpath("report.html.j2").read_text()).render(
+        policy=POLICY,
+        style=here.joinpath("report.css").read_text(),
+        name=folder.resolve().name,
+        version=version("localgrad"),
+        facts=overview.facts(found, grouped),
+        findings=overview.findings(grouped, found, ids),
+        pictures=_front(found, grouped, studio),
+        details=details,
+    )
 
 
-def _counted(found: Results) -> str:
-    kinds = {
-        "run": found.runs,
-        "linear probe": found.probes,
-        "comparison by CKA": found.alignments,
-        "set of pictures": found.pictures,
-        "memory plan": found.plans,
-        "table of step times": found.speeds,
-    }
-    several = {"comparison by CKA": "comparisons by CKA", "set of pictures": "sets of pictures"}
-    several |= {"table of step times": "tables of step times"}
-    said = [f"{len(e)} {name if len(e) == 1 else several.get(name, name + 's')}" for name, e in kinds.items() if e]
-    return ", ".join(said)
+def _front(found: Results, grouped: Sequence[Table], studio: Studio) -> list[Picture]:
+    """The pictures among the first screens."""
+    largest = sorted(grouped, key=lambda table: -len(table.rows))[:FRONT_PICTURES]
+    pictures = []
+    for table in largest:
+        device = max(table.devices, key=lambda name: len(table.on(name)))
+        if len(table.on(device)) >= LEAST_ROWS:
+            seconds = sections.seconds_of(table, device, found.speeds)
+            pictures.append(sections.trade_off(table, device, seconds, studio))
+    return pictures
+
+
+def _details(found: Results, grouped: Sequence[Table], ids: Sequence[str], studio: Studio) -> list[Detail]:
+    """The folded details: one for each table, then what belongs to none of them."""
+    analyses: list[File[Any]] = [*found.probes, *found.alignments, *found.pictures]
+    homes = {id: [] for id in [*ids, ""]}
+    settings = {setting(table.config): id for table, id in reversed(list(zip(grouped, ids, strict=True)))}
+    for file in analyses:
+        homes[settings.get(setting(file.values.runs[0].config), "")].append(file)
+    details = [
+        Detail(id, table.title, table.budget, _table_parts(table, id, found, homes[id], studio))
+        for table, id in zip(grouped, ids, strict=True)
+    ]
+    others = list(analysis_sections.analyses(homes[""], studio))
+    plans, speeds = analysis_sections.plans(found.plans, studio), analysis_sections.speeds(found.speeds, studio)
+    details.append(Detail("analyses", "Analyses of other runs", _counted(homes[""]), others))
+    details.append(Detail("plans", "Planned memory", _counted(found.plans), [plans] if plans else []))
+    details.append(Detail("times", "Times of a step", _counted(found.speeds), [speeds] if speeds else []))
+    details.append(Detail("files", "Files", _counted([*found.runs, *found.files]), [_files(found, studio)]))
+    return details
+
+
+def _counted(each: Sequence[Any]) -> str:
+    return f"{len(each)} file{'s' * (len(each) != 1)}"
+
+
+def _table_parts(table: Table, id: str, found: Results, analyses: Sequence[File[Any]], studio: Studio) -> list[Part]:
+    parts = [
+        sections.errors(table, id),
+        sections.curves(table, studio),
+        *sections.costs(table, found.speeds, studio),
+        sections.local_heads(table, studio),
+        *analysis_sections.analyses(analyses, studio),
+        sections.commands(table, id, studio),
+    ]
+    return [part for part in parts if part]
+
+
+def _files(found: Results, studio: Studio) -> Part:
+    """The files that the page was made from."""
+    origins: list[tuple[Path, Any]] = [(run.path, run.result) for run in found.runs]
+    origins += [(file.path, file.values) for file in found.files]
+    rows = [
+        [
+            Cell(studio.name(path)),
+            Cell((values.commit or "")[:12]),
+            Cell(values.versions.get("torch", "")),
+            Cell(values.device),
+            Cell((values.date or "")[:10]),
+        ]
+        for path, values in sorted(origins, key=lambda origin: origin[0])
+    ]
+    head = ["file", "commit", "torch", "device", "date"]
+    return Part("", grids=[Grid(head, rows, "Every figure of this page comes from these files.")])

@@ -26,9 +26,12 @@ from localgrad.config.schema import TrainConfig
 from localgrad.errors import LocalGradError, closest
 from localgrad.recipes import recipe
 from localgrad.recipes.tables import table
-from localgrad.results.read import checked_result
-from localgrad.runs.files import lock, read_json, write_json
+from localgrad.results.read import read_result
+from localgrad.results.tables import mean_std
+from localgrad.results.terminal import print_table
+from localgrad.runs.files import lock, make_folder, write_json
 from localgrad.runs.folder import RunFolder
+from localgrad.runs.result import Result, as_file
 from localgrad.training.interrupts import InterruptedRun, noted_interrupts
 from localgrad.training.progress import TableDisplay
 
@@ -130,16 +133,11 @@ def _check_settings(name: str, changes: dict[str, Any], output: Path) -> None:
     Finished runs may have found the same images in another place, on another machine.
     """
     for row in table(name).rows:
-        finished = {path: _load(path)["config"] for path in _results(output, row)}
+        finished = {path: _load(path).config for path in _results(output, row)}
         done = {path.stem for path in finished}
         begun = sorted(output.glob(f"runs/{row}-seed*/config.json"))
-        started = {path: read_json(path) for path in begun if path.parent.name not in done}
-        saved = finished | started
-        for path, values in saved.items():
-            try:
-                before = from_dict(values)
-            except LocalGradError as error:
-                raise LocalGradError(f"{path}: {error}") from None
+        started = {path: RunFolder(path.parent).config() for path in begun if path.parent.name not in done}
+        for path, before in {**finished, **started}.items():
             made = _cell(row, before.seed, changes, output)
             now = made.config
             if path in finished and path != made.result:
@@ -162,19 +160,16 @@ def _results(output: Path, row: str) -> list[Path]:
     return sorted(paths, key=lambda path: int(path.stem.rpartition("seed")[2]))
 
 
-def _load(path: Path) -> dict[str, Any]:
+def _load(path: Path) -> Result:
     """One result.
 
     Raises:
         LocalGradError: the file is damaged, or something else.
     """
-    values = read_json(path, finite=True)
     try:
-        checked_result(values)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        why = f"it has no {error}" if isinstance(error, KeyError) else error
-        raise LocalGradError(f"{path} is no result of a run ({why}): move it away, or give another --output") from None
-    return values
+        return read_result(path)
+    except LocalGradError as problem:
+        raise LocalGradError(f"{problem}: move it away, or give another --output") from None
 
 
 # Run
@@ -231,7 +226,7 @@ def run_cells(cells: Sequence[Cell], *, jobs: int = 1) -> dict[str, str]:
                     if name in failures:
                         display.ended(name, f"failed: {failures[name]}; see {cell.log}")
                     else:
-                        display.ended(name, f"test error {_load(cell.result)['test_error']:.2f}%")
+                        display.ended(name, f"test error {_load(cell.result).test_error:.2f}%")
         finally:
             _stop([process for _, process in running.values()])
         if interrupted.is_set():
@@ -302,7 +297,7 @@ def _locked(output: Path) -> Iterator[int]:
     """
     path = output / "runs" / "lock"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         file = path.open("w")
     except OSError as error:
         raise LocalGradError(f"the folder {output} cannot be written: {error.strerror or error}") from error
@@ -321,7 +316,8 @@ def collect(cell: Cell) -> None:
         LocalGradError: the run is not finished, its files are damaged, or the file cannot be written.
     """
     command = shlex.join(["localgrad", *cell.command])
-    write_json(cell.result, {"command": command, **_load(cell.run.result), "test_errors": _test_errors(cell)})
+    result = dataclasses.replace(_load(cell.run.result), command=command, test_errors=_test_errors(cell))
+    write_json(cell.result, as_file("run", result))
 
 
 def _collect(cell: Cell, failures: dict[str, str]) -> None:
@@ -359,48 +355,41 @@ def show_table(name: str, output: Path) -> None:
         LocalGradError: a result file is damaged.
     """
     rows = {row: [_load(path) for path in _results(output, row)] for row in table(name).rows}
-    lines = [("row", "label", "blocks", "test error %", "best epoch's %", "paper's %", "MiB a step", "minutes")]
-    lines += [_line(row, results) for row, results in rows.items()]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    print(f"{table(name).title}; results in {output}")
-    for first, *cells in lines:
-        print(
-            f"{first:{widths[0]}}  "
-            + "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
-        )
+    print_table(
+        ["row", "label", "blocks", "test error %", "best epoch's %", "paper's %", "MiB a step", "minutes"],
+        [_line(row, results) for row, results in rows.items()],
+        title=f"{table(name).title}; results in {output}",
+        narrow=[0, 3, 5],
+        width=100,
+    )
     for changed in _changes(rows):
         print(f"not as in the recipe: {changed}")
 
 
-def _line(row: str, results: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+def _line(row: str, results: Sequence[Result]) -> tuple[str, ...]:
     made = recipe(row)
     paper = "-" if made.paper_error is None else f"{made.paper_error:.2f}"
     if not results:
         return (row, made.label, str(made.num_blocks), "-", "-", paper, "-", "-")
+    count = f" ({len(results)})"
     return (
         row,
         made.label,
-        str(results[0]["num_blocks"]),
-        mean_std([result["test_error"] for result in results]),
-        mean_std([result["best_test_error"] for result in results]),
+        str(results[0].num_blocks),
+        mean_std([result.test_error for result in results]) + count,
+        mean_std([result.best_test_error for result in results]) + count,
         paper,
-        f"{statistics.mean(result['peak_memory_bytes'] for result in results) / 2**20:.0f}",
-        f"{statistics.mean(result['wall_seconds'] for result in results) / 60:.1f}",
+        f"{statistics.fmean(result.peak_memory_bytes for result in results) / 2**20:.0f}",
+        f"{statistics.fmean(result.wall_seconds for result in results) / 60:.1f}",
     )
 
 
-def mean_std(values: Sequence[float]) -> str:
-    """`mean ± std (n)`, with the standard deviation of a sample (n - 1), which one value has none of."""
-    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{deviation} ({len(values)})"
-
-
-def _changes(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
+def _changes(rows: dict[str, list[Result]]) -> list[str]:
     """In what the runs differ from their recipes, the seed left out; each change once."""
     lines: dict[str, None] = {}
     for row, results in rows.items():
         intended = with_defaults(recipe(row).config)
         for result in results:
-            seed = result["config"]["seed"]
-            lines |= dict.fromkeys(differences(dataclasses.replace(intended, seed=seed), from_dict(result["config"])))
+            seeded = dataclasses.replace(intended, seed=result.config.seed)
+            lines |= dict.fromkeys(differences(seeded, result.config))
     return list(lines)

@@ -22,14 +22,15 @@ from torch import Tensor
 
 from localgrad.config.checks import validate
 from localgrad.config.methods import with_defaults
-from localgrad.config.saved import from_dict, to_dict
 from localgrad.config.schema import TrainConfig
 from localgrad.data.config import DataConfig
 from localgrad.data.loading import load_images
 from localgrad.data.sets import ImageSet
 from localgrad.errors import LocalGradError
+from localgrad.results.kinds import StepTimes, TimedRow
 from localgrad.results.read import read_results
-from localgrad.results.tables import Row, Table, step_key, tables, told_seconds
+from localgrad.results.tables import Row, Table, seconds_text, step_key, tables
+from localgrad.results.terminal import print_table
 from localgrad.runs.provenance import provenance
 from localgrad.training.build import build_run
 from localgrad.training.devices import fast_kernels, make_fabric, resolve_precision
@@ -76,7 +77,7 @@ def time_results(
     rounds: int = 15,
     accelerator: str = "auto",
     warn: Callable[[str], None],
-) -> dict[str, Any]:
+) -> StepTimes:
     """Measures the steps of all trainings that have a finished run below a folder, in turns, on this machine.
 
     The networks start from the seed's weights, with a learning rate of 0, so that nothing can grow without bound. A
@@ -91,9 +92,7 @@ def time_results(
         warn: told, in one line each, which trainings are left out and why, and which runs are of another device.
 
     Returns:
-        What `step-times.json` holds: `rows` with `row`, `seconds_per_step` (median over the rounds), `ratio_to_first`
-        (median of the ratios of a round), `num_blocks`, `num_classes`, `precision` and `config`; `seconds` of every
-        round by row; `settings` (network and batch size where all have the same); device, versions and commit.
+        What `step-times.json` holds; in its settings network and batch size where all have the same.
 
     Raises:
         LocalGradError: there is nothing in the folder that can be timed here, or not all of it at once.
@@ -120,30 +119,30 @@ def time_results(
         seconds = take_turns({label: step for label, (step, _, _) in timed.items()}, rounds)
     first = next(iter(seconds.values()))
     rows = [
-        {
-            "row": label,
-            "seconds_per_step": statistics.median(seconds[label]),
-            "ratio_to_first": ratio(seconds[label], first),
-            "num_blocks": len(run.blocks),
-            "num_classes": run.train.num_classes,
-            "precision": resolve_precision(run.config),
-            "config": to_dict(config),
-        }
+        TimedRow(
+            row=label,
+            seconds_per_step=statistics.median(seconds[label]),
+            ratio_to_first=ratio(seconds[label], first),
+            num_blocks=len(run.blocks),
+            num_classes=run.train.num_classes,
+            precision=resolve_precision(run.config),
+            config=config,
+        )
         for label, (_, run, config) in timed.items()
     ]
-    return {"settings": {**shared, "rounds": rounds}, "rows": rows, "seconds": seconds, **origin}
+    return StepTimes(settings={**shared, "rounds": rounds}, rows=rows, seconds=seconds, **origin)
 
 
 def _trainings(grouped: Sequence[Table], accelerator: str, warn: Callable[[str], None]) -> list[Training]:
     """One for each step that is another, in the order of a table's rows."""
     chosen: dict[str, Training] = {}
     rows = [(table, row) for table in grouped for row in table.rows]
-    rows.sort(key=lambda each: (each[0].title, each[1].config["optim"]["batch_size"], *each[1].place))
+    rows.sort(key=lambda each: (each[0].title, each[1].config.optim.batch_size, *each[1].place))
     for table, row in rows:
-        values = next((run.result.config for run in row.runs if run.result.config.get("devices", 1) == 1), row.config)
+        saved = next((run.result.config for run in row.runs if run.result.config.devices == 1), row.config)
         path = row.runs[0].path
         try:
-            config = with_defaults(validate(from_dict(values)))
+            config = with_defaults(validate(saved))
         except LocalGradError as problem:
             warn(f"left out: {path}: {problem}")
             continue
@@ -151,7 +150,7 @@ def _trainings(grouped: Sequence[Table], accelerator: str, warn: Callable[[str],
             warn(f"left out: {path} is a run on {config.devices} devices, and these are timed on one")
             continue
         precision = resolve_precision(replace(config, accelerator=accelerator))
-        key = step_key(values, row.num_blocks, row.num_classes, precision)
+        key = step_key(config, row.num_blocks, row.num_classes, precision)
         chosen.setdefault(key, Training(table, row, config))
     return list(chosen.values())
 
@@ -295,18 +294,16 @@ def ratio(times: Sequence[float], reference: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(times, reference, strict=True))
 
 
-def show_times(found: dict[str, Any]) -> None:
+def show_times(found: StepTimes) -> None:
     """Print seconds a step, and what they are to the first row's."""
-    lines = [("row", "blocks", "s a step", "to the first")]
-    lines += [
-        (row["row"], str(row["num_blocks"]), told_seconds(row["seconds_per_step"]), f"{row['ratio_to_first']:.2f}")
-        for row in found["rows"]
-    ]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    settings = found["settings"]
+    settings = found.settings
     parts = [settings["network"], settings["batch_size"] and f"batch size {settings['batch_size']}"]
-    parts += [f"median of {settings['rounds']} round{'s' * (settings['rounds'] > 1)}", f"on {found['device']}"]
-    print(", ".join(filter(None, parts)))
-    for first, *cells in lines:
-        told = (f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
-        print(f"{first:{widths[0]}}  {'  '.join(told)}")
+    parts += [f"median of {settings['rounds']} round{'s' * (settings['rounds'] > 1)}", f"on {found.device}"]
+    print_table(
+        ["row", "blocks", "s a step", "to the first"],
+        [
+            (row.row, str(row.num_blocks), seconds_text(row.seconds_per_step), f"{row.ratio_to_first:.2f}")
+            for row in found.rows
+        ],
+        title=", ".join(filter(None, parts)),
+    )

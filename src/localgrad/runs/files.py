@@ -93,10 +93,27 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes a value as JSON, whole or not at all."""
+def make_folder(path: Path, hint: str = "") -> None:
+    """Makes a folder with all those above it.
+
+    Args:
+        path: the folder; it may be there.
+        hint: what to do where it cannot be made, as `give another --output`.
+
+    Raises:
+        LocalGradError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:  # ValueError: a name with a null byte
+        why = getattr(error, "strerror", None) or error
+        raise LocalGradError(f"{path} cannot be made: {why}" + (f"; {hint}" if hint else "")) from error
+
+
+def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
+    """Writes a value as JSON, whole or not at all; on one line with `indent=None`."""
     with atomic_write(path) as file:
-        file.write((json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+        file.write((json.dumps(value, indent=indent, allow_nan=False) + "\n").encode())
 
 
 def read_json(path: Path, *, finite: bool = False) -> Any:

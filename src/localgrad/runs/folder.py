@@ -1,6 +1,5 @@
 """The folder of a run, and its files."""
 
-import dataclasses
 import io
 import json
 import logging
@@ -23,7 +22,7 @@ from localgrad.data.sets import ImageSet
 from localgrad.data.sources import located
 from localgrad.errors import LocalGradError
 from localgrad.runs.files import atomic_write, lock, read_json, versions, write_json
-from localgrad.runs.result import Result
+from localgrad.runs.result import Result, as_file
 
 logger = logging.getLogger(__name__)
 
@@ -279,7 +278,7 @@ class RunFolder:
 
     def save_result(self, result: Result) -> None:
         """Writes the result, which marks the run as finished."""
-        write_json(self.result, dataclasses.asdict(result))
+        write_json(self.result, as_file("run", result))
 
 
 class _DamagedError(LocalGradError):

@@ -2,6 +2,7 @@
 
 import platform
 import subprocess
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """Where a result comes from: `device` name, `versions` and `commit`, as `Result` has them."""
+    """Where a result comes from: `device` name, `versions`, `commit` and `date`, as `Result` has them."""
     from importlib.metadata import version
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor_name()
@@ -18,6 +19,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "device": name,
         "versions": {"localgrad": version("localgrad"), "python": platform.python_version(), **versions},
         "commit": _commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 

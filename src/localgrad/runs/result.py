@@ -1,14 +1,25 @@
 """The result of a run."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
+
+from localgrad.config.schema import TrainConfig
+
+SCHEMA = 1
+"""Version of the fields of result files; raised when a field changes its meaning."""
+
+
+def as_file(kind: str, values: Any) -> dict[str, Any]:
+    """What a result file holds: its kind, the schema of its fields, and the fields of a dataclass."""
+    return {"kind": kind, "schema": SCHEMA, **dataclasses.asdict(values)}
 
 
 @dataclass(frozen=True)
 class Result:
     """What a finished run says of itself; `result.json` is this, field by field."""
 
-    config: dict[str, Any]
+    config: TrainConfig
     """The complete config."""
     test_error: float
     """Test error in percent after the last epoch."""
@@ -44,3 +55,16 @@ class Result:
     """Number of classes of the images, and of the network."""
     class_names: list[str] | None = None
     """Their names in order, where the images have such."""
+    date: str | None = None
+    """Day and time of the end, in UTC, by ISO 8601."""
+    command: str | None = None
+    """Command that made the run, where `localgrad reproduce` did."""
+    test_errors: list[float | None] | None = None
+    """Test error in percent after each epoch, None where it was not evaluated; `reproduce` keeps them here."""
+
+    def __post_init__(self) -> None:
+        for name in ("backbone", "auxiliary"):
+            if name not in self.parameters:
+                raise ValueError(f"parameters has no {name!r}")
+        if self.local_errors is not None and len(self.local_errors) != self.num_blocks:
+            raise ValueError(f"local_errors must be a list of {self.num_blocks}, it has {len(self.local_errors)}")

@@ -1,10 +1,10 @@
 """Where a run stands: what a checkpoint holds beside weights and optimizers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
-from localgrad.config.saved import fits
+from localgrad.config.typed import parse
 from localgrad.errors import LocalGradError
 
 
@@ -47,15 +47,16 @@ def state_of(values: Any, num_blocks: int, path: Path) -> State:
     Raises:
         LocalGradError: a field is missing, unknown or of another type, or there are other blocks.
     """
-    hints = get_type_hints(State)
-    if (
-        not isinstance(values, dict)
-        or values.keys() != hints.keys()
-        or not all(fits(hint, values[name]) for name, hint in hints.items())
-        or len(values["sums"]) != num_blocks + 1
-    ):
+    try:
+        state = parse(State, values, "state")
+        missing = [field.name for field in fields(State) if field.name not in values]
+        if missing:
+            raise LocalGradError(f"state has no {', '.join(missing)}")
+        if len(state.sums) != num_blocks + 1:
+            raise LocalGradError(f"state.sums has {len(state.sums)} numbers; it should have {num_blocks + 1}")
+    except LocalGradError as problem:
         raise LocalGradError(
-            f"{path} is not a checkpoint of this version of localgrad, or not of this run; "
+            f"{path} is not a checkpoint of this version of localgrad, or not of this run ({problem}); "
             "start again in another --run-dir"
-        )
-    return State(**values)
+        ) from None
+    return state

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from localgrad.config.checks import validate
 from localgrad.config.methods import with_defaults
-from localgrad.config.saved import to_dict
 from localgrad.config.schema import TrainConfig
 from localgrad.data.sets import ImageSet
 from localgrad.errors import LocalGradError
@@ -242,7 +241,7 @@ def _headline(run: Run, folder: RunFolder) -> str:
 def _result(run: Run) -> Result:
     state = run.state
     return Result(
-        config=to_dict(run.config),
+        config=run.config,
         test_error=state.test_error,
         best_test_error=state.best_test_error,
         best_epoch=state.best_epoch,
