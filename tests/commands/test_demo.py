@@ -38,7 +38,7 @@ def test_its_table_has_mean_and_deviation_of_the_runs(
     for name, label in (("digits-e2e", "End-to-end"), ("digits-dgl", "DGL"), ("digits-dgl-man", "DGL + MAN")):
         results = [json.loads((folder / f"{name}-seed{seed}" / "result.json").read_text()) for seed in (0, 1)]
         errors = [result["test_error"] for result in results]
-        (line,) = re.findall(rf"^. {re.escape(label)} +│.*$", said, re.MULTILINE)
+        (line,) = re.findall(rf"^ *{re.escape(label)}  +\d.*$", said, re.MULTILINE)
         assert f" {statistics.mean(errors):.2f} ± {statistics.stdev(errors):.2f} (2) " in line
         assert [result["test_error"] for result in kept[label]] == errors
         assert [result["config"]["seed"] for result in kept[label]] == [0, 1]
@@ -67,7 +67,7 @@ def test_a_damaged_result_is_said(folder: Path, tmp_path: Path, capsys: pytest.C
     shutil.copytree(folder, damaged)
     result = damaged / "digits-e2e-seed0" / "result.json"
     (result.parent / "analysis").mkdir()
-    (result.parent / "analysis" / "speed.json").write_text('{"rows": [{"row": "a", "seconds_per_step": 1.0}]}')
+    (result.parent / "analysis" / "speed.json").write_text('{"rows": [{"row": "a", "seconds_per_step": 1.0}], "device": "abacus"}')
     result.write_text("{")
     assert main(["demo", "--run-dir", str(damaged), "--seeds", "0", *FAST]) == 2
     said = capsys.readouterr().err
