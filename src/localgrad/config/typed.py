@@ -47,7 +47,8 @@ def _adapter(kind: Any) -> Any:
     from pydantic import ConfigDict, TypeAdapter
 
     # a dataclass takes no config of an adapter, but inherits that of what it is in
-    return TypeAdapter(dict[str, kind], config=ConfigDict(strict=True, allow_inf_nan=False, extra="ignore"))
+    named: Any = dict[str, kind]  # pyright: ignore[reportInvalidTypeForm]
+    return TypeAdapter(named, config=ConfigDict(strict=True, allow_inf_nan=False, extra="ignore"))
 
 
 def _sentence(kind: Any, problem: Mapping[str, Any]) -> str:
