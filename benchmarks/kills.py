@@ -52,7 +52,7 @@ CONFIG = TrainConfig(
     local_heads=True,
     checkpoint_every=3,
 )
-TIMES = {"seconds_per_step", "images_per_second", "elapsed_seconds", "wall_seconds", "commit"}
+TIMES = {"seconds_per_step", "images_per_second", "elapsed_seconds", "wall_seconds", "commit", "date"}
 """What may differ: times, and the commit where somebody works on the code meanwhile."""
 PHASES = ("set-up", "training", "saving", "evaluating", "finishing", "localgrad evaluate")
 

@@ -175,7 +175,7 @@ def speeds(files: Sequence[File[StepTimes]], studio: Studio) -> Part:
         settings = {name: value for name, value in file.values.settings.items() if value is not None}
         words = ", ".join(f"{name.replace('_', ' ')} {_words(value)}" for name, value in settings.items())
         caption = f"Seconds of one training step, in turns on {file.values.device}"
-        title = str(settings.get("network", ""))
+        title = str(settings.get("network") or file.path.stem)
         drawn = figures.step_times(file.values, title)
         pictures.append(studio.picture(drawn, f"{caption}: {words}." if words else f"{caption}.", [file.path]))
     return Part("", pictures=pictures)

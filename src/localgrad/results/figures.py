@@ -122,7 +122,7 @@ def look_of(position: int) -> dict[str, Any]:
 def groups(table: Table, positions: Sequence[int]) -> Iterator[list[int]]:
     """Rows by picture, so that colors stay apart: all in one, or an objective each, with end-to-end for comparison."""
     if len(positions) <= MOST_CURVES + 1:
-        yield list(positions)
+        yield from [list(positions)] if positions else []
         return
     whole = [position for position in positions if not table.rows[position].is_local]
     local = [position for position in positions if table.rows[position].is_local]

@@ -9,6 +9,7 @@ from localgrad.results.read import Results
 from localgrad.results.sections import error_cell, seconds_of
 from localgrad.results.tables import Row, Table, mean_std, seconds_text
 
+SHARE = "{}, \N{MULTIPLICATION SIGN} end-to-end"
 MOST_NAMES = 6
 """Names of a kind that are listed; of more, the others are counted."""
 
@@ -77,11 +78,11 @@ def findings(grouped: Sequence[Table], found: Results, ids: Sequence[str]) -> Gr
                 _time(each, found),
             ]
         )
-    head = ["", "end-to-end: test error, %", "best of several blocks, %", "MAN lowers the error by", "memory", "time"]
+    head = ["", "end-to-end: test error, %", "best of several blocks, %", "MAN lowers the error by", SHARE.format("memory"), SHARE.format("time")]
     note = (
         "Errors: mean ± standard deviation over n seeds. MAN: percentage points by which the error falls with the "
-        "momentum network, mean ± standard deviation of pairs of equal seeds. Memory of a step and time of a step are "
-        "those of the best training of several blocks, over those of end-to-end training with activations kept."
+        "momentum network, mean ± standard deviation of pairs of equal seeds. Memory and time of a step: those of the "
+        "best training of several blocks, over those of end-to-end training with activations kept."
     )
     return Grid(head, rows, note)
 
@@ -98,12 +99,15 @@ def _gains(gains: Sequence[Gain]) -> Cell:
     if not gains:
         return Cell("-")
     ordered = sorted(gains, key=lambda gain: -gain.mean)
-    lines = tuple(f"{gain.without.label}: {mean_std(gain.differences)}{_pairs(gain)}" for gain in ordered)
-    return Cell(strong=f"{ordered[0].mean:.2f}", small=lines)
+    lines = tuple(
+        f"{gain.without.label}: {_signed(mean_std(gain.differences))} (n = {len(gain.differences)})" for gain in ordered
+    )
+    return Cell(strong=_signed(ordered[0].mean), small=lines)
 
 
-def _pairs(gain: Gain) -> str:
-    return f" (n = {len(gain.differences)})"
+def _signed(number: float | str) -> str:
+    """With a minus sign that is as wide as a plus."""
+    return (f"{number:.2f}" if isinstance(number, float) else number).replace("-", "\N{MINUS SIGN}")
 
 
 def _memory(each: Finding) -> Cell:

@@ -1,6 +1,7 @@
 """Result files as one static page: a summary, then the details folded by table. No network, no script."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from localgrad.results import analysis_sections, overview, sections
+from localgrad.results.kinds import Pictures
+from localgrad.results.names import dataset_label
 from localgrad.results.page import Cell, Detail, Grid, Part, Picture, Studio
 from localgrad.results.read import File, Results, read_results
 from localgrad.results.tables import Table, one_a_seed, setting, tables
@@ -76,7 +79,7 @@ def _front(found: Results, grouped: Sequence[Table], studio: Studio) -> list[Pic
 
 def _details(found: Results, grouped: Sequence[Table], ids: Sequence[str], studio: Studio) -> list[Detail]:
     """The folded details: one for each table, then what belongs to none of them."""
-    analyses: list[File[Any]] = [*found.probes, *found.alignments, *found.pictures]
+    analyses: list[File[Any]] = [*found.probes, *found.alignments, *_with_class_names(found)]
     homes = {id: [] for id in [*ids, ""]}
     settings = {setting(table.config): id for table, id in reversed(list(zip(grouped, ids, strict=True)))}
     for file in analyses:
@@ -92,6 +95,17 @@ def _details(found: Results, grouped: Sequence[Table], ids: Sequence[str], studi
     details.append(Detail("times", "Times of a step", _counted(found.speeds), [speeds] if speeds else []))
     details.append(Detail("files", "Files", _counted([*found.runs, *found.files]), [_files(found, studio)]))
     return details
+
+
+def _with_class_names(found: Results) -> list[File[Pictures]]:
+    """The pictures of features; those from before the names of classes were kept have the ones of a run's result."""
+    names = {dataset_label(run.result.config): run.result.class_names for run in found.runs if run.result.class_names}
+    named = []
+    for file in found.pictures:
+        data = file.values.data
+        known = data.class_names or names.get(dataset_label(file.values.runs[0].config))
+        named.append(replace(file, values=replace(file.values, data=replace(data, class_names=known))))
+    return named
 
 
 def _counted(each: Sequence[Any]) -> str:

@@ -87,10 +87,13 @@ def local_heads(table: Table, studio: Studio) -> Part:
 def _grouped(
     table: Table, positions: Sequence[int], draw: Callable[..., figures.Drawn | None], caption: str, studio: Studio
 ) -> Iterator[Picture]:
-    for group in figures.groups(table, positions):
-        drawn = draw(table, group)
-        if drawn is not None:
-            yield studio.picture(drawn, caption, _paths([table.rows[position] for position in group]))
+    """A picture a group of rows, all with the same scale."""
+    every = [(group, draw(table, group)) for group in figures.groups(table, positions)]
+    pictures = [(group, drawn) for group, drawn in every if drawn is not None]
+    top = max((drawn.figure.axes[0].get_ylim()[1] for _, drawn in pictures), default=1.0)
+    for group, drawn in pictures:
+        drawn.figure.axes[0].set_ylim(0, top)
+        yield studio.picture(drawn, caption, _paths([table.rows[position] for position in group]))
 
 
 # Memory and time
