@@ -67,7 +67,8 @@ def test_a_damaged_result_is_said(folder: Path, tmp_path: Path, capsys: pytest.C
     shutil.copytree(folder, damaged)
     result = damaged / "digits-e2e-seed0" / "result.json"
     (result.parent / "analysis").mkdir()
-    (result.parent / "analysis" / "speed.json").write_text('{"rows": [{"row": "a", "seconds_per_step": 1.0}], "device": "abacus"}')
+    times = {"rows": [{"row": "a", "seconds_per_step": 1.0}], "device": "abacus"}
+    (result.parent / "analysis" / "speed.json").write_text(json.dumps(times))
     result.write_text("{")
     assert main(["demo", "--run-dir", str(damaged), "--seeds", "0", *FAST]) == 2
     said = capsys.readouterr().err

@@ -81,7 +81,7 @@ def test_sections_without_data_are_left_out(text: str, folder: Path, tmp_path: P
     few = page(read(tmp_path)[0], tmp_path)
     assert re.findall(r"<h3>(.*?)</h3>", few) == ["Test errors", "Memory and time", "Local heads", "Commands"]
     assert re.findall(r"<summary><b>(.*?)</b>", few) == ["Digits, ResNet-14", "Files"]
-    assert re.findall(r"<h2>(.*?)</h2>", text) == ["Findings", "How to read the words", "Contents", "Details"]
+    assert re.findall(r"<h2>(.*?)</h2>", text) == ["Contents", "Findings", "How to read the words", "Details"]
     details = ["CIFAR-10, ResNet-32", "Digits, ResNet-14", "Planned memory", "Times of a step", "Files"]
     assert re.findall(r"<summary><b>(.*?)</b>", text) == details
     first = text[text.index("<b>CIFAR-10, ResNet-32</b>") : text.index("<b>Digits, ResNet-14</b>")]

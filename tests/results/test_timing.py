@@ -198,7 +198,7 @@ def test_what_cannot_be_timed_is_said_in_a_line(
     _finished(tmp_path / "whole.json", END_TO_END)
     assert main(["time", str(tmp_path), *arguments]) == 2
     said = capsys.readouterr().err
-    assert all(line.startswith("localgrad: ") for line in said.splitlines())
+    assert all(line.startswith(("localgrad: ", "  ")) for line in said.splitlines())
     assert reason in said
     assert not (tmp_path / "step-times.json").exists()
 
@@ -219,7 +219,7 @@ def test_a_run_that_cannot_be_timed_does_not_keep_the_others_from_it(
     _finished(tmp_path / "gone.json", gone)
     assert main(["time", str(tmp_path), "--rounds", "1"]) == 0
     said = capsys.readouterr()
-    assert f"localgrad: left out: {tmp_path / 'gone.json'}: source='no/such/folder/anywhere'" in said.err
+    assert f"localgrad: left out: {tmp_path / 'gone.json'}: --data 'no/such/folder/anywhere'" in said.err
     assert [row["row"] for row in json.loads((tmp_path / "step-times.json").read_text())["rows"]] == [
         "Digits, ResNet-8, End-to-end (checkpointed)"
     ]

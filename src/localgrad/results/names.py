@@ -24,8 +24,8 @@ DATASETS = {
 
 def dataset_label(config: TrainConfig) -> str:
     """The recipe's set of images where the source is called like it; otherwise the source's last part."""
-    recipes_set, own = config.name.partition("-")[0], last_part(config.data.source)
-    if recipes_set in DATASETS and _is_called(recipes_set, config.data.source):
+    recipes_set, own = config.name.partition("-")[0], config.data.name or last_part(config.data.source)
+    if recipes_set in DATASETS and _is_called(recipes_set, config.data.name or config.data.source):
         return DATASETS[recipes_set]
     if recipes_set == own == "digits":
         return "digits (own images)"

@@ -9,7 +9,7 @@ from localgrad.results.read import Results
 from localgrad.results.sections import error_cell, seconds_of
 from localgrad.results.tables import Row, Table, mean_std, seconds_text
 
-SHARE = "{}, \N{MULTIPLICATION SIGN} end-to-end"
+SHARES = ("memory, \N{MULTIPLICATION SIGN} end-to-end", "time, \N{MULTIPLICATION SIGN} end-to-end")
 MOST_NAMES = 6
 """Names of a kind that are listed; of more, the others are counted."""
 
@@ -78,7 +78,13 @@ def findings(grouped: Sequence[Table], found: Results, ids: Sequence[str]) -> Gr
                 _time(each, found),
             ]
         )
-    head = ["", "end-to-end: test error, %", "best of several blocks, %", "MAN lowers the error by", SHARE.format("memory"), SHARE.format("time")]
+    head = [
+        "",
+        "end-to-end: test error, %",
+        "best of several blocks, %",
+        "MAN lowers the error by",
+        *SHARES,
+    ]
     note = (
         "Errors: mean ± standard deviation over n seeds. MAN: percentage points by which the error falls with the "
         "momentum network, mean ± standard deviation of pairs of equal seeds. Memory and time of a step: those of the "

@@ -14,6 +14,8 @@ from localgrad.runs.files import read_json
 from localgrad.runs.result import SCHEMA, Result
 
 Values = TypeVar("Values")
+OTHERS = ("config.json", "images.json")
+"""Files of a run folder that are no results."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,8 @@ def read_results(folder: Path, warn: Callable[[str], None]) -> Results:
     found = Results()
     unknown = []
     for path in _json_files(folder, warn):
-        if path.name == "config.json" or (path.name == "table.json" and (path.parent / "curves.png").exists()):
-            continue  # of a run or of the demo, whose results have it too
+        if path.name in OTHERS or (path.name == "table.json" and (path.parent / "curves.png").exists()):
+            continue  # the table is the demo's, whose runs are there too
         try:
             if not _sort_in(found, path, read_json(path, finite=True), warn):
                 unknown.append(str(path.relative_to(folder)))
@@ -157,7 +159,7 @@ def _sort_in(found: Results, path: Path, values: Any, warn: Callable[[str], None
         return False
     kind = kind_of(values)
     if kind is None:
-        return "versions" in values  # another benchmark's, for which there is no section
+        return "versions" in values or "environment" in values  # another benchmark's, for which there is no section
     if kind not in KINDS:
         raise LocalGradError(f"{path} has the kind {kind!r}: this version knows {', '.join(KINDS)}")
     content = _typed(path, values)

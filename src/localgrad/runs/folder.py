@@ -1,5 +1,6 @@
 """The folder of a run, and its files."""
 
+import dataclasses
 import io
 import json
 import logging
@@ -190,7 +191,11 @@ class RunFolder:
 
     def config(self) -> TrainConfig:
         """The saved config."""
-        return from_dict(read_json(self._config))
+        try:
+            return from_dict(read_json(self._config))
+        except LocalGradError as problem:
+            named = str(self._config) in str(problem)
+            raise problem if named else LocalGradError(f"{self._config}: {problem}") from None
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         """Adds one line to the metrics and flushes it to the disk."""
