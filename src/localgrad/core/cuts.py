@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from localgrad.core.observed import Call, ForwardPass, has_parameters, places_to_cut
+from localgrad.core.observed import Call, ForwardPass, is_container, places_to_cut
 from localgrad.core.partition import cut_evenly
 from localgrad.errors import LocalGradError
 
@@ -93,39 +93,48 @@ def named_cuts(model: nn.Module, run: ForwardPass, names: Sequence[str]) -> list
 def even_cuts(run: ForwardPass, num_blocks: int) -> list[Call]:
     """K - 1 cuts that part the longest chain of equal modules evenly.
 
-    Of the modules after which one tensor alone goes on, those of one class are a chain; layers of several modules
-    come before single ones, and if no class has K of them, all with parameters are taken together. What follows a
-    module without parameters of several dimensions (norm, activation, pooling) stays with it.
+    Of the modules with weights after which one tensor alone goes on, those of one class are a chain. Layers that
+    consist of several modules come before single ones, layers before the parts of them; if no class has K members, all
+    are taken together. Modules without weights (norms, activations, pooling) stay with what they follow.
 
     Raises:
         LocalGradError: there are not so many.
     """
     places = [call for call in places_to_cut(run) if not call.checkpointed]
-    members = [call for call in places if has_parameters(call.module) and not isinstance(call.module, nn.Sequential)]
+    members = [call for call in places if _has_weights(call.module) and not is_container(call.module)]
+    single = [call for call in members if not any(call.holds(other) for other in members)]
     chains: dict[type, list[Call]] = {}
     for call in members:
         chains.setdefault(type(call.module), []).append(call)
-    for kind, chain in chains.items():
-        chains[kind] = [call for call in chain if not any(call.holds(other) for other in chain)]
-    layers = [chain for chain in chains.values() if any(True for _ in chain[0].module.children())]
-    innermost = [call for call in members if not any(call.holds(other) for other in members)]
-    for group in (layers, list(chains.values()), [innermost]):
+    of_layers = [chain for chain in chains.values() if any(True for _ in chain[0].module.children())]
+    enough = [_outermost(chain) for chain in of_layers if len(_outermost(chain)) >= num_blocks]
+    whole = [chain for chain in enough if not any(_consists_of_parts(chain, other) for other in enough)]
+    for group in (whole, list(chains.values()), [single]):
         chain = max(group, key=len, default=[])
-        if type(num_blocks) is int and 1 <= num_blocks <= len(chain):
+        if len(chain) >= num_blocks:
             break
     else:
         raise LocalGradError(
-            f"num_blocks is {num_blocks!r}: the forward pass has {len(innermost)} modules after which one tensor alone "
-            f"goes on, so it makes 1 to {max(len(innermost), 1)} blocks; name the cuts instead, as cuts=[...], each "
-            "skip's source among them"
+            f"num_blocks is {num_blocks}: the forward pass has {len(single)} modules with weights after which one "
+            f"tensor alone goes on, so it makes 1 to {max(len(single), 1)} blocks; name the cuts instead, as "
+            "cuts=[...], each skip's source among them"
         )
     ends = []
     for index in cut_evenly(len(chain), num_blocks):
-        until = chain[index + 1].start if index + 1 < len(chain) else chain[index].end
-        between = [call for call in places if chain[index].end <= call.end < until and call.start >= chain[index].start]
-        ends.append(max((call for call in between if call is chain[index] or _is_light(call)), key=lambda c: c.end))
+        after = [call for call in places if chain[index].end <= call.end < chain[index + 1].start]
+        after = [call for call in after if call.start > chain[index].end and not _has_weights(call.module)]
+        ends.append(max([chain[index], *after], key=lambda call: call.end))
     return ends
 
 
-def _is_light(call: Call) -> bool:
-    return all(parameter.ndim < 2 for parameter in call.module.parameters())
+def _outermost(chain: Sequence[Call]) -> list[Call]:
+    return [call for call in chain if not any(other.holds(call) for other in chain)]
+
+
+def _consists_of_parts(chain: Sequence[Call], other: Sequence[Call]) -> bool:
+    """Whether most of a chain's modules are inside those of the other."""
+    return 2 * sum(any(outer.holds(call) for outer in other) for call in chain) > len(chain)
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return any(parameter.ndim > 1 for parameter in module.parameters())

@@ -1,23 +1,24 @@
 """Isolation: the model's own forward pass, cut by hooks, with local losses that are back-propagated on the way."""
 
+import itertools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from localgrad.core.arguments import ForwardArguments
 from localgrad.core.auxiliary import build_auxiliaries
-from localgrad.core.copied_call import as_called, detached
 from localgrad.core.cuts import check_cuts, even_cuts, named_cuts
+from localgrad.core.local_pass import LocalPass
 from localgrad.core.momentum import Momentum
-from localgrad.core.observed import as_arguments, derives_from, first_floating, observe, tensors_in
+from localgrad.core.observed import as_arguments, first_floating, observe
 from localgrad.core.parts import Part, described, parts_of
+from localgrad.core.reach import check_reach
 from localgrad.core.recompute import Recomputed
-from localgrad.core.replicas import active_ddp, average_gradients, begin_alike, leave_to_isolation
+from localgrad.core.replicas import active_ddp, begin_alike, leave_no_more, leave_to_isolation
 from localgrad.core.site import Objective
 from localgrad.core.unchanged import Unchanged
 from localgrad.errors import LocalGradError
@@ -34,7 +35,7 @@ class Isolation(nn.Module):
         momenta: momentum auxiliary network of each local block, or None.
         targets: what the objectives get of the next batch; to be set before every forward pass, unless an argument of
             the forward pass holds them. None again afterwards.
-        backward: called with each local loss, `torch.Tensor.backward` by default.
+        backward: called with each local loss; None is `torch.Tensor.backward`.
     """
 
     def __init__(
@@ -44,29 +45,29 @@ class Isolation(nn.Module):
         make: tuple[Objective | None, Momentum | None],
         argument: str | None,
         recompute: bool,
-        backward: Callable[[Tensor], Any],
+        backward: Callable[[Tensor], Any] | None,
+        reach: int,
     ) -> None:
         super().__init__()
         self.objectives, self.momenta = nn.ModuleList(), nn.ModuleList()
         self.targets: Any = None
         self.backward = backward
         self._model = (model,)  # a tuple is not registered
-        self._cuts, self._make, self._recompute = cuts, make, recompute
+        self._cuts, self._make, self._recompute, self._reach = cuts, make, recompute, reach
         self._arguments = ForwardArguments(model, argument)
         self._parts: list[Part] = []
         self._tied: dict[nn.Parameter, int] = {}
+        self._waiting: dict[nn.Parameter, int] = {}
         self._ddp: int | None = None
-        self._inside = self._observing = False
+        self._seen, self._observing = -1, False
+        self._pass: LocalPass | None = None
+        self._losses: list[Tensor] = []
         self._hooks: list[tuple[dict[int, Any], Any]] = []
         self._hook(model._forward_pre_hooks, model.register_forward_pre_hook(self._begin, with_kwargs=True))
         self._hook(model._forward_hooks, model.register_forward_hook(self._end, always_call=True))
-        self._reset()
 
     def _hook(self, table: dict[int, Any], handle: Any) -> None:
         self._hooks.append((table, handle))
-
-    def _reset(self) -> None:
-        self._reached, self._waiting, self._losses, self._batch = 0, None, [], (None, None)
 
     def build(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Run the model once, make the auxiliary networks and put hooks where the cuts are."""
@@ -92,12 +93,12 @@ class Isolation(nn.Module):
             module = part.unit.module
             self._hook(module._forward_hooks, module.register_forward_hook(partial(self._leave, block)))
             if self.momenta[block] is not None:
-                module, meet = part.following[0].module, partial(self._meet, block)
+                module, meet = part.following[0].module, partial(self._meet, block + 1)
                 handle = module.register_forward_pre_hook(meet, prepend=True, with_kwargs=True)
                 self._hook(module._forward_pre_hooks, handle)
         for module in (module for part in self._parts if self._recompute for module in part.inner):
             module.forward = Recomputed(module)
-        leave_to_isolation(model, [p for part in self._parts[:-1] for p in part.parameters])
+        leave_to_isolation(model, self._local_parameters())
         self._unchanged = Unchanged(model, self._hooks)
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -111,107 +112,80 @@ class Isolation(nn.Module):
         if not self._parts:
             self.build(args, kwargs)
         self._unchanged.check()
+        self._say_if_accumulating()
+        self._follow_model()
+        ddp = active_ddp()
+        if ddp is not None and id(ddp) != self._ddp:
+            begin_alike(ddp, self._local_parameters(), self, self._reach)
+            self._ddp = id(ddp)
+        if self._arguments.of_targets is not None:
+            self.targets = self._arguments.targets(args, kwargs)
+        batch, backward = (self.targets, self._arguments.inputs(args, kwargs)), self.backward or Tensor.backward
+        self._pass = LocalPass(self.objectives, self.momenta, self._parts, batch, backward, ddp, self._reach)
+        self._waiting = {parameter: block for parameter, block in self._tied.items() if parameter.requires_grad}
+        for parameter, block in self._waiting.items():
+            parameter.requires_grad_(block == 0)
+
+    def _follow_model(self) -> None:
+        """Put the auxiliary networks on the model's device and in training mode, and settle their averages."""
+        device = next(self._model[0].parameters()).device
+        if any(parameter.device != device for parameter in itertools.islice(self.parameters(), 1)):
+            self.to(device)
+        if not self.training:
+            self.train()
         for momentum in self.momenta:
             if momentum is not None:
                 momentum.settle()
                 momentum.match_modes()
-        self.to(next(model.parameters()).device)
-        ddp = active_ddp()
-        if ddp is not None and id(ddp) != self._ddp:
-            begin_alike(ddp, [p for part in self._parts[:-1] for p in part.parameters], [self])
-            self._ddp = id(ddp)
-        if self._arguments.of_targets is not None:
-            self.targets = self._arguments.targets(args, kwargs)
-        self._reset()
-        self._inside, self._batch = True, (self.targets, self._arguments.inputs(args, kwargs))
-        for parameter, block in self._tied.items():
-            parameter.requires_grad_(block == 0)
+
+    def _say_if_accumulating(self) -> None:
+        first = next((parameter for parameter in self._model[0].parameters() if parameter.requires_grad), None)
+        if first is None or self.backward is not None:
+            return
+        if first.grad is not None and first._version == self._seen:
+            warnings.warn(
+                "gradients are accumulated over batches, and those of local losses are summed: divide these losses as "
+                "you divide your own, isolation.backward = lambda loss: (loss / n).backward()",
+                stacklevel=4,
+            )
+            self.backward = Tensor.backward
+        self._seen = first._version
 
     def _leave(self, block: int, module: nn.Module, args: Any, output: Any) -> Any:
-        """After a cut's module: train the block, and give everyone else its output detached."""
-        if not self._inside:
+        """After a cut's module."""
+        if self._pass is None:
             if not self._observing and torch.is_grad_enabled() and self._model[0].training:
                 raise LocalGradError(
                     f"the cut {self._name(block)!r} is run outside of the isolated model's forward pass: call the "
                     "model as a whole; instead of its own checkpointing, which runs it once more, use recompute=True"
                 )
             return None
-        features = first_floating(output)
-        if block != self._reached or features is None or not torch.is_grad_enabled():
+        if block != self._pass.reached or first_floating(output) is None or not torch.is_grad_enabled():
             raise LocalGradError(
                 f"the cut {self._name(block)!r} is run twice in a forward pass, in another order than at first, "
                 "without gradients or without features: cut where every batch passes once, and use "
                 "isolate(..., recompute=True) instead of the model's own checkpointing"
             )
-        self._reached += 1
-        for parameter, trainer in self._tied.items():
-            parameter.requires_grad_(self._reached >= trainer)
-        passed = {id(features): features.detach()}
-        if features.requires_grad and self.objectives[block] is not None:
-            if self.momenta[block] is None:
-                self._train(block, features, features)
-            else:
-                self._waiting = (block, features, passed[id(features)].requires_grad_())
-        return tree_map_only(Tensor, lambda tensor: passed.get(id(tensor), detached(tensor)), output)
+        for parameter, trainer in self._waiting.items():
+            parameter.requires_grad_(block + 1 >= trainer)
+        return self._pass.leave(output)
 
     def _meet(self, block: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Before the first module of the next block, whose copies are called as it is, on features with their graph.
-
-        What happens to the features before that module is back-propagated too, but trains nothing of the next block.
-        """
-        if self._waiting is None or self._waiting[0] != block:
+        """Before the first module of a block."""
+        if self._pass is None or not self._pass.is_waiting or self._pass.reached != block:
             return None
-        _, features, leaf = self._waiting
-        given = [t for t in tensors_in((args, kwargs)) if t.requires_grad and derives_from(t, leaf)]
-        if not given:
-            return None
-        self._waiting = None
-        direct = all(tensor is leaf for tensor in given)
-        inner = {id(tensor): features if direct else tensor.detach().requires_grad_() for tensor in given}
-        first = inner[id(given[0])]
-
-        def reach_features() -> None:
-            if not direct:
-                pairs = [(t, inner[id(t)].grad) for t in given if inner[id(t)].grad is not None]
-                (gradient,) = torch.autograd.grad([t for t, _ in pairs], leaf, [gradient for _, gradient in pairs])
-                features.backward(gradient)
-
-        call = as_called(module, args, kwargs, given[0], inner)
-        self._train(block, first, self.momenta[block](first, call), reach_features)
-        leaf.requires_grad_(False)
-        return tree_map_only(Tensor, lambda t: t.detach() if id(t) in inner and t is not leaf else t, (args, kwargs))
-
-    def _train(
-        self, block: int, features: Tensor, mixed: Tensor, reach_features: Callable[[], None] = lambda: None
-    ) -> None:
-        """Back-propagate the block's local loss, and move the EMA if what it follows has changed since."""
-        version, kind = features._version, features.device.type
-        loss = self.objectives[block](mixed, *self._batch)
-        if features._version != version:
-            raise LocalGradError(
-                f"the objective at {self._name(block)!r} changes its features in place, and the next block would get "
-                "them changed: start it without inplace=True, or with features.clone()"
-            )
-        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
-            self.backward(loss)
-            reach_features()
-        self._losses.append(loss.detach())
-        if (ddp := active_ddp()) is not None:
-            average_gradients(ddp, self.trainable_parameters(block))
-        momentum: Any = self.momenta[block]
-        if momentum is not None:
-            momentum.follow()
+        return self._pass.meet(module, args, kwargs)
 
     def _end(self, model: nn.Module, args: Any, output: Any) -> None:
         """After the model's forward pass, also after one that failed, which has no output."""
-        if self._observing or not self._inside:
+        done, self._pass = self._pass, None
+        if done is None or self._observing:
             return
-        self._inside, self.targets, self._batch = False, None, (None, None)
-        for parameter in self._tied:
+        self.targets, self._losses = None, done.losses
+        for parameter in self._waiting:
             parameter.requires_grad_(True)
-        if output is not None and (self._waiting is not None or self._reached < len(self._parts) - 1):
-            waiting = self._waiting
-            missing = self._parts[waiting[0]].following[0].name if waiting else self._name(self._reached)
+        if output is not None and (done.is_waiting or done.reached < len(self._parts) - 1):
+            missing = self._parts[done.reached - 1].following[0].name if done.is_waiting else self._name(done.reached)
             raise LocalGradError(
                 f"{missing!r} was not run in this forward pass, so a block was not trained: cut around modules that "
                 "run for every batch (switch layerdrop off)"
@@ -259,7 +233,11 @@ class Isolation(nn.Module):
             handle.remove()
         for module in (module for part in self._parts if self._recompute for module in part.inner):
             del module.forward
+        leave_no_more(self._model[0], self._local_parameters())
         self._hooks.clear()
+
+    def _local_parameters(self) -> list[nn.Parameter]:
+        return [parameter for part in self._parts[:-1] for parameter in part.parameters]
 
     def __enter__(self) -> Self:
         return self
@@ -285,7 +263,8 @@ def isolate(
     targets: str | None = None,
     example: Any = None,
     recompute: bool = False,
-    backward: Callable[[Tensor], Any] = Tensor.backward,
+    backward: Callable[[Tensor], Any] | None = None,
+    reach: int = 1,
 ) -> Isolation:
     """Train `model` in gradient-isolated blocks, in the loop that you have.
 
@@ -315,6 +294,7 @@ def isolate(
         recompute: keep only what is between the layers of a block, and compute each again in the backward pass.
         backward: back-propagates a local loss: `lambda loss: scaler.scale(loss / n).backward()` for a GradScaler and n
             micro-batches, `accelerator.backward`, `fabric.backward`. Weigh them as you weigh your own loss.
+        reach: number of blocks that a loss trains, its own included, as in `local_step`.
 
     Returns:
         The isolation, whose `trainable_parameters()` go to the optimizer.
@@ -326,14 +306,9 @@ def isolate(
 
     Source: as `split`; hooks and the waiting loss are this library's own.
     """
-    isolation = Isolation(
-        model,
-        check_cuts(model, cuts, num_blocks, objective, momentum),
-        (objective, momentum),
-        targets,
-        recompute,
-        backward,
-    )
+    check_reach(reach)
+    chosen = check_cuts(model, cuts, num_blocks, objective, momentum)
+    isolation = Isolation(model, chosen, (objective, momentum), targets, recompute, backward, reach)
     if example is not None:
         try:
             isolation.build(*as_arguments(example))

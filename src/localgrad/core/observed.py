@@ -191,7 +191,7 @@ def trained_by_block(run: ForwardPass, cuts: Sequence[Call]) -> list[set[Tensor]
 
 
 def _inside(run: ForwardPass, cuts: Sequence[Call], edge: Edge, owner: int, reader: int) -> str:
-    makers = [call for call in run.calls[1:] if edge in call.outputs]
+    makers = [c for c in run.calls[1:] if edge == c.source and not any(c.holds(cut) for cut in cuts)]
     before = [call for call in run.calls[1:] if call.source and call.source[0]._sequence_nr() < edge[0]._sequence_nr()]
     where = f"of {makers[0].name!r}" if makers else f"made after {before[-1].name!r}" if before else "of its beginning"
     who = f"block {reader + 1}" if reader < len(cuts) else "the end of the network"
@@ -206,15 +206,21 @@ def units_between(run: ForwardPass, start: int, cuts: Sequence[Call] = (), end: 
     """The outermost calls with parameters that begin after `start` and end by `end`, containers and cuts opened up."""
     found: list[Call] = []
     for call in run.calls[1:]:
-        opened = isinstance(call.module, CHAIN) or _is_stage(call.module) or any(call.holds(cut) for cut in cuts)
-        if call.start > start and not opened and (end is None or call.end <= end) and has_parameters(call.module):
+        opened = is_container(call.module) or any(call.holds(cut) for cut in cuts)
+        if (
+            call.start > start
+            and not opened
+            and (end is None or call.end <= end)
+            and any(True for _ in call.module.parameters())
+        ):
             found.append(call)
             start = call.end
     return found
 
 
-def has_parameters(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters())
+def is_container(module: nn.Module) -> bool:
+    """Whether a module is a chain of others, or holds one as a stage does."""
+    return isinstance(module, CHAIN) or _is_stage(module)
 
 
 def takes(call: Call, source: Call) -> bool:

@@ -15,15 +15,13 @@ class Part:
     """One block of an isolated model.
 
     Attributes:
-        cut: the call after whose output gradients stop; None for the last block.
-        unit: the cut's module as a unit, which tells its features.
+        unit: the module after whose output gradients stop; None for the last block.
         following: the units of the next block that take what the cut gives, one after another.
         rest: all units from there to the end of the network.
         parameters: what the block trains.
         inner: modules of more than one layer which, without a cut in them, make up the block.
     """
 
-    cut: Call | None
     unit: Unit | None
     following: tuple[Unit, ...]
     rest: tuple[Unit, ...]
@@ -67,12 +65,12 @@ def _part(run: ForwardPass, cuts: Sequence[Call], block: int, owner: dict[nn.Par
     units = units_between(run, start, cuts, cut.end if cut else None)
     inner = tuple(call.module for call in units if any(True for _ in call.module.children()))
     if cut is None:
-        return Part(None, None, (), (), parameters, inner)
+        return Part(None, (), (), parameters, inner)
     is_last = block == len(cuts) - 1
     chain = _chain(cut, units_between(run, cut.end, cuts, None if is_last else cuts[block + 1].end), is_last)
     module = chain[0].module if chain else None
     later = [call for call in units_between(run, cut.end) if chain and call.start >= chain[0].start and call.features]
-    return Part(cut, _unit(cut, module), tuple(map(_unit, chain)), tuple(map(_unit, later)), parameters, inner)
+    return Part(_unit(cut, module), tuple(map(_unit, chain)), tuple(map(_unit, later)), parameters, inner)
 
 
 def _chain(cut: Call, found: Sequence[Call], is_last: bool) -> list[Call]:

@@ -73,9 +73,8 @@ class Span:
         self.reach, self.num_blocks, self.finished = reach, num_blocks, 0
         self.waiting: list[_Waiting] = []
 
-    def add(self, body: nn.Module, entry: Tensor, output: Tensor, gradient: Tensor | None) -> range:
+    def add(self, parameters: list[nn.Parameter], entry: Tensor, output: Tensor, gradient: Tensor | None) -> range:
         """Take in the next block, with its loss's gradient at the output; gives the places of the blocks now done."""
-        parameters = [parameter for parameter in body.parameters() if parameter.requires_grad]
         self.waiting.append(_Waiting(entry, output, parameters))
         self.waiting[-1].receive(gradient)
         begin, at_end = self.finished, self.finished + len(self.waiting) == self.num_blocks
@@ -84,6 +83,12 @@ class Span:
             self.finished = self.num_blocks if at_end else begin + 1
             del self.waiting[: self.finished - begin]
         return range(begin, self.finished)
+
+    def end(self, gradient: Tensor | None) -> None:
+        """The last block was back-propagated by itself: finish those that wait, with its gradient at its input."""
+        self.waiting[-1].receive(gradient)
+        self._descend(at_end=True)
+        self.waiting.clear()
 
     def _descend(self, at_end: bool) -> None:
         """Hand what is pending down from the last block to the first of those that wait, and finish that one or all."""

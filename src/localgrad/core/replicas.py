@@ -9,12 +9,26 @@ from torch.nn.parallel import DistributedDataParallel
 
 from localgrad.errors import LocalGradError
 
+IGNORED = "_ddp_params_and_buffers_to_ignore"
+
 
 def leave_to_isolation(model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
     """Tell DDP, before it wraps the model, to leave these parameters alone: their gradients come inside forward."""
     names = {id(parameter): name for name, parameter in model.named_parameters(remove_duplicate=False)}
-    ignored = {*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *(names[id(p)] for p in parameters)}
+    ignored = {*getattr(model, IGNORED, ()), *(names[id(parameter)] for parameter in parameters)}
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
+
+
+def leave_no_more(model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+    """Undo `leave_to_isolation`."""
+    own = {id(parameter) for parameter in parameters}
+    names = {name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in own}
+    left = getattr(model, IGNORED, set()) - names
+    for parameter in parameters:
+        parameter.__dict__.pop("_ddp_ignored", None)
+    vars(model).pop(IGNORED, None)
+    if left:
+        setattr(model, IGNORED, left)
 
 
 def active_ddp() -> DistributedDataParallel | None:
@@ -22,21 +36,25 @@ def active_ddp() -> DistributedDataParallel | None:
     return DistributedDataParallel._get_active_ddp_module()
 
 
-def begin_alike(ddp: DistributedDataParallel, parameters: Sequence[nn.Parameter], others: Sequence[nn.Module]) -> None:
+def begin_alike(
+    ddp: DistributedDataParallel, parameters: Sequence[nn.Parameter], networks: nn.Module, reach: int
+) -> None:
     """Give every process the values of the first, as DDP does for what it is not told to leave alone.
 
     Raises:
-        LocalGradError: DDP was not told to.
+        LocalGradError: DDP was not told to, or gradients of local blocks come in its backward pass.
     """
+    if reach > 1:
+        raise LocalGradError(f"reach is {reach} under DDP: losses that span blocks run in one process, or reach=1")
     own = {id(parameter) for parameter in parameters}
     if any(id(parameter) in own for parameter in ddp._module_parameters):
         raise LocalGradError(
             "DDP reduces gradients of local blocks, which come before it expects them: call isolate(model, ...) first, "
             "then DistributedDataParallel(model), with the isolated model itself in it"
         )
-    tensors = [*parameters, *(tensor for module in others for tensor in module.state_dict().values())]
+    tensors = [*parameters, *networks.state_dict().values()]
     for tensor in tensors:
-        dist.broadcast(tensor.detach(), dist.get_global_rank(_group(ddp), 0), group=ddp.process_group)
+        dist.broadcast(tensor.detach(), dist.get_global_rank(ddp.process_group, 0), group=ddp.process_group)
 
 
 def average_gradients(ddp: DistributedDataParallel, parameters: Sequence[nn.Parameter]) -> None:
@@ -57,7 +75,3 @@ def average_gradients(ddp: DistributedDataParallel, parameters: Sequence[nn.Para
         flat /= dist.get_world_size(ddp.process_group)
         for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(mean.view_as(gradient))
-
-
-def _group(ddp: DistributedDataParallel) -> dist.ProcessGroup:
-    return ddp.process_group

@@ -124,7 +124,8 @@ def local_gradients(
             (loss if scale == 1.0 else loss * scale).backward()
             done = range(index, index + 1)
             if entry is not None:
-                done = span.add(inner(block).body, entry, output, leaf[0].grad)
+                trained = [parameter for parameter in inner(block).body.parameters() if parameter.requires_grad]
+                done = span.add(trained, entry, output, leaf[0].grad)
                 passed.requires_grad_(passed.is_floating_point())  # the next block's entry
                 del output, leaf, entry
         except torch.OutOfMemoryError as error:

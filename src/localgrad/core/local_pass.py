@@ -1,0 +1,144 @@
+"""One forward pass of an isolated model: local losses as the blocks end, back-propagated at once."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
+
+from localgrad.core.copied_call import as_called, detached
+from localgrad.core.observed import derives_from, first_floating, tensors_in
+from localgrad.core.parts import Part
+from localgrad.core.reach import Span
+from localgrad.core.replicas import average_gradients
+from localgrad.errors import LocalGradError
+
+
+class LocalPass:
+    """The blocks of one batch in turn: `leave` after each cut's module, `meet` before what follows it.
+
+    Args:
+        objectives: auxiliary network and local loss of each local block, or None.
+        momenta: momentum auxiliary network of each, or None.
+        parts: the blocks, the last included.
+        batch: targets and inputs, for the objectives.
+        backward: back-propagates a loss.
+        ddp: the wrapper over whose processes local gradients are averaged.
+        reach: number of blocks that a loss trains, its own included.
+
+    Attributes:
+        reached: how many cuts were passed.
+        is_waiting: whether the last block's loss waits for the next module.
+        losses: of the blocks so far, detached.
+    """
+
+    def __init__(
+        self,
+        objectives: Sequence[nn.Module | None],
+        momenta: Sequence[Any],
+        parts: Sequence[Part],
+        batch: tuple[Any, Tensor | None],
+        backward: Callable[[Tensor], Any],
+        ddp: DistributedDataParallel | None,
+        reach: int,
+    ) -> None:
+        self.objectives, self.momenta, self.parts = objectives, momenta, parts
+        self.batch, self.backward, self.ddp = batch, backward, ddp
+        self.reached, self.is_waiting, self.losses = 0, False, list[Tensor]()
+        self.features = self.leaf = torch.empty(0)
+        self.entry = torch.empty(0)  # what the block was given, where its gradient goes on to the one before
+        self.span = Span(reach, len(parts)) if reach > 1 else None
+
+    def leave(self, output: Any) -> Any:
+        """Train the next block on its output, and give that detached for everyone else."""
+        block, features = self.reached, first_floating(output)
+        assert features is not None
+        self.reached += 1
+        self.features, self.leaf = features, features.detach()
+        trains = features.requires_grad and self.objectives[block] is not None
+        if trains and self.momenta[block] is not None:
+            self.is_waiting = True
+            self.leaf.requires_grad_()
+        elif trains:
+            seen = features if self.span is None else features.detach().requires_grad_()
+            self._train(block, seen, seen)
+            self._take_in(block, seen.grad if self.span else None)
+        else:
+            self._take_in(block, None)
+        passed = {id(features): self.leaf}
+        return tree_map_only(Tensor, lambda tensor: passed.get(id(tensor), detached(tensor)), output)
+
+    def meet(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Train the waiting block on copies of `module`, which are called as it is, on features with their graph.
+
+        What happened to the features before the module is back-propagated too, but trains nothing of the next block.
+        Returns the arguments for the module itself, or None while it is not given the features.
+        """
+        block, features, leaf = self.reached - 1, self.features, self.leaf
+        given = [t for t in tensors_in((args, kwargs)) if t.requires_grad and derives_from(t, leaf)]
+        if not given:
+            return None
+        self.is_waiting = False
+        whole = self.span is None and all(tensor is leaf for tensor in given)
+        inner = {id(t): features if whole else t.detach().requires_grad_() for t in given}
+        first = inner[id(given[0])]
+        mixed = self.momenta[block](first, as_called(module, args, kwargs, given[0], inner))
+
+        def reach_features() -> Tensor | None:
+            if whole:
+                return None
+            pairs = [(t, inner[id(t)].grad) for t in given if inner[id(t)].grad is not None]
+            made, gradients = [t for t, _ in pairs], [gradient for _, gradient in pairs]
+            (gradient,) = torch.autograd.grad(made, leaf, gradients, retain_graph=self.span is not None)
+            if self.span is None:
+                features.backward(gradient)
+            return gradient
+
+        self._take_in(block, self._train(block, first, mixed, reach_features))
+        if self.span is not None:
+            return None
+        leaf.requires_grad_(False)
+        return tree_map_only(Tensor, lambda t: t.detach() if id(t) in inner and t is not leaf else t, (args, kwargs))
+
+    def _train(
+        self, block: int, features: Tensor, mixed: Tensor, reach_features: Callable[[], Tensor | None] = lambda: None
+    ) -> Tensor | None:
+        """Back-propagate the block's local loss, and move the EMA if what it follows has changed since."""
+        objective: Any = self.objectives[block]
+        version, kind = features._version, features.device.type
+        loss = objective(mixed, *self.batch)
+        if features._version != version:
+            raise LocalGradError(
+                f"the objective of block {block + 1} changes its features in place, and the next block would get them "
+                "changed: start it without inplace=True, or with features.clone()"
+            )
+        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+            self.backward(loss)
+            gradient = reach_features()
+        self.losses.append(loss.detach())
+        momentum = self.momenta[block]
+        if self.ddp is not None:
+            networks = [network for network in (objective, momentum) if network is not None]
+            own = [*self.parts[block].parameters, *(p for network in networks for p in network.parameters())]
+            average_gradients(self.ddp, [parameter for parameter in own if parameter.requires_grad])
+        if momentum is not None:
+            momentum.follow()
+        return gradient
+
+    def _take_in(self, block: int, gradient: Tensor | None) -> None:
+        """Keep the block's graph for the losses of later ones, if they reach it."""
+        if self.span is not None:
+            parameters = [parameter for parameter in self.parts[block].parameters if parameter.requires_grad]
+            self.span.add(parameters, self.entry, self.features, gradient)
+            self.entry = self.leaf.requires_grad_()
+            if block == len(self.parts) - 2:
+                self.entry.register_post_accumulate_grad_hook(self._end)
+
+    def _end(self, entry: Tensor) -> None:
+        """The gradient of the model's own loss has come to the last cut."""
+        assert self.span is not None
+        self.span.end(entry.grad)
+        entry.grad = None
