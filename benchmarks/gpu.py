@@ -6,6 +6,7 @@
 - tests: the suite's tests that need a GPU.
 - memory: the allocator's peak of a step beside the planner's prediction, in float32 and under bf16 autocast.
 - train: `gpu_jobs.TRAININGS`, several at a time (under NVIDIA's MPS where it can be started), a JSON each.
+- tasks: `task_jobs.jobs`, the examples' command lines, likewise; only where --parts names it.
 
 What is there is not done again. `--data` holds a folder for each set of images (`gpu_data.py` packs them). With
 `--device cpu --tiny` every part runs on small networks and random images.
@@ -39,9 +40,12 @@ from localgrad.data.sets import Images
 from localgrad.planning.profile import profile
 from localgrad.planning.simulation import Precision
 from localgrad.planning.step_peak import step_peak
+from task_jobs import Job as Task
+from task_jobs import jobs as task_jobs
 
 HALF = (0.5, 0.5, 0.5)
 PARTS = ("speed", "tests", "memory", "train")
+ALL_PARTS = (*PARTS, "tasks")
 SPARE_SECONDS = 12.0
 """Kept for ending and packing."""
 MPS_FOLDER = Path("/tmp/localgrad-mps")
@@ -189,6 +193,17 @@ def run_tests(options: argparse.Namespace) -> None:
     (options.output / "tests.txt").write_text(done.stdout[-20000:] + done.stderr[-2000:])
 
 
+def run_task(task: Task, log: Path) -> None:
+    """Become the command of a task, which ends with this process; what it prints goes to a file."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    root = Path(__file__).parents[1]
+    os.environ["PYTHONPATH"] = f"{root / 'src'}:{os.environ.get('PYTHONPATH', '')}"
+    os.execv(task.arguments[0], [task.arguments[0], str(root / task.arguments[1]), *task.arguments[2:]])
+
+
 def load_sets(options: argparse.Namespace) -> Sets:
     """The images of the folders that are there, by name."""
     if options.tiny:
@@ -269,6 +284,11 @@ def do(options: argparse.Namespace, parts: Sequence[str], deadline: float) -> Qu
         work.append(("memory", partial(measure_memory, options), lambda: 0.0))
     for job in wanted(options, sets) if "train" in parts else ():
         work.append((job.name, partial(train, job, sets, options), partial(predicted, job, options.output)))
+    for task in task_jobs(options.data, options.output) if "tasks" in parts else ():
+        data = Path(task.arguments[task.arguments.index("--data") + 1])
+        if data.exists() and not (options.output / f"{task.name}.json").exists():
+            log = options.output / "logs" / f"{task.name.replace('/', '-')}.txt"
+            work.append((task.name, partial(run_task, task, log), partial(float, task.seconds)))
     queue = Queue(options.workers, deadline, options.output)
     queue.run(work)
     return queue
@@ -276,7 +296,7 @@ def do(options: argparse.Namespace, parts: Sequence[str], deadline: float) -> Qu
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {', '.join(PARTS)}, with commas between")
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {', '.join(ALL_PARTS)}, with commas")
     parser.add_argument("--data", type=Path, default=Path(".data"), help="folder of the folders of images")
     parser.add_argument("--only", nargs="+", default=None, help="trainings by name, as cifar10-ten-epochs/RECIPE-seed0")
     parser.add_argument("--minutes", type=float, default=9.0, help="when to stop")
@@ -295,8 +315,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     deadline = time.monotonic() + 60 * options.minutes - SPARE_SECONDS
     parts = options.parts.split(",")
-    if unknown := [part for part in parts if part not in PARTS]:
-        parser.error(f"--parts is {options.parts}: {', '.join(unknown)} is none of {', '.join(PARTS)}")
+    if unknown := [part for part in parts if part not in ALL_PARTS]:
+        parser.error(f"--parts is {options.parts}: {', '.join(unknown)} is none of {', '.join(ALL_PARTS)}")
     names = [job.name for job in (TINY if options.tiny else TRAININGS)]
     if unknown := [name for name in options.only or () if name not in names]:
         parser.error(f"--only is {' '.join(unknown)}: it is one of {' '.join(names)}")

@@ -73,15 +73,16 @@ class Encoder(nn.Module):
         return self.features(images)[-1]
 
 
-def read(path: Path, split: str) -> tuple[Tensor, Tensor]:
-    """Images `(N, 3, H, W)` from 0 to 255 and labels `(N,)`."""
+def read(path: Path, split: str, count: int | None = None) -> tuple[Tensor, Tensor]:
+    """The first images, or all, `(N, 3, H, W)` from 0 to 255, and labels `(N,)`."""
     if path.suffix == ".npz":
         with np.load(path) as arrays:
-            images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
+            images, labels = arrays[f"{split}_images"][:count], arrays[f"{split}_labels"][:count]
     else:
         import pyarrow.parquet as parquet
 
         rows = [row for file in sorted(path.glob(f"{split}-*.parquet")) for row in parquet.read_table(file).to_pylist()]
+        rows = rows[:count]
         encoded = [next(value for value in row.values() if isinstance(value, dict))["bytes"] for row in rows]
         images = np.stack([np.asarray(Image.open(io.BytesIO(each)).convert("RGB")) for each in encoded])
         labels = np.array([row["label"] for row in rows])
@@ -165,7 +166,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = parse(arguments)
     torch.manual_seed(options.seed)
-    images, labels = (part[: options.images].to(options.device) for part in read(options.data, "train"))
+    images, labels = (part.to(options.device) for part in read(options.data, "train", options.images))
     held = torch.cuda.memory_allocated() if "cuda" in options.device else 0  # the images
     model = Encoder(options.noise).to(options.device, memory_format=torch.channels_last)
     draws = torch.Generator().manual_seed(options.seed)
