@@ -341,7 +341,7 @@ def test_code_in_the_data_folder_of_a_config_is_not_run(straight: Path, tmp_path
     config = json.loads((run_dir / "config.json").read_text())
     config["data"]["source"] = str(images)
     (run_dir / "config.json").write_text(json.dumps(config))
-    with pytest.raises(LocalGradError, match="cannot be loaded"):
+    with pytest.raises(LocalGradError, match="has no images or tables that we read"):
         evaluation.evaluate(run_dir, accelerator="cpu")
     assert not (tmp_path / "attacked").exists()
 
