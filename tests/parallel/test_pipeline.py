@@ -124,6 +124,41 @@ def test_ranks_give_the_bits_of_one_process(momentum: str, objective: str, start
     assert [list(chain(*parts)) for parts in zip(*(own for _, own in answers), strict=True)] == losses
 
 
+def _channels_of_inputs(objective: str, starts: list[int]) -> int:
+    _, blocks = _blocks("none", objective)
+    stage = Stage(blocks, starts)
+    optimizers, channels = _optimizers(stage.blocks), 0
+    for inputs, targets, features in stage.batches(_batches([4, 4]) if stage.is_first else [], [4, 4]):
+        channels = inputs.shape[1]
+        stage.step(optimizers, inputs, targets, features)
+    return channels
+
+
+@pytest.mark.ranks
+def test_inputs_travel_as_far_as_an_objective_reads_them() -> None:
+    """The last block has none, so its rank gets no images even after InfoPro's blocks."""
+    assert run_ranks(_channels_of_inputs, 3, "infopro", [0, 1, 3]) == [3, 3, 64]
+    assert run_ranks(_channels_of_inputs, 3, "dgl", [0, 1, 3]) == [3, 16, 64]
+
+
+def _send_a_temperature() -> str:
+    _, blocks = _blocks("none", "dgl")
+    stage = Stage(blocks, [0, 2])
+    if stage.is_first:
+        batches = [(inputs, (classes, 0.5)) for inputs, classes in _batches([4])]
+        for _, _, features in stage.batches(batches, [4]):
+            try:
+                stage.send(features)
+            except LocalGradError as error:
+                return str(error)
+    return "sent"
+
+
+@pytest.mark.ranks
+def test_targets_that_cannot_travel_are_refused() -> None:
+    assert "targets hold a float with a batch of 4 samples" in run_ranks(_send_a_temperature, 2)[0]
+
+
 # The trainer
 
 BLOCKS = replace(LOCAL, devices=2, parallel="blocks", checkpoint_every=3)

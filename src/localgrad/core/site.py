@@ -42,4 +42,7 @@ class Site:
 
 
 Objective = Callable[[Site], nn.Module]
-"""Builds, for a site, a module with `forward(features, targets, inputs) -> loss`."""
+"""Builds, for a site, a module with `forward(features, targets, inputs) -> loss`.
+
+A module that does not read the inputs says `reads_inputs = False`, so that block-parallel training need not send them.
+"""

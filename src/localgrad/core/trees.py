@@ -12,9 +12,9 @@ def leaves(tree: Any) -> list[Any]:
     return pytree.tree_leaves(tree, is_leaf=lambda value: value is None)
 
 
-def mapped(function: Callable[[Tensor], Any], tree: Any) -> Any:
-    """The tree with `function` applied to each tensor; all else stays."""
-    return pytree.tree_map_only(Tensor, function, tree)
+def mapped(function: Callable[[Any], Any], tree: Any, kind: type[Any] = Tensor) -> Any:
+    """The tree with `function` applied to each tensor, or each leaf of another kind; all else stays."""
+    return pytree.tree_map_only(kind, function, tree)
 
 
 def batch_parts(tree: Any, size: int, parts: int) -> Iterator[Any]:

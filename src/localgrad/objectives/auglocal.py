@@ -19,6 +19,8 @@ from localgrad.objectives.targets import HeadCriterion
 class AugLocal(nn.Module):
     """The criterion behind fresh units shaped like the network's later ones; see `auglocal`."""
 
+    reads_inputs = False
+
     def __init__(self, site: Site, num_classes: int, depth: int, pyramid: float, criterion: Criterion | None) -> None:
         super().__init__()
         self.criterion = HeadCriterion(criterion, site, num_classes)

@@ -15,6 +15,8 @@ from localgrad.objectives.layout import AsMap, MeanOverSpace, conv_norm_relu, fu
 class Barlow(nn.Module):
     """Barlow Twins' loss of the two halves of a batch; see `barlow`."""
 
+    reads_inputs = False
+
     def __init__(
         self, site: Site, width: int, projector: Sequence[int], redundancy: float, scale: float, noise: float
     ) -> None:

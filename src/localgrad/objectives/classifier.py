@@ -15,6 +15,8 @@ from localgrad.objectives.targets import HeadCriterion
 class Classifier(nn.Module):
     """The criterion of a linear layer on pooled features; see `classifier`."""
 
+    reads_inputs = False
+
     def __init__(self, site: Site, num_classes: int, criterion: Criterion | None) -> None:
         super().__init__()
         self.criterion = HeadCriterion(criterion, site, num_classes)

@@ -17,6 +17,8 @@ Head = Literal["original", "compact", "wide", "light"]
 class DGL(nn.Module):
     """The criterion of the head MLP-SR-aux; see `dgl`."""
 
+    reads_inputs = False
+
     def __init__(self, site: Site, num_classes: int, head: Head, criterion: Criterion | None) -> None:
         super().__init__()
         self.criterion = HeadCriterion(criterion, site, num_classes)

@@ -18,6 +18,8 @@ from localgrad.objectives.targets import HeadCriterion, check_classes, left_out
 class PredSim(nn.Module):
     """The criterion of a linear layer, and similarity matching; see `predsim`."""
 
+    reads_inputs = False
+
     def __init__(
         self, site: Site, num_classes: int, beta: float, max_features: int, criterion: Criterion | None
     ) -> None:

@@ -9,6 +9,8 @@ no gradient travels, so a rank trains on one batch while the next rank is still 
 Block j's EMA reads block j + 1 as it was when batch t began. That state was final one step ago, so the weights are
 sent when a rank begins a batch, and the rank before needs them only at the end of the same batch. The result is that
 of one process, bit for bit.
+
+The inputs travel with the features only where an objective further on reads them (InfoPro reconstructs them).
 """
 
 import copy
@@ -28,11 +30,15 @@ from torch.optim import Optimizer
 from localgrad.core.block import Block
 from localgrad.core.partition import cut_by_cost
 from localgrad.core.step import apply_updates, local_gradients
+from localgrad.core.trees import leaves, mapped
 from localgrad.errors import LocalGradError
+
+Layouts = Any
+"""What travels to the next rank, as a tree of `_Layout` in place of tensors."""
 
 
 class Stage:
-    """One rank's part of a block-parallel run.
+    """The blocks that one rank trains in block-parallel training.
 
     Every rank makes all the blocks with the same weights, and makes a Stage of them. Then::
 
@@ -50,12 +56,12 @@ class Stage:
 
     Attributes:
         blocks: those that this rank trains.
-        wrapped: the same, as they are to be called.
+        wrapped: the same, as they are called: in a data-parallel wrapper each where there are replicas.
         own: their indices among all.
         index: of this stage, from 0.
-        num_stages: ranks of a pipeline.
-        replica: which of the pipelines this rank is in, from 0.
-        replica_group: the processes that train the same blocks on other shares of a batch, or None.
+        num_stages: number of ranks of a pipeline.
+        replica: index of this rank's pipeline, from 0.
+        replica_group: the ranks that train the same blocks on other images of a batch, or None.
         is_last_batch: whether the ranks stop after the batch that `batches` gave last, since its `stop` said so.
 
     Raises:
@@ -63,53 +69,47 @@ class Stage:
     """
 
     def __init__(self, blocks: Sequence[Block], starts: Sequence[int], replicas: int = 1) -> None:
-        num_stages, world_size = len(starts), dist.get_world_size()
-        if num_stages * replicas != world_size:
-            raise LocalGradError(
-                f"{replicas} pipeline(s) of {num_stages} ranks need {num_stages * replicas} processes, and there are "
-                f"{world_size}: start as many, or place the blocks on fewer ranks"
-            )
-        edges = [*starts, len(blocks)]
-        if edges[0] != 0 or any(end <= start for start, end in pairwise(edges)):
-            raise LocalGradError(
-                f"starts is {list(starts)} for {len(blocks)} blocks: give each rank's first block, ascending from 0, "
-                "so that every rank has one"
-            )
+        self._all, self._edges, self.num_stages = list(blocks), [*starts, len(blocks)], len(starts)
+        _check_stages(self._edges, replicas)
         rank = dist.get_rank()
-        self.num_stages, self.is_last_batch = num_stages, False
-        self.replica, self.index = divmod(rank, num_stages)
-        self.own = range(edges[self.index], edges[self.index + 1])
-        self._all = list(blocks)
-        self._edges = edges
+        self.replica, self.index = divmod(rank, self.num_stages)
+        self.own = range(self._edges[self.index], self._edges[self.index + 1])
         self.blocks = self._all[self.own.start : self.own.stop]
+        self.wrapped: list[nn.Module] = list(self.blocks)
+        self.is_last_batch = False
         self._before = rank - 1 if self.index > 0 else None
-        self._after = rank + 1 if self.index < num_stages - 1 else None
-        device = next(self._all[0].parameters()).device
-        # NCCL's receives hold up whatever waits for the whole device, which would then wait for the rank itself
-        self._receives_ahead = device.type != "cuda"
+        self._after = rank + 1 if self.index < self.num_stages - 1 else None
+        self._inputs_go_on = any(_reads_inputs(block) for block in self._all[self.own.stop :])
+        self._device = next(parameter for block in self._all for parameter in block.parameters()).device
+        # a posted NCCL receive blocks device-wide synchronisation, which the rank itself may be waiting for
+        self._receives_ahead = self._device.type != "cuda"
+        self._make_groups(replicas)
+        self._layouts: Layouts = None  # of what the rank before sends, known from its first batch on
+        self._announced = False
+        self._sends: list[tuple[dist.Work | None, Tensor]] = []
+        self._weights: tuple[dist.Work | None, Tensor] | None = None
+        self._batch: tuple[Tensor | None, Any] = None, None
+
+    def _make_groups(self, replicas: int) -> None:
+        """The process groups; every rank makes all of them, also those that it is not in."""
+        num_stages = self.num_stages
         self._ranks = [range(n * num_stages, (n + 1) * num_stages) for n in range(replicas)]
         self._pipeline = [_group(ranks) for ranks in self._ranks][self.replica]
         self._control = [_group(ranks, "gloo") for ranks in self._ranks][self.replica]
-        # traffic of each two ranks and direction has a group of its own, so that none waits behind another
-        edges_of_ranks = [pair for ranks in self._ranks for pair in pairwise(ranks)]
-        self._down = {pair: _group(pair) for pair in edges_of_ranks}
-        self._up = {pair: _group(pair) for pair in edges_of_ranks}
-        self._agreement: Any = None
-        self.replica_group: Any = None
-        self.wrapped: list[nn.Module] = list(self.blocks)
+        # each pair of neighbours has a group for each direction, so that no message waits behind another
+        neighbours = [pair for ranks in self._ranks for pair in pairwise(ranks)]
+        self._down = {pair: _group(pair) for pair in neighbours}
+        self._up = {pair: _group(pair) for pair in neighbours}
+        self._agreement: dist.ProcessGroup | None = None
+        self.replica_group: dist.ProcessGroup | None = None
         if replicas > 1:
             sides = [[ranks[stage] for ranks in self._ranks] for stage in range(num_stages)]
             self.replica_group = [_group(side) for side in sides][self.index]
             self.wrapped = [
                 nn.parallel.DistributedDataParallel(block, process_group=self.replica_group) for block in self.blocks
             ]
-            # one a stage, though only the first ranks' is used: NCCL wants each rank to be in as many groups as others
+            # one for each stage, though only the first ranks' is used: NCCL wants each rank in as many groups as others
             self._agreement = [_group(side, "gloo") for side in sides][self.index]
-        self._layouts: list[_Layout] = []  # of what the rank before sends, known from its first batch on
-        self._announced = False
-        self._sends: list[tuple[Any, Tensor]] = []
-        self._weights: tuple[Any, Tensor] | None = None
-        self._batch: tuple[Tensor, Tensor] | None = None
 
     @property
     def is_first(self) -> bool:
@@ -118,48 +118,46 @@ class Stage:
 
     def batches(
         self,
-        loader: Iterable[tuple[Tensor, Tensor]],
+        loader: Iterable[tuple[Tensor, Any]],
         sizes: Sequence[int],
         stop: Callable[[], bool] = lambda: False,
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    ) -> Iterator[tuple[Tensor, Any, Tensor]]:
         """The batches of an epoch, on each rank when the rank before has sent it.
 
         Args:
-            loader: inputs and targets; read on the first rank only.
+            loader: inputs `(N, ...)` and targets: None, or tensors of N samples, in tuples, lists or dicts too; read on
+                the first rank only.
             sizes: number of samples of each batch, on every rank.
             stop: asked on the first rank before each batch; when it says yes, all ranks stop after this batch.
 
         Returns:
-            Iterator of inputs `(N, 3, H, W)`, targets `(N,)`, and the features that this rank's first block gets
-            `(N, ...)`, which are the inputs on the first rank.
+            Iterator of inputs `(N, ...)`, targets, and the features that this rank's first block gets `(N, ...)`, which
+            are the inputs on the first rank. Where no objective from here on reads the inputs, the features are in
+            their place too.
         """
         source = iter(loader)
-        posted = self._post(sizes[0]) if sizes and self._receives_ahead else []
+        posted = self._post(sizes[0]) if sizes and self._receives_ahead else None
         self.is_last_batch = False
         for number, size in enumerate(sizes):
             self._wait_for_sends()
             if self._before is None:
                 inputs, targets = next(source)
-                features = inputs
+                features, self._batch = inputs, (inputs, targets)
                 self.is_last_batch = self._agreed(stop())
             else:
-                self._layouts = self._layouts or self._receive_layouts()
-                posted = posted or self._post(size)
-                for work, _ in posted:
-                    work.wait()
-                features, inputs, targets = (tensor for _, tensor in posted)
+                features, inputs, targets = self._received(posted, size)
+                self._batch = inputs, targets
                 self.is_last_batch = self._receive_flag()
-            posted = []
+            posted = None
             if self._receives_ahead and number + 1 < len(sizes) and not self.is_last_batch:
                 posted = self._post(sizes[number + 1])
-            self._batch = inputs, targets
             self._start_weights()
-            yield inputs, targets, features
+            yield features if inputs is None else inputs, targets, features
             if self.is_last_batch:
                 break
         self._wait_for_sends()
 
-    def step(self, optimizers: Sequence[Optimizer], inputs: Tensor, targets: Tensor, features: Tensor) -> list[Tensor]:
+    def step(self, optimizers: Sequence[Optimizer], inputs: Tensor, targets: Any, features: Tensor) -> list[Tensor]:
         """Train this rank's blocks on a batch, as `local_step` trains all of them.
 
         Args:
@@ -175,16 +173,24 @@ class Stage:
         return losses
 
     def send(self, output: Tensor) -> None:
-        """Send the output of this rank's last block, with inputs and targets, to the next rank; returns at once."""
+        """Send the output of this rank's last block to the next rank, with the batch; returns at once.
+
+        Args:
+            output: detached, `(N, ...)`.
+
+        Raises:
+            LocalGradError: targets hold something else than tensors of N samples, or None.
+        """
         if self._after is None:
             return
-        assert self._batch is not None
-        tensors = [_dense(tensor) for tensor in (output, *self._batch)]
+        inputs, targets = self._batch
+        batch = mapped(_dense, (output, inputs if self._inputs_go_on else None, targets))
         if not self._announced:
-            dist.send_object_list([[_Layout.of(tensor) for tensor in tensors]], self._after, group=self._control)
+            _check_targets(targets, len(output))
+            dist.send_object_list([mapped(_Layout.of, batch)], self._after, group=self._control)
             self._announced = True
-        for tensor in tensors:
-            group = self._down[dist.get_rank(), self._after]
+        group = self._down[dist.get_rank(), self._after]
+        for tensor in filter(torch.is_tensor, leaves(batch)):
             self._sends.append((dist.isend(_flat(tensor), self._after, group=group), tensor))
         flag = torch.tensor([self.is_last_batch])
         self._sends.append((dist.isend(flag, self._after, group=self._control), flag))
@@ -195,7 +201,7 @@ class Stage:
         if not followed:
             return
         work, received = self._weights or self._receive_weights(followed)
-        work.wait()
+        _wait(work)
         self._weights = None
         with torch.no_grad():
             for parameter, value in zip(followed, received.split([p.numel() for p in followed]), strict=True):
@@ -210,9 +216,9 @@ class Stage:
                     dist.broadcast(tensor.detach(), ranks[stage], group=self._pipeline)
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """What each stage of this pipeline gives, in order, on every rank of it."""
+        """What each stage of this pipeline gives, in order, on every rank of it; tensors on the processor."""
         values: list[Any] = [None] * len(self._ranks[self.replica])
-        dist.all_gather_object(values, value, group=self._control)
+        dist.all_gather_object(values, mapped(Tensor.cpu, value), group=self._control)
         return values
 
     def _followed(self, index: int) -> list[nn.Parameter]:
@@ -228,23 +234,32 @@ class Stage:
         if self._after is not None and (followed := self._followed(self.own.stop - 1)) and self._receives_ahead:
             self._weights = self._receive_weights(followed)
 
-    def _receive_weights(self, followed: Sequence[nn.Parameter]) -> tuple[Any, Tensor]:
+    def _receive_weights(self, followed: Sequence[nn.Parameter]) -> tuple[dist.Work | None, Tensor]:
         assert self._after is not None
         received = followed[0].new_empty(sum(parameter.numel() for parameter in followed))
         return dist.irecv(received, self._after, group=self._up[dist.get_rank(), self._after]), received
 
-    def _post(self, size: int) -> list[tuple[Any, Tensor]]:
-        """Receives for a batch of `size` samples; none on the first rank, or as long as its layouts are not known."""
-        if self._before is None:
-            return []
-        device, group = next(self.blocks[0].parameters()).device, self._down[self._before, dist.get_rank()]
-        tensors = [layout.empty(size, device) for layout in self._layouts]
-        return [(dist.irecv(_flat(tensor), self._before, group=group), tensor) for tensor in tensors]
+    def _post(self, size: int) -> tuple[list[dist.Work | None], Any] | None:
+        """Receives for a batch of `size` samples; None on the first rank, or while its layouts are not known."""
+        if self._before is None or self._layouts is None:
+            return None
+        group = self._down[self._before, dist.get_rank()]
+        batch = mapped(lambda layout: layout.empty(size, self._device), self._layouts, _Layout)
+        tensors = filter(torch.is_tensor, leaves(batch))
+        return [dist.irecv(_flat(tensor), self._before, group=group) for tensor in tensors], batch
 
-    def _receive_layouts(self) -> list[Any]:
-        received: list[Any] = [None]
-        dist.recv_object_list(received, self._before, group=self._control)
-        return received[0]
+    def _received(self, posted: tuple[list[dist.Work | None], Any] | None, size: int) -> tuple[Tensor, Any, Any]:
+        """Features, inputs and targets, once they are there."""
+        if posted is None:
+            received: list[Any] = [None]
+            if self._layouts is None:
+                dist.recv_object_list(received, self._before, group=self._control)
+                self._layouts = received[0]
+            posted = self._post(size)
+        assert posted is not None
+        for work in posted[0]:
+            _wait(work)
+        return posted[1]
 
     def _agreed(self, stop: bool) -> bool:
         """Whether any pipeline's first rank is asked to stop."""
@@ -261,7 +276,7 @@ class Stage:
 
     def _wait_for_sends(self) -> None:
         for work, _ in self._sends:
-            work.wait()
+            _wait(work)
         self._sends.clear()
 
 
@@ -279,6 +294,45 @@ class _Layout:
 
     def empty(self, size: int, device: torch.device) -> Tensor:
         return torch.empty_strided((size, *self.shape), self.strides, dtype=self.dtype, device=device)
+
+
+def _check_stages(edges: Sequence[int], replicas: int) -> None:
+    """Refuse another number of processes than ranks are needed, and a rank without a block."""
+    num_stages, world_size = len(edges) - 1, dist.get_world_size()
+    if num_stages * replicas != world_size:
+        raise LocalGradError(
+            f"{replicas} pipeline(s) of {num_stages} ranks need {num_stages * replicas} processes, and there are "
+            f"{world_size}: start as many, or place the blocks on fewer ranks"
+        )
+    if edges[0] != 0 or any(end <= start for start, end in pairwise(edges)):
+        raise LocalGradError(
+            f"starts is {list(edges[:-1])} for {edges[-1]} blocks: give each rank's first block, ascending from 0, "
+            "so that every rank has one"
+        )
+
+
+def _check_targets(targets: Any, size: int) -> None:
+    wrong = [
+        leaf
+        for leaf in leaves(targets)
+        if leaf is not None and not (isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == size)
+    ]
+    if wrong:
+        given = f"a tensor {tuple(wrong[0].shape)}" if isinstance(wrong[0], Tensor) else f"a {type(wrong[0]).__name__}"
+        raise LocalGradError(
+            f"targets hold {given} with a batch of {size} samples: between ranks travel tensors (N, ...) and None; "
+            "give what is the same for all batches to the objective"
+        )
+
+
+def _reads_inputs(block: Block) -> bool:
+    """Whether a block's loss reads the network's inputs; an objective that does not says `reads_inputs = False`."""
+    return block.objective is not None and getattr(block.objective, "reads_inputs", True)
+
+
+def _wait(work: dist.Work | None) -> None:
+    if work is not None:
+        work.wait()
 
 
 def _dense(tensor: Tensor) -> Tensor:

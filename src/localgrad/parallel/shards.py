@@ -9,9 +9,9 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils._pytree import tree_map_only
 
 from localgrad.core.block import Block
+from localgrad.core.trees import mapped
 from localgrad.errors import LocalGradError
 
 
@@ -60,7 +60,7 @@ def unsharded(blocks: Sequence[nn.Module]) -> Iterator[None]:
 
 def gathered_state(values: Any) -> Any:
     """The same tree with every DTensor as a whole tensor, on every rank; anything else as it is."""
-    return tree_map_only(DTensor, DTensor.full_tensor, values)
+    return mapped(DTensor.full_tensor, values, DTensor)
 
 
 def sharded_as(values: Any, like: Any) -> Any:

@@ -28,7 +28,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from localgrad.config.schema import TrainConfig
 from localgrad.core.block import Block
@@ -242,8 +241,7 @@ class BlockParallel:
         self._stage.gather()
 
     def gather_list(self, values: list[Any]) -> list[Any]:
-        on_cpu = tree_map_only(Tensor, Tensor.cpu, values)
-        return [value for own in self._stage.gather_objects(on_cpu) for value in own]
+        return [value for own in self._stage.gather_objects(values) for value in own]
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
