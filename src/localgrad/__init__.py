@@ -1,26 +1,28 @@
 """Train any PyTorch network as gradient-isolated blocks, with local losses and momentum auxiliary networks."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from localgrad.core.block import Block
-from localgrad.core.isolation import Isolation, isolate
-from localgrad.core.momentum import man, manpp
-from localgrad.core.site import Site
-from localgrad.core.split import split
-from localgrad.core.step import local_step
-from localgrad.core.units import units
 from localgrad.errors import LocalGradError as LocalGradError
-from localgrad.objectives.auglocal import auglocal
-from localgrad.objectives.barlow import barlow
-from localgrad.objectives.classifier import classifier
-from localgrad.objectives.dense import dense
-from localgrad.objectives.dgl import dgl
-from localgrad.objectives.infopro import infopro
-from localgrad.objectives.predsim import predsim
-from localgrad.objectives.readout import readout
 
 if TYPE_CHECKING:
+    from localgrad.core.block import Block
+    from localgrad.core.isolation import Isolation, isolate
+    from localgrad.core.momentum import man, manpp
+    from localgrad.core.site import Site
+    from localgrad.core.split import split
+    from localgrad.core.step import local_step
+    from localgrad.core.units import units
+    from localgrad.objectives.auglocal import auglocal
+    from localgrad.objectives.barlow import barlow
+    from localgrad.objectives.classifier import classifier
+    from localgrad.objectives.dense import dense
+    from localgrad.objectives.dgl import dgl
+    from localgrad.objectives.infopro import infopro
+    from localgrad.objectives.predsim import predsim
+    from localgrad.objectives.readout import readout
     from localgrad.planning.plan import plan
+    from localgrad.runs.load import load_run
 
 __version__ = "0.1.0"
 
@@ -44,13 +46,37 @@ __all__ = [
     "man",
     "manpp",
     "plan",
+    "load_run",
 ]
+
+_HOMES = {
+    "core.block": "Block",
+    "core.isolation": "Isolation isolate",
+    "core.momentum": "man manpp",
+    "core.site": "Site",
+    "core.split": "split",
+    "core.step": "local_step",
+    "core.units": "units",
+    "planning.plan": "plan",
+    "runs.load": "load_run",
+    **{
+        f"objectives.{name}": name
+        for name in ["auglocal", "barlow", "classifier", "dense", "dgl", "infopro", "predsim", "readout"]
+    },
+}
+"""Where each public name lives. It is imported when it is first asked for: PyTorch takes seconds, a help text none."""
 
 
 def __getattr__(name: str) -> Any:
-    """`plan`, which is imported when it is first asked for: it brings the counters of torch, half a second."""
-    if name == "plan":
-        from localgrad.planning.plan import plan
-
-        return plan
+    for home, names in _HOMES.items():
+        if name in names.split():
+            value = getattr(import_module(f"localgrad.{home}"), name)
+            globals()[name] = value
+            return value
+    if name == "models":
+        return import_module("localgrad.models")
     raise AttributeError(f"module 'localgrad' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "models"})

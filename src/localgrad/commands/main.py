@@ -1,72 +1,47 @@
-"""The command line: `localgrad COMMAND ...`, one function a command."""
+"""`localgrad COMMAND ...`: finds the command, and turns errors into a sentence and an exit code."""
 
+import importlib
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from localgrad.commands.analyse import analyse
-from localgrad.commands.demo import demo
-from localgrad.commands.evaluate import evaluate
-from localgrad.commands.plan import plan
-from localgrad.commands.recipes import recipes
-from localgrad.commands.report import report
-from localgrad.commands.reproduce import reproduce
-from localgrad.commands.time import time
-from localgrad.commands.train import train
-from localgrad.commands.units import units
-from localgrad.errors import LocalGradError
+from localgrad.errors import LocalGradError, closest
 
-USAGE = """\
-localgrad trains a network as gradient-isolated blocks, each with a local loss of its own.
+COMMANDS = {
+    "demo": ("", "see it work in minutes, on images that need no download"),
+    "recipes": ("[WORDS]", "the named runs of the papers' tables"),
+    "train": ("RECIPE [FLAGS]", "train one of them, or on your images with --data FOLDER"),
+    "evaluate": ("RUN_FOLDER", "test the weights that a run left"),
+    "predict": ("RUN_FOLDER IMAGES", "classes and probabilities of images"),
+    "reproduce": ("[TABLE]", "run all rows of a table, and compare with the paper"),
+    "analyse": ("RUN_FOLDER", "probes, CKA and pictures of what it learnt"),
+    "time": ("RESULTS", "seconds of a step of every row, measured in turns"),
+    "report": ("RESULTS", "all results on one page, beside the papers' values"),
+    "units": ("MODEL", "the units of a network, where it can be cut"),
+    "plan": ("MODEL", "the memory that a step would take, and the best cuts"),
+}
+"""Arguments and purpose of each command, which is `main` of the module of its name."""
 
-  localgrad demo                       see it work in minutes, on images that need no download
-  localgrad recipes [WORDS]            the named runs of the papers' tables
-  localgrad train RECIPE [FLAGS]       train one of them
-  localgrad evaluate RUN_FOLDER        test the weights that a run left
-  localgrad reproduce [TABLE]          run all rows of a table, for any seeds, and compare with the paper
-  localgrad analyse RUN_FOLDER         probes, CKA and pictures of what it learnt
-  localgrad time RESULTS               seconds of a step of every row, measured in turns
-  localgrad report RESULTS             all results on one page, beside the papers' values
-  localgrad units MODEL                the units of a network, where it can be cut
-  localgrad plan MODEL                 the memory that a step would take, and the best cuts
-
+USAGE = (
+    "localgrad trains a network as gradient-isolated blocks, each with a local loss of its own.\n\n"
+    + "".join(f"  {f'localgrad {name} {given}':36} {does}\n" for name, (given, does) in COMMANDS.items())
+    + """
 `localgrad COMMAND --help` says more. A first run, half a minute on a CPU:
 
   localgrad train digits-dgl-man --run-dir runs/first
 """
-
-
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    "demo": demo,
-    "recipes": recipes,
-    "train": train,
-    "evaluate": evaluate,
-    "reproduce": reproduce,
-    "analyse": analyse,
-    "time": time,
-    "report": report,
-    "units": units,
-    "plan": plan,
-}
-
-
-EXTRAS = dict.fromkeys(
-    (
-        *("torchvision", "lightning", "datasets", "huggingface_hub", "pyarrow", "PIL", "sklearn", "tyro"),
-        *("safetensors", "matplotlib", "rich", "jinja2", "pydantic"),
-    ),
-    "train",
-) | {"timm": "timm", "tensorboard": "tensorboard"}
-"""The extra that brings a package, by the name it is imported by."""
+)
+EXTRA = ("tyro", "rich", "lightning", "datasets", "torchvision", "sklearn", "safetensors", "matplotlib", "jinja2")
+"""What comes with the extra `train`."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        The exit code: 0, 1 where runs of `reproduce` failed, 2 for input that cannot be used (one line on stderr), 130
-        when interrupted by Ctrl-C, 143 by SIGTERM, 141 where the reader of the output has gone.
+        The exit code: 0, 1 where runs of `reproduce` failed, 2 for input that cannot be used (a sentence on stderr),
+        130 when interrupted by Ctrl-C, 143 by SIGTERM, 141 where the reader of the output has gone.
     """
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot print ± gets a question mark
         if isinstance(stream, io.TextIOWrapper):
@@ -81,23 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"localgrad {version('localgrad')}")
         return 0
     try:
-        if given[0] not in COMMANDS:
-            from localgrad.errors import closest
-
-            raise LocalGradError(
-                f"there is no command {given[0]!r}{closest(given[0], list(COMMANDS))}; "
-                f"commands are {', '.join(COMMANDS)}"
-            )
-        return COMMANDS[given[0]](given[1:])
-    except ModuleNotFoundError as error:
-        if (error.name or "localgrad").partition(".")[0] not in EXTRAS:
-            raise
-        extra = EXTRAS[str(error.name).partition(".")[0]]
-        print(
-            f"localgrad: `localgrad {given[0]}` needs {error.name}: pip install 'localgrad[{extra}]'",
-            file=sys.stderr,
-        )
-        return 2
+        return _run(given[0], given[1:])
     except LocalGradError as error:
         print(f"localgrad: {error}", file=sys.stderr)
         return 2
@@ -107,3 +66,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of the output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+def _run(name: str, arguments: Sequence[str]) -> int:
+    if name not in COMMANDS:
+        raise LocalGradError(
+            f"there is no command {name!r}{closest(name, list(COMMANDS))}; commands are {', '.join(COMMANDS)}"
+        )
+    try:
+        return importlib.import_module(f"localgrad.commands.{name}").main(arguments)
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRA:
+            raise
+        raise LocalGradError(f"the command line needs {error.name}: pip install 'localgrad[train]'") from error

@@ -1,25 +1,73 @@
-"""Parsing of a command's flags."""
+"""A function's signature as a command: its parameters are the flags, its docstring their help."""
 
-from collections.abc import Sequence
-from typing import Any
+import shutil
+import sys
+import textwrap
+import threading
+import types
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+Output = Annotated[Path | None, tyro.conf.arg(aliases=["-o"])]
+"""A file or folder to write, as `--output` or `-o`."""
+WORDS = {str: "TEXT", int: "NUMBER", float: "NUMBER", Path: "PATH", bool: "True|False"}
+"""What a value is called in the help."""
+QUIET_SECONDS = 1.0
+"""How long loading may take before a line says so."""
 
 SHORT = {
     "--data": "--data.source",
     "--train-limit": "--data.train-limit",
     "--test-limit": "--data.test-limit",
+    "--test-split": "--data.test-split",
+    "--test-fraction": "--data.test-fraction",
+    "--split-seed": "--data.split-seed",
     "--epochs": "--optim.epochs",
     "--warmup-epochs": "--optim.warmup-epochs",
     "--batch-size": "--optim.batch-size",
     "--lr": "--optim.lr",
+    "--init-from": "--model.weights",
+    "--freeze": "--model.freeze",
 }
-"""Short names of flags, and what they stand for."""
+"""Short names of flags of `train`, and what they stand for."""
 
 
-def parse(kind: Any, arguments: Sequence[str], program: str, text: str) -> Any:
-    """Parses flags into a dataclass."""
-    import tyro
+def call(command: Callable[..., int], arguments: Sequence[str], name: str, text: str | None) -> int:
+    """Parses the arguments and calls the command with them.
 
-    return tyro.cli(kind, args=list(arguments), prog=program, description=text)
+    Args:
+        command: the function; what is marked Positional is given without a flag.
+        arguments: what was typed.
+        name: of the command, as `localgrad train`.
+        text: what `--help` says before the flags.
+    """
+    words = [name.replace("_", "-") if name.startswith("--") else name for name in arguments]
+    if {"-h", "--help"} & {*words}:
+        print(_wrapped((text or "").strip()) + "\n")  # tyro makes one long line of a paragraph
+    return tyro.cli(
+        command,
+        args=words,
+        prog=name,
+        description="",
+        registry=_registry(),
+        config=(tyro.conf.PositionalMetavarFromFieldName,),
+    )
+
+
+def _wrapped(text: str) -> str:
+    """The text in lines that fit the terminal; an example goes on with an indentation."""
+    width = shutil.get_terminal_size().columns
+    lines = text.splitlines()
+    return "\n".join(
+        textwrap.fill(line, width, subsequent_indent="      " if line.startswith("  ") else "", break_on_hyphens=False)
+        for line in lines
+    )
 
 
 def full_flag(argument: str) -> str:
@@ -28,3 +76,78 @@ def full_flag(argument: str) -> str:
     if name.startswith("--"):
         name = name.replace("_", "-")
     return SHORT.get(name, name) + equals + value
+
+
+@contextmanager
+def loading(quiet: bool = False) -> Iterator[None]:
+    """Says that PyTorch is loading, where that takes more than a second."""
+    what = ("localgrad: loading PyTorch ...",)
+    timer = threading.Timer(QUIET_SECONDS, print, what, {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    if not quiet and "torch" not in sys.modules:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def tell(text: str) -> None:
+    """Prints a line about the work to stderr."""
+    print(f"localgrad: {text}", file=sys.stderr, flush=True)
+
+
+def _registry() -> ConstructorRegistry:
+    """Values named in words: `PATH` where tyro has `{None}|PATH`."""
+    registry = ConstructorRegistry()
+    registry.primitive_rule(_simple)
+    registry.primitive_rule(_optional)
+    return registry
+
+
+def _simple(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    kind: Any = info.type
+    if kind not in WORDS or kind is bool:  # a bool is a flag and its opposite
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=WORDS[kind],
+        instance_from_str=lambda given: _value(kind, given[0]),
+        is_instance=lambda value: isinstance(value, kind) and not isinstance(value, bool),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    options = typing.get_args(info.type)
+    if typing.get_origin(info.type) not in (typing.Union, types.UnionType) or type(None) not in options:
+        return None
+    inner = next(option for option in options if option is not type(None))
+    many = typing.get_origin(inner) is tuple
+    kind: Any = typing.get_args(inner)[0] if many else inner
+    if len(options) != 2 or kind not in WORDS:
+        return None
+
+    def read(given: list[str]) -> Any:
+        if given == ["None"]:
+            return None
+        return tuple(_value(kind, each) for each in given) if many else _value(kind, given[0])
+
+    return PrimitiveConstructorSpec(
+        nargs="*" if many else 1,
+        metavar=f"[{WORDS[kind]} ...]" if many else WORDS[kind],
+        instance_from_str=read,
+        is_instance=lambda value: value is None or isinstance(value, tuple if many else kind),
+        str_from_instance=lambda value: ["None"] if value is None else [*map(str, value if many else (value,))],
+    )
+
+
+def _value(kind: Any, given: str) -> Any:
+    if kind is bool:
+        if given not in ("True", "False"):
+            raise ValueError(f"{given!r}: give True or False")
+        return given == "True"
+    try:
+        return kind(given)
+    except ValueError:
+        raise ValueError(f"{given!r} is no {'whole number' if kind is int else 'number'}") from None

@@ -1,12 +1,4 @@
-"""TODO commands.plan."""
-
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-
-from localgrad.commands.parse import parse
-
-PLAN_HELP = """Predict the peak memory of a training step, and find the cuts that make it smallest. Needs no GPU.
+"""Predict the peak memory of a training step, and find the cuts that make it smallest. Needs no GPU.
 
 Compares end-to-end training, with and without activation checkpointing, and local learning for several numbers of
 blocks, with and without momentum.
@@ -16,67 +8,78 @@ Examples:
   localgrad plan cifar_resnet --depth 110 --batch-size 1024 --output runs/plan
 """
 
+from collections.abc import Sequence
 
-def plan(arguments: Sequence[str]) -> int:
-    """`localgrad plan MODEL`."""
-    import tyro
+from tyro.conf import Positional
 
-    from localgrad.config.methods import DEFAULT_OBJECTIVE, planned_objective
+from localgrad.commands.parse import Output, call, loading
 
-    @dataclass(frozen=True)
-    class Plan:
-        model: tyro.conf.Positional[str]
-        """cifar_resnet, torchvision:NAME or timm:NAME."""
-        batch_size: int = 128
-        """Images of a batch."""
-        image_size: int | None = None
-        """Height and width of the images in pixels; 32 for cifar_resnet and 224 for others unless given."""
-        num_classes: int | None = None
-        """Number of classes; 10 for cifar_resnet and 1000 for others unless given."""
-        depth: int = 32
-        """Layers of a cifar_resnet."""
-        objective: str = DEFAULT_OBJECTIVE
-        """Local loss, by name as in a config; above 96 px with the heads for wide features."""
-        momentum: str = "man"
-        """Momentum auxiliary network: none, man or manpp."""
-        precision: str = "32-true"
-        """32-true, or bf16-mixed for float32 weights and a forward pass under CUDA's bf16 autocast."""
-        step_each_block: bool = False
-        """Step each block right after its own backward pass, so that gradients of one block live at a time."""
-        budget: str | None = None
-        """Memory that a step may take, such as 8GiB."""
-        num_blocks: tuple[int, ...] = ()
-        """Numbers of blocks to try; 1, 2, 4, 8, ... unless given."""
-        output: Path | None = None
-        """Folder for plan.json and plan.png; nothing is written unless given."""
 
-    options = parse(Plan, arguments, "localgrad plan", PLAN_HELP)
-    from localgrad.commands.plan_table import parse_bytes, plan_model, show_sheets, write_sheets
+def plan(
+    model: Positional[str],
+    *,
+    batch_size: int = 128,
+    image_size: int | None = None,
+    num_classes: int | None = None,
+    depth: int = 32,
+    objective: str | None = None,
+    momentum: str = "man",
+    precision: str = "32-true",
+    step_each_block: bool = False,
+    budget: str | None = None,
+    num_blocks: tuple[int, ...] = (),
+    output: Output = None,
+) -> int:
+    """Prints the table.
 
-    small = options.model == "cifar_resnet"
-    size = (32 if small else 224) if options.image_size is None else options.image_size
-    budget = None if options.budget is None else parse_bytes(options.budget)
+    Args:
+        model: cifar_resnet, torchvision:NAME, timm:NAME, package.module:factory or file.py:factory.
+        batch_size: Images of a batch.
+        image_size: Height and width of the images in pixels; 32 for cifar_resnet and 224 for others unless given.
+        num_classes: Number of classes; 10 for cifar_resnet and 1000 for others unless given.
+        depth: Layers of a cifar_resnet.
+        objective: Local loss, by name as in a config, DGL unless given; above 96 px with the heads for wide features.
+        momentum: Momentum auxiliary network: none, man or manpp.
+        precision: 32-true, or bf16-mixed for float32 weights and a forward pass under CUDA's bf16 autocast.
+        step_each_block: Step each block right after its own backward pass, so that gradients of one block live at a
+            time.
+        budget: Memory that a step may take, such as 8GiB.
+        num_blocks: Numbers of blocks to try; 1, 2, 4, 8, ... unless given.
+        output: Folder for plan.json and plan.png; nothing is written unless given.
+    """
+    with loading():
+        from localgrad.commands.plan_table import parse_bytes, plan_model, show_sheets, write_sheets
+        from localgrad.config.methods import DEFAULT_OBJECTIVE, planned_objective
+
+    objective = objective or DEFAULT_OBJECTIVE
+    small = model == "cifar_resnet"
+    size = (32 if small else 224) if image_size is None else image_size
+    room = None if budget is None else parse_bytes(budget)
     sheets = plan_model(
-        options.model,
-        depth=options.depth,
-        num_classes=(10 if small else 1000) if options.num_classes is None else options.num_classes,
-        batch_size=options.batch_size,
+        model,
+        depth=depth,
+        num_classes=(10 if small else 1000) if num_classes is None else num_classes,
+        batch_size=batch_size,
         image_size=size,
-        objective=options.objective,
-        momentum=options.momentum,
-        budget=budget,
-        num_blocks=options.num_blocks or None,
-        precision=options.precision,
-        step_each_block=options.step_each_block,
+        objective=objective,
+        momentum=momentum,
+        budget=room,
+        num_blocks=num_blocks or None,
+        precision=precision,
+        step_each_block=step_each_block,
     )
-    name = f"cifar_resnet {options.depth}" if small else options.model
-    precision = "float32" if options.precision == "32-true" else options.precision
-    head = planned_objective(options.objective, size).head
-    loss = options.objective if head is None else f"{options.objective} with head {head}"
-    title = f"{name}, batch {options.batch_size}, {size} px, {precision}, SGD, {loss}"
-    title += ", each block stepped at once" if options.step_each_block else ""
-    show_sheets(title, sheets, budget)
-    if options.output is not None:
-        write_sheets(options.output, title, sheets, budget)
-        print(f"wrote {options.output / 'plan.json'} and {options.output / 'plan.png'}")
+    name = f"cifar_resnet {depth}" if small else model
+    head = planned_objective(objective, size).head
+    loss = objective if head is None else f"{objective} with head {head}"
+    title = f"{name}, batch {batch_size}, {size} px, {'float32' if precision == '32-true' else precision}, SGD, {loss}"
+    title += ", each block stepped at once" if step_each_block else ""
+    show_sheets(title, sheets, room)
+    if output is not None:
+        write_sheets(output, title, sheets, room)
+        print(f"wrote {output / 'plan.json'} and {output / 'plan.png'}")
     return 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`localgrad plan MODEL`."""
+    return call(plan, arguments, "localgrad plan", __doc__)

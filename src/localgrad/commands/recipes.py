@@ -1,31 +1,26 @@
-"""TODO commands.recipes."""
-
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-from localgrad.commands.parse import parse
-from localgrad.errors import LocalGradError
-
-RECIPES_HELP = """List the named runs: blocks, cuts, and the test error that the paper reports.
+"""List the named runs: blocks, cuts, and the test error that the paper reports.
 
 Example:
   localgrad recipes cifar10 resnet32 man
 """
 
+from collections.abc import Sequence
 
-def recipes(arguments: Sequence[str]) -> int:
-    """`localgrad recipes [WORDS]`."""
-    import tyro
+from tyro.conf import Positional
 
+from localgrad.commands.parse import call
+from localgrad.errors import LocalGradError
+
+
+def recipes(words: Positional[tuple[str, ...]] = ()) -> int:
+    """Prints the list.
+
+    Args:
+        words: List only the recipes whose names have all of these words.
+    """
     from localgrad.recipes import RECIPES
     from localgrad.results.terminal import print_table
 
-    @dataclass(frozen=True)
-    class Recipes:
-        words: tyro.conf.Positional[tuple[str, ...]] = ()
-        """List only the recipes whose names have all of these words."""
-
-    words = parse(Recipes, arguments, "localgrad recipes", RECIPES_HELP).words
     names = [name for name in RECIPES if all(word in name for word in words)]
     if not names:
         raise LocalGradError(f"no recipe has {' and '.join(words)} in its name; `localgrad recipes` lists all of them")
@@ -37,3 +32,8 @@ def recipes(arguments: Sequence[str]) -> int:
         narrow=[0, 4],
     )
     return 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`localgrad recipes [WORDS]`."""
+    return call(recipes, arguments, "localgrad recipes", __doc__)

@@ -1,15 +1,4 @@
-"""TODO commands.reproduce."""
-
-import shlex
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
-
-from localgrad.commands.parse import parse
-
-REPRODUCE_HELP = """Run the rows of a table, each for every seed, and print them beside the paper's values.
+"""Run the rows of a table, each for every seed, and print them beside the paper's values.
 
 Without a table it lists them. What is done is not run again and what is half done goes on, after Ctrl-C too. The output
 folder gets one ROW-seedN.json a run; the run folders are in its subfolder runs/.
@@ -21,89 +10,112 @@ Examples:
   localgrad reproduce first --rows cifar10-resnet32-k16-dgl --dry-run
 """
 
+import shlex
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
 
-def reproduce(arguments: Sequence[str]) -> int:
-    """`localgrad reproduce [TABLE]`."""
-    import tyro
+from tyro.conf import Positional
 
-    number = tyro.conf.arg(metavar="INT")
+from localgrad.commands.parse import Output, call, loading, tell
 
-    @dataclass(frozen=True)
-    class Reproduce:
-        table: tyro.conf.Positional[str] = ""
-        """Name of the table; without one, the tables are listed."""
-        seeds: tuple[int, ...] = (0,)
-        """Seeds, one run each of every row."""
-        rows: tuple[str, ...] = ()
-        """Only these rows of the table, by their full names."""
-        output: Path | None = None
-        """Folder for results and runs; results/TABLE unless given."""
-        jobs: int = 1
-        """Runs at the same time; the processor's threads are divided between them, and GPUs given out in turn."""
-        dry_run: bool = False
-        """Print what would be run, and stop."""
-        data: str | None = None
-        """Hub name or folder of the images, instead of the recipes'."""
-        train_limit: Annotated[int | None, number] = None
-        """Train on so many images only, evenly from each class."""
-        test_limit: Annotated[int | None, number] = None
-        """Test on so many images only, evenly from each class."""
-        test_split: str | None = None
-        """Split to test on, instead of the recipes'."""
-        epochs: Annotated[int | None, number] = None
-        """Passes over the images, instead of the recipes'."""
-        warmup_epochs: Annotated[int | None, number] = None
-        """Epochs of warm-up, instead of the recipes'; a short run wants fewer."""
-        batch_size: Annotated[int | None, number] = None
-        """Images an optimizer step, instead of the recipes'."""
-        lr: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
-        """Learning rate at the top of the cosine, instead of the recipes'."""
-        evaluate_every: Annotated[int | None, number] = None
-        """Epochs between two evaluations, instead of every one."""
-        checkpoint_every: Annotated[int | None, number] = None
-        """Optimizer steps between two checkpoints, besides the one after each epoch."""
-        local_heads: bool = False
-        """Evaluate each block's own head too."""
-        accelerator: str | None = None
-        """Device: auto, cpu, cuda or mps."""
-        precision: str | None = None
-        """Precision: auto, 32-true or bf16-mixed."""
 
-    options = parse(Reproduce, arguments, "localgrad reproduce", REPRODUCE_HELP)
-    from localgrad.recipes.tables import TABLES
+def reproduce(
+    table: Positional[str] = "",
+    *,
+    seeds: tuple[int, ...] = (0,),
+    rows: tuple[str, ...] = (),
+    output: Output = None,
+    jobs: int = 1,
+    dry_run: bool = False,
+    data: str | None = None,
+    train_limit: int | None = None,
+    test_limit: int | None = None,
+    test_split: str | None = None,
+    epochs: int | None = None,
+    warmup_epochs: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    evaluate_every: int | None = None,
+    checkpoint_every: int | None = None,
+    local_heads: bool = False,
+    accelerator: str | None = None,
+    precision: str | None = None,
+) -> int:
+    """Runs the table.
 
-    if not options.table:
-        from localgrad.results.terminal import print_table
-
-        listed = [(name, str(len(each.rows)), each.title) for name, each in TABLES.items()]
-        print_table(["table", "rows", "what is compared"], listed, left=[0, 2])
-        return 0
-    from localgrad.results.reproduce import plan_cells, run_cells, show_table
+    Args:
+        table: Name of the table; without one, the tables are listed.
+        seeds: Seeds, one run each of every row.
+        rows: Only these rows of the table, by their full names.
+        output: Folder for results and runs; results/TABLE unless given.
+        jobs: Runs at the same time; the processor's threads are divided between them, and GPUs given out in turn.
+        dry_run: Print what would be run, and stop.
+        data: Folder or hub name of the images, instead of the recipes'.
+        train_limit: Train on so many images only, evenly from each class.
+        test_limit: Test on so many images only, evenly from each class.
+        test_split: Split to test on, instead of the recipes'.
+        epochs: Passes over the images, instead of the recipes'.
+        warmup_epochs: Epochs of warm-up, instead of the recipes'; a short run wants fewer.
+        batch_size: Images an optimizer step, instead of the recipes'.
+        lr: Learning rate at the top of the cosine, instead of the recipes'.
+        evaluate_every: Epochs between two evaluations, instead of every one.
+        checkpoint_every: Optimizer steps between two checkpoints, besides the one after each epoch.
+        local_heads: Evaluate each block's own head too.
+        accelerator: Device: auto, cpu, cuda or mps.
+        precision: Precision: auto, 32-true or bf16-mixed.
+    """
+    if not table:
+        return _list()
+    with loading():
+        from localgrad.results.reproduce import plan_cells, run_cells, show_table
 
     changes = {
-        "data.source": options.data,
-        "data.train_limit": options.train_limit,
-        "data.test_limit": options.test_limit,
-        "data.test_split": options.test_split,
-        "optim.epochs": options.epochs,
-        "optim.warmup_epochs": options.warmup_epochs,
-        "optim.batch_size": options.batch_size,
-        "optim.lr": options.lr,
-        "evaluate_every": options.evaluate_every,
-        "checkpoint_every": options.checkpoint_every,
-        "local_heads": options.local_heads or None,
-        "accelerator": options.accelerator,
-        "precision": options.precision,
+        "data.source": data,
+        "data.train_limit": train_limit,
+        "data.test_limit": test_limit,
+        "data.test_split": test_split,
+        "optim.epochs": epochs,
+        "optim.warmup_epochs": warmup_epochs,
+        "optim.batch_size": batch_size,
+        "optim.lr": lr,
+        "evaluate_every": evaluate_every,
+        "checkpoint_every": checkpoint_every,
+        "local_heads": local_heads or None,
+        "accelerator": accelerator,
+        "precision": precision,
     }
-    output = options.output or Path("results", options.table)
+    folder = output or Path("results", table)
     given = {name: value for name, value in changes.items() if value is not None}
-    cells = plan_cells(options.table, seeds=options.seeds, changes=given, output=output, rows=options.rows)
-    if options.dry_run:
+    cells = plan_cells(table, seeds=seeds, changes=given, output=folder, rows=rows)
+    if dry_run:
         for cell in cells:
             print(f"{cell.state:7}  localgrad {shlex.join(cell.command)}")
         return 0
-    failures = run_cells(cells, jobs=options.jobs)
-    show_table(options.table, output)
-    for name, reason in failures.items():
-        print(f"localgrad: {name} failed: {reason}", file=sys.stderr)
+    failures = run_cells(cells, jobs=jobs)
+    show_table(table, folder)
+    _tell_failures(failures)
     return 1 if failures else 0
+
+
+def _list() -> int:
+    from localgrad.recipes.tables import TABLES
+    from localgrad.results.terminal import print_table
+
+    listed = [(name, str(len(each.rows)), each.title) for name, each in TABLES.items()]
+    print_table(["table", "rows", "what is compared"], listed, left=[0, 2])
+    return 0
+
+
+def _tell_failures(failures: dict[str, str]) -> None:
+    """Says why runs failed, equal reasons once."""
+    by_reason = defaultdict[str, list[str]](list)
+    for name, reason in failures.items():
+        by_reason[reason].append(name)
+    for reason, names in by_reason.items():
+        tell(f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''} failed: {reason}")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`localgrad reproduce [TABLE]`."""
+    return call(reproduce, arguments, "localgrad reproduce", __doc__)

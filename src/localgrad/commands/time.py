@@ -1,15 +1,4 @@
-"""TODO commands.time."""
-
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
-
-from localgrad.commands.parse import parse
-from localgrad.errors import LocalGradError
-
-TIME_HELP = """Measure how long a step takes of every training that has a finished run below a folder, in turns.
+"""Measure how long a step takes of every training that has a finished run below a folder, in turns.
 
 Runs that were made at different times, or beside others, cannot be compared by their seconds. Here the trainings take
 turns, a step each, so that whatever else the machine does hits all alike. All networks are in memory at once. Writes
@@ -21,40 +10,48 @@ Examples:
   OMP_NUM_THREADS=1 localgrad time results/first --data path/to/cifar10 --rounds 30
 """
 
+from collections.abc import Sequence
+from pathlib import Path
 
-def time(arguments: Sequence[str]) -> int:
-    """`localgrad time RESULTS`."""
-    import tyro
+from tyro.conf import Positional
 
-    @dataclass(frozen=True)
-    class Time:
-        results: tyro.conf.Positional[Path]
-        """Folder with results, in any subfolders."""
-        data: str | None = None
-        """Other images: a hub name or a folder; those of the runs unless given."""
-        rounds: int = 15
-        """Steps of each training that count."""
-        accelerator: str = "auto"
-        """Device: auto, cpu, cuda or mps."""
-        output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
-        """The file; step-times.json in the folder of the results unless given."""
+from localgrad.commands.parse import Output, call, loading, tell
+from localgrad.errors import LocalGradError
 
-    options = parse(Time, arguments, "localgrad time", TIME_HELP)
-    path = options.output or options.results / "step-times.json"
-    if path.is_dir() or (options.output is not None and not path.parent.is_dir()):  # before minutes of work
+
+def time(
+    results: Positional[Path],
+    *,
+    data: str | None = None,
+    rounds: int = 15,
+    accelerator: str = "auto",
+    output: Output = None,
+) -> int:
+    """Measures, prints and writes.
+
+    Args:
+        results: Folder with results, in any subfolders.
+        data: Other images: a folder or a hub name; those of the runs unless given.
+        rounds: Steps of each training that count.
+        accelerator: Device: auto, cpu, cuda or mps.
+        output: The file; step-times.json in the folder of the results unless given.
+    """
+    path = output or results / "step-times.json"
+    if path.is_dir() or (output is not None and not path.parent.is_dir()):  # before minutes of work
         raise LocalGradError(f"{path} cannot be a file: give --output with another name, in a folder that is there")
-    from localgrad.results.step_times import show_times, time_results
-    from localgrad.runs.files import write_json
-    from localgrad.runs.result import as_file
+    with loading():
+        from localgrad.results.step_times import show_times, time_results
+        from localgrad.runs.files import check_writable, write_json
+        from localgrad.runs.result import as_file
 
-    found = time_results(
-        options.results,
-        data=options.data,
-        rounds=options.rounds,
-        accelerator=options.accelerator,
-        warn=lambda text: print(f"localgrad: {text}", file=sys.stderr),
-    )
+    check_writable(path)
+    found = time_results(results, data=data, rounds=rounds, accelerator=accelerator, warn=tell)
     show_times(found)
     write_json(path, as_file("step-times", found))
     print(f"wrote {path}")
     return 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`localgrad time RESULTS`."""
+    return call(time, arguments, "localgrad time", __doc__)

@@ -1,79 +1,120 @@
-"""TODO commands.train."""
+"""Train a recipe, or what a run folder's config says, with any field changed by a flag.
 
-import json
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Annotated
-
-from localgrad.commands.parse import SHORT, full_flag, parse
-from localgrad.errors import LocalGradError
-
-TRAIN_HELP = """Train a recipe, or what a run folder's config says, with any field changed by a flag.
+With --data FOLDER alone it trains on your own images: a ResNet-18 as four blocks, with DGL and momentum networks.
 
 Examples:
   localgrad train digits-dgl-man --epochs 3 --run-dir runs/first
+  localgrad train --data path/to/photographs --epochs 10
   localgrad train cifar10-resnet32-k16-dgl-man --data path/to/cifar10 --seed 1
   localgrad train cifar10-resnet32-k16-dgl-man --momentum.decay 0.99 --dry-run
   localgrad train runs/first --resume
+"""
 
-Short names: """ + ", ".join(f"{short} for {full}" for short, full in SHORT.items())
+import json
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from localgrad.commands.parse import SHORT, call, full_flag, loading
+from localgrad.config.schema import TrainConfig
+from localgrad.errors import LocalGradError
+from localgrad.recipes.images import OWN, own_images
+
+HELP = f"{__doc__.strip()}\n\nShort names: " + ", ".join(f"{short} for {full}" for short, full in SHORT.items())
 
 
-def train(arguments: Sequence[str]) -> int:
-    """`localgrad train RECIPE [FLAGS]`."""
-    import tyro
-
-    from localgrad.config.checks import validate
-    from localgrad.config.saved import to_dict
-    from localgrad.config.schema import TrainConfig
-    from localgrad.recipes import recipe
-    from localgrad.runs.folder import RunFolder
-    from localgrad.training.devices import as_launched
-
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(f"usage: localgrad train RECIPE [FLAGS]\n\n{TRAIN_HELP}\n\nAll flags: localgrad train RECIPE --help")
-        return 0
-    name, *given_flags = arguments
-    flags = list(map(full_flag, given_flags))
-    if name.startswith("-"):
-        raise LocalGradError(f"train takes the recipe first, as `localgrad train digits-dgl-man {name}`")
-    given = Path(name)
-    is_folder = (given / "config.json").exists()
-    default = RunFolder(given).config() if is_folder else recipe(name).config
+def main(arguments: Sequence[str]) -> int:
+    """`localgrad train RECIPE [FLAGS]`, with a run folder instead of a recipe, or with `--data FOLDER` alone."""
+    given = list(map(full_flag, arguments)) or ["--help"]
+    named = not given[0].startswith("-")
+    name, flags = (arguments[0], given[1:]) if named else (OWN, given)
+    if name == OWN and not any(flag.partition("=")[0] in ("--data.source", "-h", "--help") for flag in flags):
+        raise LocalGradError(
+            f"train takes the recipe first, as `localgrad train digits-dgl-man {shlex.join(arguments[named:])}`; or "
+            "your own images, as `localgrad train --data FOLDER`"
+        )
+    folder = Path(name)
+    is_folder = (folder / "config.json").exists()
+    default = _default(name, folder if is_folder else None)
     if any(flag.partition("=")[0] == "--num-blocks" for flag in flags) and "--cuts" not in flags:
         default = replace(default, cuts=None)  # a number of blocks stands instead of the recipe's cuts
+    return call(_command(name, default, folder if is_folder else None), flags, f"localgrad train {name}", HELP)
 
-    @dataclass(frozen=True)
-    class Train:
-        config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: default)
-        run_dir: Path | None = None
-        """Folder for the run's files; runs/RECIPE-seedSEED unless given."""
-        resume: bool = False
-        """Continue the unfinished run of that folder."""
-        dry_run: bool = False
-        """Print the complete config as JSON and stop."""
-        quiet: bool = False
-        """Print the result only."""
 
-    options = parse(Train, flags, f"localgrad train {name}", TRAIN_HELP)
-    config = validate(as_launched(options.config))
-    if options.dry_run:
+def _default(name: str, folder: Path | None) -> TrainConfig:
+    from localgrad.recipes import recipe
+
+    if folder is not None:
+        from localgrad.runs.folder import RunFolder
+
+        return RunFolder(folder).config()
+    return own_images() if name == OWN else recipe(name).config
+
+
+def _command(name: str, default: TrainConfig, folder: Path | None) -> Callable[..., int]:
+    """The command whose flags are the fields of a config, with what is given by the recipe or folder as defaults."""
+
+    def train(
+        config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default,
+        *,
+        run_dir: Path | None = None,
+        resume: bool = False,
+        dry_run: bool = False,
+        quiet: bool = False,
+    ) -> int:
+        """Trains.
+
+        Args:
+            config: The complete run.
+            run_dir: Folder for the run's files; runs/RECIPE-seedSEED unless given.
+            resume: Continue the unfinished run of that folder.
+            dry_run: Print the complete config as JSON and stop.
+            quiet: Print the result only.
+        """
+        called = _called(config) if name == OWN else name
+        return _train(
+            replace(config, name=called) if name == OWN else config,
+            run_dir or folder or Path("runs", f"{called}-seed{config.seed}"),
+            resume=resume,
+            dry_run=dry_run,
+            quiet=quiet,
+        )
+
+    return train
+
+
+def _called(config: TrainConfig) -> str:
+    """What a run on one's own images is called: after their folder."""
+    return f"{OWN}-{config.data.name or Path(config.data.source).expanduser().absolute().name}"
+
+
+def _train(config: TrainConfig, run_dir: Path, *, resume: bool, dry_run: bool, quiet: bool) -> int:
+    with loading(quiet):
+        from localgrad.config.checks import validate
         from localgrad.config.methods import with_defaults
+        from localgrad.config.saved import to_dict
+        from localgrad.data.sources import check_source
+        from localgrad.training.devices import as_launched
 
+    config = validate(as_launched(config))
+    if dry_run:
         print(json.dumps(to_dict(with_defaults(config)), indent=2))
         return 0
-    run_dir = options.run_dir or (given if is_folder else Path("runs", f"{name}-seed{config.seed}"))
+    check_source(config.data)
     from lightning.fabric.utilities.rank_zero import rank_zero_only
 
     from localgrad.training.trainer import fit
 
     try:
-        result = fit(config, run_dir, resume=options.resume, quiet=options.quiet)
+        result = fit(config, run_dir, resume=resume, quiet=quiet)
     except KeyboardInterrupt as interruption:
         started = (run_dir / "config.json").exists()
-        how = f"; continue with `localgrad train {run_dir} --resume`" if started else ""
+        how = f"; continue with `localgrad train {shlex.quote(str(run_dir))} --resume`" if started else ""
         rank_zero_only(print)(f"localgrad: {str(interruption) or 'interrupted'}{how}", file=sys.stderr)
         return getattr(interruption, "exit_code", 130)
     rank_zero_only(print)(

@@ -1,11 +1,4 @@
-"""TODO commands.units."""
-
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-from localgrad.commands.parse import parse
-
-UNITS_HELP = """List the units of a network: where it may be cut, and what each costs.
+"""List the units of a network: where it may be cut, and what each costs.
 
 Examples:
   localgrad units cifar_resnet --depth 110
@@ -13,26 +6,31 @@ Examples:
   localgrad units timm:vit_tiny_patch16_224 --batch-size 64
 """
 
+from collections.abc import Sequence
 
-def units(arguments: Sequence[str]) -> int:
-    """`localgrad units MODEL`."""
-    import tyro
+from tyro.conf import Positional
 
-    @dataclass(frozen=True)
-    class Units:
-        model: tyro.conf.Positional[str]
-        """cifar_resnet, torchvision:NAME or timm:NAME."""
-        image_size: int | None = None
-        """Height and width of the images in pixels; 32 for cifar_resnet and 224 for others unless given."""
-        batch_size: int = 128
-        """Images of a batch, for the costs."""
-        depth: int = 32
-        """Layers of a cifar_resnet."""
+from localgrad.commands.parse import call, loading
 
-    options = parse(Units, arguments, "localgrad units", UNITS_HELP)
-    from localgrad.commands.unit_table import inspect_model, show_units
 
-    size = (32 if options.model == "cifar_resnet" else 224) if options.image_size is None else options.image_size
-    found, costs = inspect_model(options.model, depth=options.depth, image_size=size, batch_size=options.batch_size)
-    show_units(options.model, found, costs, options.batch_size)
+def units(model: Positional[str], *, image_size: int | None = None, batch_size: int = 128, depth: int = 32) -> int:
+    """Prints the table.
+
+    Args:
+        model: cifar_resnet, torchvision:NAME, timm:NAME, package.module:factory or file.py:factory.
+        image_size: Height and width of the images in pixels; 32 for cifar_resnet and 224 for others unless given.
+        batch_size: Images of a batch, for the costs.
+        depth: Layers of a cifar_resnet.
+    """
+    with loading():
+        from localgrad.commands.unit_table import inspect_model, show_units
+
+    size = (32 if model == "cifar_resnet" else 224) if image_size is None else image_size
+    found, costs = inspect_model(model, depth=depth, image_size=size, batch_size=batch_size)
+    show_units(model, found, costs, batch_size)
     return 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`localgrad units MODEL`."""
+    return call(units, arguments, "localgrad units", __doc__)

@@ -8,46 +8,12 @@ import torch
 from torch import nn
 
 from localgrad.config.methods import MOMENTA, OBJECTIVES, Method, planned_objective
-from localgrad.config.schema import ModelConfig, OptimConfig, TrainConfig
+from localgrad.config.networks import build_model as build_model
+from localgrad.config.schema import OptimConfig, TrainConfig
 from localgrad.core.block import Block
 from localgrad.core.momentum import Momentum
 from localgrad.core.site import Objective
 from localgrad.core.split import split
-from localgrad.errors import LocalGradError, closest
-from localgrad.models import cifar_resnet, small_stem
-
-
-def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
-    """A fresh network with random weights.
-
-    Raises:
-        LocalGradError: the name belongs to no network, or the extra that holds it is not installed.
-    """
-    if config.small_stem and not config.name.startswith("torchvision:"):
-        raise LocalGradError(f"model.small_stem is on and model.name {config.name}: it takes a torchvision ResNet")
-    if config.name == "cifar_resnet":
-        return cifar_resnet(config.depth, num_classes=num_classes)
-    library, _, name = config.name.partition(":")
-    if library == "torchvision":
-        import torchvision
-
-        names = torchvision.models.list_models(module=torchvision.models)
-        _check_model_name(name, names, library)
-        model = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
-        return small_stem(model) if config.small_stem else model
-    if library == "timm":
-        try:
-            import timm
-        except ImportError:
-            raise LocalGradError(f"{config.name} needs timm: pip install 'localgrad[timm]'") from None
-        _check_model_name(name, timm.list_models(), library)
-        return timm.create_model(name, pretrained=False, num_classes=num_classes)
-    raise LocalGradError(f"model.name is {config.name!r}; it must be cifar_resnet, torchvision:NAME or timm:NAME")
-
-
-def _check_model_name(name: str, names: Sequence[str], library: str) -> None:
-    if name not in names:
-        raise LocalGradError(f"{library} has no model {name!r}{closest(name, names)}")
 
 
 def build_blocks(config: TrainConfig, model: nn.Module, num_classes: int) -> list[Block]:

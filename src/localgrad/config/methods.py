@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from localgrad.config.networks import located_model
 from localgrad.config.schema import MomentumConfig, ObjectiveConfig, TrainConfig
 from localgrad.core.momentum import man, manpp
 from localgrad.data.sources import located
@@ -83,6 +84,7 @@ def with_defaults(config: TrainConfig) -> TrainConfig:
     return replace(
         config,
         data=located(config.data),
+        model=located_model(config.model),
         objective=_with_defaults(config.objective, OBJECTIVES),
         momentum=_with_defaults(config.momentum, MOMENTA),
     )

@@ -29,11 +29,17 @@ class ModelConfig:
     """The network that is trained."""
 
     name: str = "cifar_resnet"
-    """Which network: `cifar_resnet`, `torchvision:NAME` (as `torchvision:resnet50`) or `timm:NAME`."""
+    """Which network: `cifar_resnet`, `torchvision:NAME` (as `torchvision:resnet50`), `timm:NAME`, or your own function,
+    `package.module:factory` or `path/to/file.py:factory`, which is called with `num_classes`."""
     depth: int = 32
     """Number of layers of a `cifar_resnet`, 6n + 2; other networks have it in their name."""
     small_stem: bool = False
     """Begin a torchvision ResNet with a 3x3 convolution of stride 2 alone, for images of 64 pixels or so."""
+    weights: str | None = None
+    """Weights to begin with: `default` or `imagenet`, or a name that torchvision or timm has for them, a file, or a run
+    folder; None draws them at random. A head of other classes begins anew."""
+    freeze: tuple[str, ...] = ()
+    """Modules that are not trained, by name, with all within them."""
 
 
 @dataclass(frozen=True)

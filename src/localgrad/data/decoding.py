@@ -49,7 +49,7 @@ def decode(item: Any) -> tuple[Image, set[str]]:
     largest sample value of a TIFF file. Transparent pixels are laid on white. Of several frames the first is taken.
 
     Args:
-        item: the bytes, a path, or what `datasets` stores: a table with `bytes` or `path`.
+        item: the bytes, a path, what `datasets` stores (a table with `bytes` or `path`), or an image of Pillow's.
 
     Raises:
         BrokenImageError: it is no image, or has 32 bits whose black and white the file does not say.
@@ -58,7 +58,7 @@ def decode(item: Any) -> tuple[Image, set[str]]:
 
     remarks: set[str] = set()
     try:
-        file = _opened(encoded(item))
+        file = item if isinstance(item, Image.Image) else _opened(encoded(item))
         if getattr(file, "is_animated", False):
             remarks.add("frames")
         image = _eight_bits(ImageOps.exif_transpose(file), file, remarks)
@@ -79,7 +79,7 @@ def encoded(item: Any) -> bytes:
     """The bytes of an image's file."""
     if isinstance(item, dict):
         item = item.get("bytes") or item.get("path")
-    if isinstance(item, str):
+    if isinstance(item, str | Path):
         item = Path(item).read_bytes()
     if not item:
         raise BrokenImageError("empty")

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from localgrad.data.config import DataConfig, Mode, flag
 from localgrad.data.decoding import BrokenImageError, broken, decode, name_of, remarked
 from localgrad.data.fingerprint import Fingerprint
+from localgrad.data.transform import normalise, sized
 from localgrad.errors import LocalGradError, check_rules
 
 if TYPE_CHECKING:
@@ -145,12 +146,7 @@ class _Epoch:
         return torch.randperm(length, generator=generator) if self.train else torch.arange(length), generator
 
     def normalise(self, images: Tensor, config: DataConfig) -> Tensor:
-        """(B, 3, H, W), from uint8 to float32: (pixel / 255 - mean) / std."""
-        memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
-        inputs = images.to(torch.float32, memory_format=memory_format)
-        for channel, (mean, std) in enumerate(zip(config.mean, config.std, strict=True)):
-            inputs[:, channel].sub_(255 * mean).div_(255 * std)  # numbers, not tensors: no copy to the device
-        return inputs
+        return normalise(images, config, channels_last=self.channels_last)
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,7 +200,7 @@ class ImageStream(ImageSet):
         keys = (list(zip(order[part].tolist(), range(len(self))[part], strict=True)) for part in epoch.plan)
         device = torch.device(epoch.device or self.device)
         loader = DataLoader(
-            _Samples(self, epoch, _transform(self.config, epoch.train)),
+            _Samples(self, epoch, sized(self.config, epoch.train)),
             batch_sampler=keys,
             collate_fn=_collate,
             num_workers=self.config.workers,
@@ -295,7 +291,7 @@ def decode_all(
     Raises:
         LocalGradError: images cannot be used; all of them are named at once, or the first ten and how many.
     """
-    chosen, numbers, transform = rows.select(indices.numpy()), indices.tolist(), _transform(config, train=False)
+    chosen, numbers, transform = rows.select(indices.numpy()), indices.tolist(), sized(config, train=False)
     images = _room(len(indices), config.image_size)
     pixels, remarks, problems = images.numpy(), Counter[str](), list[tuple[str, str]]()
     told = begin = time.monotonic()
@@ -347,20 +343,3 @@ def _sized(item: Any, config: DataConfig) -> tuple[Image, set[str]]:
             f"{image.height} x {image.width} pixels, not {flag('image_size')} {config.image_size} squared"
         )
     return image, remarks
-
-
-def _transform(config: DataConfig, train: bool) -> torch.nn.Module:
-    """PIL image -> PIL image of the configured size, augmented in training."""
-    from torchvision.transforms import v2
-
-    size, steps = config.image_size, []
-    if train and config.crop == "resized":
-        steps += [v2.RandomResizedCrop(size)]
-    elif config.resize is not None:
-        steps += [v2.Resize(config.resize), v2.CenterCrop(size)]
-    if train and config.crop == "pad":
-        mode = "constant" if config.padding_mode == "zeros" else "reflect"
-        steps += [v2.RandomCrop(size, padding=config.padding, padding_mode=mode)]
-    if train and config.flip:
-        steps += [v2.RandomHorizontalFlip()]
-    return torch.nn.Sequential(*steps)

@@ -1,5 +1,6 @@
 """Files that are written whole or not at all, the versions that they had before, and locks."""
 
+import contextlib
 import json
 import os
 import time
@@ -45,7 +46,18 @@ def atomic_write(path: Path, keep: int = 1) -> Iterator[BinaryIO]:
         why = error.strerror or str(error)
         raise LocalGradError(f"{path} could not be written ({why}); what it held before is whole") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # which would hide what went wrong
+            temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Refuses, before any work, a file that cannot be written.
+
+    Raises:
+        LocalGradError: its folder is not there, or neither it nor the folder may be written.
+    """
+    if not os.access(path.parent, os.W_OK):
+        raise LocalGradError(f"{path} could not be written: {path.parent} is not there or read-only; give another")
 
 
 def _make_room(path: Path) -> None:

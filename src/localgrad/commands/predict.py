@@ -1,0 +1,110 @@
+"""Classes and probabilities of images, by the network that a finished run trained.
+
+Examples:
+  localgrad predict runs/first cat.jpg dog.jpg
+  localgrad predict runs/first path/to/photographs --top 1
+  localgrad predict runs/first cat.jpg --json
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tyro.conf import Positional
+
+from localgrad.commands.parse import call, loading, tell
+from localgrad.errors import LocalGradError
+
+BATCH = 32
+
+
+def predict(
+    run_folder: Positional[Path],
+    images: Positional[tuple[Path, ...]] = (),
+    *,
+    top: int = 3,
+    json_lines: bool = False,
+) -> int:
+    """Prints a line an image.
+
+    Args:
+        run_folder: Folder of a finished run.
+        images: Files, or folders of them.
+        top: So many classes of each image, the most probable first.
+        json_lines: Print a line of JSON an image, with the probability of every class.
+    """
+    if not images:
+        raise LocalGradError(f"predict takes images: `localgrad predict {run_folder} cat.jpg`, or a folder of them")
+    if top < 1:
+        raise LocalGradError(f"--top is {top}: give 1 or more")
+    with loading():
+        from localgrad.data.decoding import BrokenImageError, broken, decode
+        from localgrad.runs.load import load_run
+
+    import torch
+
+    loaded = load_run(run_folder)
+    paths = list(_files(images))
+    size = loaded.transform.config.image_size
+    inputs, used, problems, resized = [], [], [], 0
+    for path in paths:
+        try:
+            image, _ = decode(path)
+        except BrokenImageError as error:
+            problems.append((str(path), str(error)))
+            continue
+        resized += loaded.transform.config.resize is None and image.size != (size, size)
+        inputs.append(torch.from_numpy(loaded.transform.pixels(image)))
+        used.append(path)
+    if problems:
+        raise broken("given", problems, len(paths), "Leave them out, or repair them.")
+    if resized:
+        tell(
+            f"{resized} of {len(paths)} images are resized to {size} x {size} pixels, which the network was trained on"
+        )
+    probabilities = _probabilities(loaded, torch.stack(inputs))
+    _show(used, loaded.classes, probabilities, top, json_lines)
+    return 0
+
+
+def _probabilities(loaded: Any, pixels: Any) -> list[list[float]]:
+    """Of each image (N, 3, H, W) uint8 the probability of each class."""
+    import torch
+
+    from localgrad.data.transform import normalise
+
+    with torch.inference_mode():
+        scores = [loaded.model(normalise(part, loaded.transform.config)) for part in pixels.split(BATCH)]
+    return torch.cat(scores).softmax(1).tolist()
+
+
+def _show(paths: list[Path], classes: list[str], found: list[list[float]], top: int, as_json: bool) -> None:
+    width = max(len(str(path)) for path in paths)
+    for path, probabilities in zip(paths, found, strict=True):
+        order = sorted(range(len(classes)), key=lambda number: -probabilities[number])
+        if as_json:
+            every = {classes[number]: round(probabilities[number], 6) for number in order}
+            print(json.dumps({"image": str(path), "class": classes[order[0]], "probabilities": every}))
+            continue
+        said = "  ".join(f"{classes[number]} {probabilities[number]:.1%}" for number in order[:top])
+        print(f"{path!s:{width}}  {said}")
+
+
+def _files(images: Sequence[Path]) -> Iterator[Path]:
+    from localgrad.data.decoding import suffixes
+
+    for path in images:
+        if path.is_dir():
+            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes())
+            if not found:
+                raise LocalGradError(f"{path} has no images")
+            yield from found
+        else:
+            yield path
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`localgrad predict RUN_FOLDER IMAGES`."""
+    flags = ["--json-lines" if argument == "--json" else argument for argument in arguments]
+    return call(predict, flags, "localgrad predict", __doc__)

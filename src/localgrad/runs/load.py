@@ -1,0 +1,69 @@
+"""What a finished run learnt, for use elsewhere: `model, classes, transform = localgrad.load_run("runs/first")`."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import nn
+
+from localgrad.config.networks import build_model
+from localgrad.config.schema import TrainConfig
+from localgrad.data.transform import Transform
+from localgrad.errors import LocalGradError
+from localgrad.runs.folder import RunFolder
+
+
+class LoadedRun(NamedTuple):
+    """What `load_run` gives."""
+
+    model: nn.Module
+    """The trained network, on the CPU, in evaluation mode."""
+    classes: list[str]
+    """Names of the classes, in the order of its scores; their numbers where the images have no names."""
+    transform: Transform
+    """Makes an input of the network from an image: `model(transform("cat.jpg")[None]).softmax(1)`."""
+
+
+def load_run(run_dir: str | Path) -> LoadedRun:
+    """The network that a finished run trained, its classes, and how to prepare an image for it.
+
+    Args:
+        run_dir: the run folder.
+
+    Raises:
+        LocalGradError: the folder holds no finished run, or a file in it is damaged.
+    """
+    folder = RunFolder(Path(run_dir))
+    config = folder.config()
+    count, names = folder.classes()
+    if count is None:
+        raise LocalGradError(f"{folder.path} holds no finished run that says its classes: train it to its end")
+    model = build_model(config.model, count)
+    folder.load_model(model)
+    classes = list(names) if names else [str(number) for number in range(count)]
+    return LoadedRun(model.eval(), classes, Transform(config.data))
+
+
+def weights_metadata(
+    config: TrainConfig, num_classes: int, class_names: list[str] | None, version: str
+) -> dict[str, str]:
+    """What `model.safetensors` says of itself, so that the file alone can be used.
+
+    Args:
+        config: of the run.
+        num_classes, class_names: of its images.
+        version: of localgrad.
+    """
+    data = config.data
+    said = {
+        "network": config.model.name,
+        "depth": config.model.depth if config.model.name == "cifar_resnet" else None,
+        "num_classes": num_classes,
+        "classes": class_names,
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "image_size": data.image_size,
+        "resize": data.resize,
+    }
+    known = {name: value if isinstance(value, str) else json.dumps(value) for name, value in said.items()}
+    return {"format": "pt", "localgrad": version, **{name: text for name, text in known.items() if text != "null"}}
