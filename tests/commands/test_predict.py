@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 import localgrad
 from localgrad.commands.main import main
@@ -141,3 +142,43 @@ def test_images_of_another_size_are_resized_where_the_run_takes_squares(
     assert "1 of 1 images are resized to 8 x 8" in said.err and said.out.count("%") == 3
     assert load_run(folder).classes == [str(number) for number in range(10)]
     assert torch.isfinite(load_run(folder).transform(Image.new("RGBA", (8, 8)))).all()
+
+
+def test_the_weights_say_what_they_are(run: Path) -> None:
+    with safe_open(run / "model.safetensors", "pt") as file:
+        said = file.metadata()
+    assert said["localgrad"] == localgrad.__version__ and said["network"] == "cifar_resnet" and said["depth"] == "8"
+    assert json.loads(said["classes"]) == list(CLASSES) and json.loads(said["image_size"]) == 8
+    assert len(json.loads(said["mean"])) == len(json.loads(said["std"])) == 3
+
+
+def test_a_run_goes_on_from_another_ones_weights_and_with_frozen_modules(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "fine tuned"
+    flags = ["--init-from", str(run), "--freeze", "conv1", "layer1", "--epochs", "1", "--lr", "0.05"]
+    assert main(["train", str(run), *flags, "--run-dir", str(folder)]) == 0
+    assert f"weights of {run / 'model.safetensors'}" in capsys.readouterr().err
+    before, after = load_run(run).model.state_dict(), load_run(folder).model.state_dict()
+    assert torch.equal(before["layer1.0.conv1.weight"], after["layer1.0.conv1.weight"])
+    assert not torch.equal(before["layer3.0.conv1.weight"], after["layer3.0.conv1.weight"])
+
+
+def test_a_network_in_a_file_trains_and_a_wrong_one_writes_nothing(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "def net(num_classes):\n"
+        "    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(),\n"
+        "                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))\n"
+        "def narrow(num_classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(192, 2))\n"
+    )
+    flags = ["--cuts", "0", "--epochs", "1", "--run-dir", "own run"]
+    assert main(["train", str(run), "--model.name", "mine.py:narrow", *flags]) == 2
+    assert "gives (2, 2) for 2 images" in capsys.readouterr().err and not Path("own run").exists()
+    assert main(["train", str(run), "--model.name", "mine.py:net", *flags]) == 0, capsys.readouterr().err
+    monkeypatch.chdir("/")
+    assert len(load_run(tmp_path / "own run").classes) == 3

@@ -184,7 +184,7 @@ def test_a_crash_after_the_last_epoch_loses_only_the_result(
     straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "save_model", lambda self, model: crash())
+        patch.setattr(RunFolder, "save_model", lambda self, *_: crash())
         with pytest.raises(CrashError):
             fit(LOCAL, tmp_path, quiet=True)
     result = fit(LOCAL, tmp_path, resume=True, quiet=True)

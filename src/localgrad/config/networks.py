@@ -64,6 +64,11 @@ def _fresh(config: ModelConfig, num_classes: int) -> nn.Module:
     return _call(_factory(library, name), config.name, num_classes)
 
 
+def is_own(config: ModelConfig) -> bool:
+    """Whether the network is a function of one's own."""
+    return config.name.rpartition(":")[0] not in ("", "torchvision", "timm")
+
+
 def _check_name(name: str, names: Sequence[str], library: str) -> None:
     if name not in names:
         raise LocalGradError(f"{library} has no model {name!r}{closest(name, names)}")

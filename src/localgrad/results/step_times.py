@@ -236,7 +236,7 @@ def timed_step(config: TrainConfig, held: contextlib.ExitStack) -> tuple[Step, R
     images = _few_images(config.data, BATCHES * config.optim.batch_size)
     fabric = make_fabric(config)
     held.enter_context(fast_kernels(fabric.device))
-    run = build_run(config, images, fabric)
+    run = build_run(config, images, fabric, fresh=False)
     set_learning_rate(run.optimizers, 0.0, run.rate)
     batches = endless_batches(run, channels_last=config.channels_last)
     return lambda: train_step(run, *next(batches)), run

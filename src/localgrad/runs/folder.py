@@ -249,13 +249,13 @@ class RunFolder:
                 return
             path.replace(f"{path}.damaged")
 
-    def save_model(self, weights: dict[str, Tensor]) -> None:
-        """Writes the weights under the model's own names."""
+    def save_model(self, weights: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+        """Writes the weights under the model's own names, and what the file says of itself."""
         from safetensors.torch import save
 
         state = {name: value.detach().cpu().contiguous().clone() for name, value in weights.items()}
         with atomic_write(self.model) as file:
-            file.write(save(state))
+            file.write(save(state, metadata))
 
     def load_model(self, model: nn.Module) -> None:
         """Loads the saved weights into a model.

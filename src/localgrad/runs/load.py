@@ -11,6 +11,7 @@ from localgrad.config.schema import TrainConfig
 from localgrad.data.transform import Transform
 from localgrad.errors import LocalGradError
 from localgrad.runs.folder import RunFolder
+from localgrad.runs.result import Result
 
 
 class LoadedRun(NamedTuple):
@@ -44,26 +45,24 @@ def load_run(run_dir: str | Path) -> LoadedRun:
     return LoadedRun(model.eval(), classes, Transform(config.data))
 
 
-def weights_metadata(
-    config: TrainConfig, num_classes: int, class_names: list[str] | None, version: str
-) -> dict[str, str]:
+def weights_metadata(config: TrainConfig, result: Result) -> dict[str, str]:
     """What `model.safetensors` says of itself, so that the file alone can be used.
 
     Args:
         config: of the run.
-        num_classes, class_names: of its images.
-        version: of localgrad.
+        result: of the same run.
     """
     data = config.data
     said = {
         "network": config.model.name,
         "depth": config.model.depth if config.model.name == "cifar_resnet" else None,
-        "num_classes": num_classes,
-        "classes": class_names,
+        "num_classes": result.num_classes,
+        "classes": result.class_names,
         "mean": list(data.mean),
         "std": list(data.std),
         "image_size": data.image_size,
         "resize": data.resize,
     }
     known = {name: value if isinstance(value, str) else json.dumps(value) for name, value in said.items()}
-    return {"format": "pt", "localgrad": version, **{name: text for name, text in known.items() if text != "null"}}
+    known["localgrad"] = result.versions["localgrad"]
+    return {"format": "pt", **{name: text for name, text in known.items() if text != "null"}}

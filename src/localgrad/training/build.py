@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from localgrad.config.build import build_blocks, build_model, build_optimizers
+from localgrad.config.networks import check_scores, is_own
 from localgrad.config.schema import TrainConfig
+from localgrad.config.weights import load_weights
 from localgrad.data.loading import load_images
 from localgrad.data.sets import ImageSet
 from localgrad.errors import LocalGradError
@@ -33,6 +35,8 @@ def build_run(
     images: tuple[ImageSet, ImageSet] | None = None,
     fabric: Fabric | None = None,
     say: Callable[[str], None] = logger.warning,
+    *,
+    fresh: bool = True,
 ) -> Run:
     """Makes the objects of a run, on their devices. Nothing is written.
 
@@ -43,6 +47,7 @@ def build_run(
         images: those to train and to test on; loaded as the config says unless given.
         fabric: devices and precision, not launched; made as the config says unless given.
         say: told what is going on and what is left out of the images, a sentence each, on rank 0.
+        fresh: whether to load the weights that the config says; a checkpoint will take their place otherwise.
 
     Raises:
         LocalGradError: the devices or images are not there or do not fit together, or the network cannot be cut so.
@@ -54,10 +59,18 @@ def build_run(
         raise LocalGradError(
             f"cuda_graph is on and the device is {device.type}: it takes a CUDA device; leave --cuda-graph out"
         )
-    images = images or load_images(config.data, say=say if fabric.is_global_zero else _ignore)
+    say = say if fabric.is_global_zero else _ignore
+    if images is None:
+        say(f"reading the images of {config.data.source}")
+        images = load_images(config.data, say=say)
     train, test = (_moved(each, device) for each in images)
     torch.manual_seed(config.seed)
+    say(f"building and cutting {config.model.name} for {train.num_classes} classes")
     model = build_model(config.model, train.num_classes)
+    if is_own(config.model):
+        check_scores(model, config.model.name, config.data.image_size, train.num_classes)
+    if fresh and (loaded := load_weights(model, config.model, train.num_classes)):
+        say(loaded)
     blocks = build_blocks(config, model, train.num_classes)
     for module in (model, *blocks):
         module.to(device)

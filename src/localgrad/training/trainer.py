@@ -19,6 +19,7 @@ from localgrad.parallel.processes import peer_failure_as_error, restarted
 from localgrad.parallel.shards import gathered_state
 from localgrad.planning.measure import measure_peak
 from localgrad.runs.folder import RunFolder
+from localgrad.runs.load import weights_metadata
 from localgrad.runs.provenance import provenance
 from localgrad.runs.result import Result
 from localgrad.training.build import build_run
@@ -76,7 +77,8 @@ def fit(
             folder.check(config, resume)  # before anything takes long
         with fast_kernels(fabric.device):
             say = _ignore if quiet else partial(print, file=sys.stderr, flush=True)
-            return train(build_run(config, images, fabric, say), folder, resume=resume, quiet=quiet)
+            fresh = not (resume and folder.has_checkpoint)
+            return train(build_run(config, images, fabric, say, fresh=fresh), folder, resume=resume, quiet=quiet)
 
 
 def _ignore(text: str) -> None:
@@ -95,7 +97,7 @@ def train(run: Run, folder: RunFolder, *, resume: bool = False, quiet: bool = Fa
                 save(run, folder)
         result, weights = _result(run), gathered_state(run.model.state_dict())
         if run.fabric.is_global_zero:
-            folder.save_model(weights)
+            folder.save_model(weights, weights_metadata(run.config, result))
             folder.save_result(result)
         run.fabric.barrier()
     return result
