@@ -388,7 +388,7 @@ def test_a_folder_is_known_by_its_absolute_path(tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     assert len(load_images(config)[0]) == 12
     monkeypatch.setattr(huggingface_hub, "get_session", pytest.fail)  # a name alone is never looked up anywhere
-    with pytest.raises(LocalGradError, match=r"'mine' is not a folder; .* has the folders 'here'\n.*OWNER/NAME"):
+    with pytest.raises(LocalGradError, match=r"'mine' is not a folder; .* has the folders 'here': .*OWNER/NAME"):
         load_images(replace(PLAIN, source="mine"))
 
 

@@ -112,8 +112,8 @@ def check_hub(source: str) -> None:
         exists = sorted(path.name for path in parent.iterdir() if path.is_dir() and not is_hidden(path.name))
         there = ", ".join(map(repr, exists[:20])) + (f" and {len(exists) - 20} more" if exists[20:] else "")
         raise LocalGradError(
-            f"--data {source!r} is not a folder; {parent} has the folders {there or '(none)'}\n"
-            "  Give a folder, or a hub name OWNER/NAME, as uoft-cs/cifar10."
+            f"--data {source!r} is not a folder; {parent} has the folders {there or '(none)'}: "
+            "give a folder, or a hub name OWNER/NAME, as uoft-cs/cifar10"
         )
     owner, name = source.split("/")
     cached = (
