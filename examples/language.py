@@ -3,9 +3,10 @@
     python examples/language.py --data path/to/shakespeare --out runs/e2e.json
     python examples/language.py --data any.txt --method local --layers 6 --blocks 3 --momentum man --out runs/man.json
 
-The data are a text file (its last tenth validates) or a folder with train.txt and validation.txt. The defaults are
-nanoGPT's small setting. The JSON holds the validation loss of the model and of every early exit, seconds of the
-training steps, the peak of the device's memory, and text from the whole model and from the first exit.
+The data are a text file (its last tenth validates), a folder with train.txt and validation.txt, or rows of text on the
+Hugging Face hub, as karpathy/tiny_shakespeare. The defaults are nanoGPT's small setting. The JSON holds the validation
+loss of the model and of every early exit, seconds of the training steps, the peak of the device's memory, and text from
+the whole model and from the first exit.
 """
 
 import argparse
@@ -84,9 +85,16 @@ class GPT(nn.Module):
 
 def read(path: Path) -> tuple[str, str]:
     """Training and validation text."""
-    if path.is_dir():
+    if path.is_file():
+        text = path.read_text()
+    elif path.is_dir():
         return (path / "train.txt").read_text(), (path / "validation.txt").read_text()
-    text = path.read_text()
+    elif str(path).count("/") == 1:
+        from datasets import load_dataset
+
+        text = "\n".join(load_dataset(str(path), split="train")["text"])
+    else:
+        raise SystemExit(f"--data is {path}, where nothing is: give a text file, a folder, or a hub name OWNER/NAME")
     return text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]
 
 
@@ -136,7 +144,7 @@ def early_exit(model: GPT, isolation: Any, options: argparse.Namespace, block: i
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="a text file, or a folder with train.txt")
+    parser.add_argument("--data", type=Path, required=True, help="a text file, a folder, or a hub name")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--method", choices=["e2e", "checkpointed", "local"], default="e2e")
     parser.add_argument("--blocks", type=int, default=3, help="K, for local")

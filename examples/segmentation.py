@@ -65,6 +65,10 @@ def read(folder: Path, split: str) -> tuple[Tensor, Tensor]:
 
         rows = [row for file in files for row in parquet.read_table(file).to_pylist()]
         pairs = [(io.BytesIO(row["image"]["bytes"]), io.BytesIO(row["mask"]["bytes"])) for row in rows]
+    elif not (folder / split / "images").is_dir():
+        raise SystemExit(
+            f"--data is {folder}, which has neither {split}-*.parquet nor {split}/images and {split}/masks"
+        )
     else:
         pairs = [(path, folder / split / "masks" / path.name) for path in sorted((folder / split / "images").iterdir())]
     images = [np.asarray(Image.open(image).convert("RGB")) for image, _ in pairs]

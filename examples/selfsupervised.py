@@ -75,13 +75,16 @@ class Encoder(nn.Module):
 
 def read(path: Path, split: str, count: int | None = None) -> tuple[Tensor, Tensor]:
     """The first images, or all, `(N, 3, H, W)` from 0 to 255, and labels `(N,)`."""
-    if path.suffix == ".npz":
+    files = sorted(path.glob(f"{split}-*.parquet"))
+    if not files and not path.is_file():
+        raise SystemExit(f"--data is {path}, which has no {split}-*.parquet and is no .npz")
+    if not files:
         with np.load(path) as arrays:
             images, labels = arrays[f"{split}_images"][:count], arrays[f"{split}_labels"][:count]
     else:
         import pyarrow.parquet as parquet
 
-        rows = [row for file in sorted(path.glob(f"{split}-*.parquet")) for row in parquet.read_table(file).to_pylist()]
+        rows = [row for file in files for row in parquet.read_table(file).to_pylist()]
         rows = rows[:count]
         encoded = [next(value for value in row.values() if isinstance(value, dict))["bytes"] for row in rows]
         images = np.stack([np.asarray(Image.open(io.BytesIO(each)).convert("RGB")) for each in encoded])

@@ -87,10 +87,24 @@ def test_language_validates_on_every_character(tmp_path: Path) -> None:
     assert loss == pytest.approx(float(expected))
 
 
+def test_language_reads_rows_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.load_dataset", lambda name, split: {"text": [name, split, "x" * 8]})
+    train, validation = language.read(Path("owner/name"))
+    assert train + validation == "owner/name\ntrain\nxxxxxxxx" and len(validation) == 3
+
+
+def test_data_that_are_not_there_are_named(tmp_path: Path) -> None:
+    for module in (segmentation, selfsupervised):
+        with pytest.raises(SystemExit, match="parquet"):
+            module.read(tmp_path / "nothing", "train")
+
+
 def test_language_reads_a_folder_and_refuses_flags_without_effect(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("abc")
     (tmp_path / "validation.txt").write_text("cab")
     assert language.read(tmp_path) == ("abc", "cab")
+    with pytest.raises(SystemExit, match="where nothing is"):
+        language.read(tmp_path / "nothing" / "here")
     for flags in ("--method local --blocks 7 --layers 6", "--method local --head private --depth 1"):
         with pytest.raises(SystemExit):
             language.parse(["--data", "x", "--out", "y", *flags.split()])
