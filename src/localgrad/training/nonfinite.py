@@ -128,13 +128,13 @@ class HostCheck:
     """
 
     def __init__(self, skips: Skips, optimizers: Sequence[Optimizer]) -> None:
-        self._skips, self._optimizers = skips, optimizers
+        self.skips, self._optimizers = skips, optimizers
         self._kept: list[Tensor] = []
         self._allowed = True
 
     def before(self) -> None:
         """Copies what a step changes outside the optimizers, where batches may be skipped."""
-        self._kept = _copies(self._skips)
+        self._kept = _copies(self.skips)
 
     def allow(self, losses: Tensor, norms: Tensor, first: int) -> bool:
         """Whether losses and gradient norms are finite on every rank that shares this batch.
@@ -145,21 +145,21 @@ class HostCheck:
             LocalGradError: the batch may not be skipped.
         """
         bad = _not_finite(losses, norms)
-        self._skips.placement.all_reduce_max(bad)
+        self.skips.placement.all_reduce_max(bad)
         self._allowed = not bad
         if self._allowed:
-            self._skips.reset()
+            self.skips.reset()
             return True
         for optimizer in self._optimizers:
             optimizer.zero_grad(set_to_none=True)
-        self._skips.add(self._skips.found(losses, norms, first))
+        self.skips.add(self.skips.found(losses, norms, first))
         return False
 
     @torch.no_grad()
     def after(self) -> None:
         """Puts running statistics back where the batch was skipped."""
         if self._kept and not self._allowed:
-            for tensor, before in zip(state_outside_optimizers(self._skips.blocks), self._kept, strict=True):
+            for tensor, before in zip(state_outside_optimizers(self.skips.blocks), self._kept, strict=True):
                 tensor.copy_(before)
 
     def report(self, losses: Tensor, norms: Tensor) -> None:
@@ -189,7 +189,7 @@ class DeviceCheck:
     """
 
     def __init__(self, skips: Skips, optimizers: Sequence[Optimizer], device: torch.device) -> None:
-        self._skips, self._optimizers = skips, optimizers
+        self.skips, self._optimizers = skips, optimizers
         self.closed = torch.zeros((), device=device)
         self._stopped = torch.zeros((), device=device)
         self._in_a_row = torch.zeros((), device=device)
@@ -202,19 +202,19 @@ class DeviceCheck:
     def before(self) -> None:
         """Copies what a step changes outside the optimizers, where batches may be skipped."""
         if not self._begun:  # not before, for a checkpoint may have been loaded
-            self._in_a_row.fill_(self._skips.state.skipped_in_a_row)
+            self._in_a_row.fill_(self.skips.state.skipped_in_a_row)
             for optimizer in self._optimizers:
                 _begin_momentum(optimizer)
             self._begun = True
-        self._kept = _copies(self._skips)
+        self._kept = _copies(self.skips)
 
     @torch.no_grad()
     def allow(self, losses: Tensor, norms: Tensor, first: int) -> bool:
         """Decides on the device whether the optimizers change anything; they may be called in any case."""
         bad = _not_finite(losses, norms)
-        self._skips.placement.all_reduce_max(bad)
+        self.skips.placement.all_reduce_max(bad)
         self._in_a_row.add_(1).mul_(bad)
-        self._stopped.logical_or_(self._in_a_row > self._skips.allowed)
+        self._stopped.logical_or_(self._in_a_row > self.skips.allowed)
         self.closed.copy_(torch.maximum(bad, self._stopped))
         return True
 
@@ -222,7 +222,7 @@ class DeviceCheck:
     def after(self) -> None:
         """Puts back what a step that may change nothing has changed outside the optimizers."""
         if self._kept:
-            for tensor, before in zip(state_outside_optimizers(self._skips.blocks), self._kept, strict=True):
+            for tensor, before in zip(state_outside_optimizers(self.skips.blocks), self._kept, strict=True):
                 tensor.copy_(torch.where(self.closed > 0, before, tensor))
 
     def report(self, losses: Tensor, norms: Tensor) -> None:
@@ -232,7 +232,7 @@ class DeviceCheck:
             LocalGradError: the step before was not finite, and may not be skipped.
         """
         self.settle()
-        self._open = self._skips.found(losses, norms), AsyncScalar(self.closed)
+        self._open = self.skips.found(losses, norms), AsyncScalar(self.closed)
 
     def if_allowed(self, values: Tensor) -> Tensor:
         """The values, or zeros where the step that was checked last changes nothing; decided on the device."""
@@ -249,9 +249,9 @@ class DeviceCheck:
             return
         found, closed = verdict
         if closed.read():
-            self._skips.add(found)
+            self.skips.add(found)
         else:
-            self._skips.reset()
+            self.skips.reset()
 
 
 def choose_check(skips: Skips, optimizers: Sequence[Optimizer], device: torch.device) -> HostCheck | DeviceCheck:
