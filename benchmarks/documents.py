@@ -9,6 +9,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import task_tables
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -159,6 +161,7 @@ TABLES = {
     "lean": lambda: lean_table(ROOT / "results" / "speed-resnet50.json"),
     "tried": lambda: tried_table(ROOT / "results" / "tried.json"),
     "block": lambda: block_table(ROOT / "results" / "scaling.json"),
+    **task_tables.tables(ROOT),
 }
 
 

@@ -53,8 +53,9 @@ def test_every_command_of_the_guide_exists(word: str) -> None:
     assert word in COMMANDS
 
 
-def test_the_figures_of_the_documents_are_those_of_the_results() -> None:
+def test_the_figures_of_the_documents_are_those_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
     path = Path(__file__).parents[1] / "benchmarks" / "documents.py"
+    monkeypatch.syspath_prepend(str(path.parent))
     spec = importlib.util.spec_from_file_location("documents", path)
     assert spec is not None
     assert spec.loader is not None

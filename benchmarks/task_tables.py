@@ -1,0 +1,173 @@
+"""Tables of what the examples found, from `results/tasks/`; `documents.py` writes them into the documentation."""
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+Result = dict[str, Any]
+
+
+def results(folder: Path, pattern: str) -> dict[str, list[Result]]:
+    """The results of each row, by its name without the seed, in the order of seeds."""
+    rows: dict[str, list[Result]] = {}
+    for path in sorted(folder.glob("*-seed*.json")):
+        name = re.sub(r"-seed\d+$", "", path.stem)
+        if re.fullmatch(pattern, name):
+            rows.setdefault(name, []).append(json.loads(path.read_text()))
+    return rows
+
+
+def mean(values: Sequence[float], digits: int) -> str:
+    """The mean, with the deviation over seeds where there are several."""
+    if len(values) < 2:
+        return f"{values[0]:.{digits}f}"
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def average(rows: Sequence[Result], field: str) -> float | None:
+    """The mean over seeds; None where it was not measured."""
+    values = [row[field] for row in rows if row[field] is not None]
+    return statistics.mean(values) if values else None
+
+
+def number(value: float | None, digits: int, unit: str = "") -> str:
+    return "" if value is None else f"{value:.{digits}f}{unit}"
+
+
+def closed(whole: float | None, local: float | None, loss: float) -> str:
+    """How much of the gap between plain local training and end-to-end is closed, where local training is behind."""
+    if whole is None or local is None or local - whole < LEAST_GAP or loss == local:
+        return ""
+    return f"{100 * (local - loss) / (local - whole):.0f} %"
+
+
+LEAST_GAP = 0.005
+"""Of the loss, below which a share of it says nothing."""
+LANGUAGE = {
+    "e2e": "end-to-end",
+    "checkpointed": "end-to-end, checkpointed",
+    "private": "private output layer",
+    "private-man": "private output layer, MAN",
+    "readout": "readout",
+    "depth1": "readout, one fresh layer",
+    "depth2": "readout, two fresh layers",
+    "bias": "readout, trained copy alone (bias only)",
+    "ema": "readout, EMA alone",
+    "man": "readout, MAN",
+    "residual": "readout, MAN with the residual path once",
+}
+PIXELS = {
+    "e2e": "end-to-end",
+    "checkpointed": "end-to-end, checkpointed",
+    "k2": "K = 2",
+    "k2-man": "K = 2, MAN",
+    "k4": "K = 4",
+    "k4-bias": "K = 4, trained copy alone (bias only)",
+    "k4-reconstruction": "K = 4, InfoPro's reconstruction",
+    "k4-man": "K = 4, MAN",
+    "k4-man-recompute": "K = 4, MAN, recomputed",
+    "e2e-wide": "end-to-end, whole images",
+    "k4-wide": "K = 4, whole images",
+    "k4-man-recompute-wide": "K = 4, MAN, recomputed, whole images",
+}
+STAGES = {
+    "e2e": "end-to-end",
+    "k4": "blockwise",
+    "k4-noise": "blockwise, noise",
+    "k4-bias": "blockwise, trained copy alone (bias only)",
+    "k4-man": "blockwise, MAN",
+    "k4-man-noise": "blockwise, MAN, noise",
+}
+
+
+def language_table(folder: Path, setting: str) -> str:
+    """Validation loss by number of blocks and head, with the share of the gap to end-to-end that is closed.
+
+    The gap is that of the plain readout at the same K, all by means over seeds.
+    """
+    rows = results(folder / "language", f"{setting}-.*")
+    whole = average(rows.get(f"{setting}-e2e", []), "validation_loss")
+    lines = [
+        "| blocks | head | n | validation loss | perplexity | to end-to-end | gap closed | first exit "
+        "| trained weights | seconds |",
+        "|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    order = list(LANGUAGE)
+    found = []
+    for name, runs in rows.items():
+        match = re.fullmatch(rf"{setting}-(?:k(\d+)-)?(.*)", name)
+        assert match is not None
+        found.append((int(match[1] or 1), order.index(match[2]), runs))
+    for blocks, kind, runs in sorted(found, key=lambda row: row[:2]):
+        loss = average(runs, "validation_loss")
+        assert loss is not None
+        exits = [run["exits"][0] for run in runs if run["exits"]]
+        cells = [
+            str(blocks),
+            LANGUAGE[order[kind]],
+            str(len(runs)),
+            mean([run["validation_loss"] for run in runs], 4),
+            number(average(runs, "perplexity"), 2),
+            "" if whole is None or order[kind] == "e2e" else f"{loss - whole:+.4f}",
+            closed(whole, average(rows.get(f"{setting}-k{blocks}-readout", []), "validation_loss"), loss),
+            mean(exits, 3) if exits else "",
+            f"{runs[0]['trained_parameters'] / 1e6:.2f} M",
+            number(average(runs, "seconds"), 0),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def segmentation_table(folder: Path) -> str:
+    """Mean IoU on the test set, and the peak beside end-to-end's."""
+    rows = results(folder / "segmentation", ".*")
+    whole = average(rows.get("e2e", []), "peak_mib")
+    lines = ["| training | n | mean IoU, % | peak, MiB | to end-to-end's | seconds |", "|---|--:|--:|--:|--:|--:|"]
+    for name in (name for name in PIXELS if name in rows):
+        runs, peak = rows[name], average(rows[name], "peak_mib")
+        share = "" if whole is None or peak is None else f"{100 * peak / whole:.0f} %"
+        ious = mean([run["mean_iou"] for run in runs], 2)
+        cells = [PIXELS[name], str(len(runs)), ious, number(peak, 0), share, number(average(runs, "seconds"), 0)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def selfsupervised_table(folder: Path) -> str:
+    """Accuracy of linear probes after each stage."""
+    rows = results(folder / "selfsupervised", ".*")
+    lines = [
+        "| training | n | stage 1 | stage 2 | stage 3 | stage 4, % | peak, MiB | seconds |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name in (name for name in STAGES if name in rows):
+        runs = rows[name]
+        stages = [mean([run["probe_accuracies"][stage] for run in runs], 1) for stage in range(4)]
+        cells = [STAGES[name], str(len(runs)), *stages]
+        cells += [number(average(runs, "peak_mib"), 0), number(average(runs, "seconds"), 0)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def language_memory_table(path: Path) -> str:
+    """Peaks of GPT-2 medium."""
+    lines = ["| training | blocks | peak, GiB | largest local block's | last block's |", "|---|--:|--:|--:|--:|"]
+    for row in json.loads(path.read_text())["rows"]:
+        local = number(row["largest_local_gib"], 2)
+        last = number(row["last_gib"], 2) if local else ""
+        lines.append(f"| {row['row']} | {row['blocks']} | {row['peak_gib']:.2f} | {local} | {last} |")
+    return "\n".join(lines)
+
+
+def tables(root: Path) -> dict[str, Callable[[], str]]:
+    """By the name of their marks in the documents."""
+    folder = root / "results" / "tasks"
+    return {
+        "language-small": lambda: language_table(folder, "small"),
+        "language-large": lambda: language_table(folder, "large"),
+        "language-memory": lambda: language_memory_table(root / "results" / "language_memory.json"),
+        "segmentation": lambda: segmentation_table(folder),
+        "selfsupervised": lambda: selfsupervised_table(folder),
+    }
