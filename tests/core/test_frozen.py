@@ -135,6 +135,47 @@ def test_a_unit_that_trains_nothing_cannot_be_followed() -> None:
 # Blocks that train nothing
 
 
+def test_a_block_that_trains_nothing_has_no_head_and_no_graph() -> None:
+    """The blocks after it train as they would on its features, computed by hand."""
+    torch.manual_seed(0)
+    model = cifar_resnet(14, NUM_CLASSES)
+    for part in (model.conv1, model.bn1, model.layer1):
+        part.requires_grad_(False)
+    blocks = blocks_of(model, man(), cuts=("layer1", "layer2"))
+    assert blocks[0].objective is blocks[0].momentum is blocks[0].criterion is None
+    assert blocks[1].objective is not None
+    assert blocks[1].momentum is not None
+    assert blocks[0].trainable_parameters() == []
+    twins = copy.deepcopy(blocks)
+    optimizers = optimizers_of(blocks)
+    assert optimizers[0] is None
+    optimizers[0] = []
+    inputs, targets = batch()
+    seen: list[bool] = []
+    blocks[0].body[-1].register_forward_hook(lambda module, arguments, output: seen.append(output.requires_grad))
+    losses = local_step(blocks, optimizers, inputs, targets)
+    assert seen == [False]
+    assert losses[0] == 0
+    features = twins[0].body(inputs)
+    expected = local_step(twins[1:], optimizers_of(twins[1:]), features, targets)
+    assert losses[1:] == expected
+    assert all(map(torch.equal, blocks[2].parameters(), twins[2].parameters()))
+    assert blocks[0].eval().local_logits(features) is None
+
+
+def test_a_last_block_that_trains_nothing_gives_its_loss_alone() -> None:
+    model = cifar_resnet(8, NUM_CLASSES)
+    model.layer3.requires_grad_(False)
+    model.fc.requires_grad_(False)
+    blocks = split(model, EXAMPLE, cuts=["layer2"], objective=DGL)
+    optimizers = optimizers_of(blocks)
+    assert optimizers[1] is None
+    before = model.conv1.weight.clone()
+    losses = local_step(blocks, optimizers, *batch())
+    assert losses[1] > 0
+    assert not torch.equal(before, model.conv1.weight)
+
+
 # Dtypes
 
 
@@ -163,6 +204,26 @@ def test_heads_have_the_type_of_the_features(dtype: torch.dtype, name: str) -> N
 
 
 # Modes, and tensors that modules keep
+
+
+def test_norms_that_are_kept_frozen_are_frozen_in_the_copies_too() -> None:
+    model = cifar_resnet(14, NUM_CLASSES)
+    norm = model.layer1[1].bn1.eval()
+    blocks = blocks_of(model, man())
+    copies: Any = blocks[0].momentum
+    assert not copies.bias.bn1.training
+    assert not copies.ema.bn1.training
+    assert copies.bias.bn2.training
+    for block in blocks:
+        block.train()
+    norm.eval()  # after a round of evaluation, as before it
+    statistics = copies.ema.bn1.running_mean.clone()
+    local_step(blocks, optimizers_of(blocks), *batch())
+    assert torch.equal(copies.ema.bn1.running_mean, statistics)
+    assert not torch.equal(copies.ema.bn2.running_mean, torch.zeros_like(copies.ema.bn2.running_mean))
+    norm.train()
+    local_step(blocks, optimizers_of(blocks), *batch())
+    assert not torch.equal(copies.ema.bn1.running_mean, statistics)
 
 
 class Keeps(nn.Module):

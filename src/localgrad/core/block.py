@@ -45,6 +45,15 @@ class Block(nn.Module):
         self._in_place = tuple(unit.module for unit in found if unit.writes_input)
         self._layers = [module for module in self.body.modules() if module._parameters]
         self._modes = [module for module in self.body if isinstance(module, TwoModes)]
+        # of the local step: the model that the block is of, what was checked, whether gradients wait for a later step
+        self.origin: Any = None
+        self.checked: Any = None
+        self.accumulates = False
+        self.takes: torch.Size | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles of a block are of no model, and unchecked."""
+        return {**self.__dict__, "origin": None, "checked": None}
 
     def forward(self, features: Tensor, targets: Any, inputs: Tensor, *, cut_loss: bool = False) -> tuple[Tensor, ...]:
         """Features before the block to features after it, and the block's loss.

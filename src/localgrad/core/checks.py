@@ -1,15 +1,39 @@
-"""What a local step checks of its blocks and optimizers."""
+"""What a local step checks of its blocks and optimizers: all of it once, then what may have changed."""
 
+import inspect
+import itertools
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
+from torch import nn
 from torch.optim import Optimizer
 
 from localgrad.core.block import Block
-from localgrad.errors import LocalGradError
+from localgrad.core.origin import Origin, slots
+from localgrad.errors import LocalGradError, SettingsError
+
+Optimizers = Optimizer | Sequence[Optimizer] | None
+"""What trains a block: an optimizer, several that share its parameters, or none where nothing is trained."""
 
 
-def check_optimizers(blocks: Sequence[Block], optimizers: Sequence[Optimizer]) -> None:
-    """Refuse optimizers that are not one a block."""
+def of_block(optimizers: Optimizers) -> tuple[Any, ...]:
+    """The optimizers of one block."""
+    if optimizers is None:
+        return ()
+    return tuple(optimizers) if isinstance(optimizers, list | tuple) else (optimizers,)
+
+
+def inner(block: nn.Module) -> Block:
+    """The block in its wrapper (data-parallel or compiled), or itself."""
+    if isinstance(block, nn.parallel.DistributedDataParallel):
+        return inner(block.module)
+    compiled = getattr(block, "_orig_mod", None)
+    return inner(compiled) if isinstance(compiled, nn.Module) else block  # pyright: ignore[reportReturnType]
+
+
+def check_optimizers(blocks: Sequence[nn.Module], optimizers: Sequence[Optimizers]) -> None:
+    """Refuse optimizers that are not one a block, or one sequence a block."""
     if isinstance(blocks, Block) or isinstance(optimizers, Optimizer) or not hasattr(optimizers, "__len__"):
         raise LocalGradError(
             f"blocks is a {type(blocks).__name__} and optimizers a {type(optimizers).__name__}: give two lists, "
@@ -24,20 +48,113 @@ def check_optimizers(blocks: Sequence[Block], optimizers: Sequence[Optimizer]) -
         )
 
 
-def check_parameters(index: int, block: Block, optimizer: Optimizer) -> None:
-    """Refuse an optimizer that steps what is not its block's, or leaves out what its block would train."""
-    groups = getattr(optimizer, "param_groups", None)
-    if groups is None:
-        raise LocalGradError(
-            f"optimizer {index} is a {type(optimizer).__name__}: give a torch optimizer for each block"
+def check_step(blocks: Sequence[nn.Module], optimizers: Sequence[Optimizers]) -> None:
+    """Refuse blocks and optimizers that would not train what is meant; cheap where nothing changed since it was asked.
+
+    Raises:
+        LocalGradError: a block is in evaluation mode, or no longer the model's; its optimizers have other parameters
+            than its own, leave one out, share one, or need a closure.
+    """
+    check_optimizers(blocks, optimizers)
+    own = [inner(block) for block in blocks]
+    for block in own:
+        block.check_training()
+        block.match_modes()
+    origins: dict[int, Origin] = {id(block.origin): block.origin for block in own if block.origin is not None}
+    known = all(
+        block.checked is not None and block.checked.holds(of_block(given))
+        for block, given in zip(own, optimizers, strict=True)
+    )
+    if not known or not all(origin.unchanged() for origin in origins.values()):
+        for origin in origins.values():
+            origin.check([block for block in own if block.origin is origin])
+        for index, (block, given) in enumerate(zip(own, optimizers, strict=True)):
+            check_parameters(index, block, of_block(given))
+            block.checked = Checked(block, of_block(given))
+    for index, block in enumerate(own):
+        if not block.accumulates and block.checked.has_gradients():
+            warnings.warn(
+                f"block {index} has gradients that no local step left, and this one adds to them: call "
+                "optimizer.zero_grad() before, if they are not meant to count",
+                stacklevel=3,
+            )
+
+
+class Checked:
+    """A block and its optimizers as they were when they were checked."""
+
+    def __init__(self, block: Block, optimizers: Sequence[Any]) -> None:
+        self._optimizers = tuple(optimizers)
+        self._groups = [(group["params"], len(group["params"])) for group in _groups(optimizers)]
+        self._flags = [(p, p.requires_grad, p.dtype) for p in block.parameters()]
+        self._slots = [slot for module in block.modules() for slot in slots(module)]
+
+    def has_gradients(self) -> bool:
+        """Whether a parameter has a gradient."""
+        return any(parameter.grad is not None for parameter, _, _ in self._flags)
+
+    def holds(self, optimizers: Sequence[Any]) -> bool:
+        """Whether nothing has changed since."""
+        groups = _groups(optimizers)
+        return (
+            len(optimizers) == len(self._optimizers)
+            and all(given is known for given, known in zip(optimizers, self._optimizers, strict=True))
+            and len(groups) == len(self._groups)
+            and all(
+                group["params"] is known and len(known) == size
+                for group, (known, size) in zip(groups, self._groups, strict=True)
+            )
+            and all(p.requires_grad is trains and p.dtype is dtype for p, trains, dtype in self._flags)
+            and all(holder.get(name) is value for holder, name, value in self._slots)
         )
-    given = {id(parameter) for group in groups for parameter in group["params"]}
+
+
+def _groups(optimizers: Sequence[Any]) -> list[dict[str, Any]]:
+    return [group for optimizer in optimizers for group in getattr(optimizer, "param_groups", ())]
+
+
+def check_parameters(index: int, block: Block, optimizers: Sequence[Any]) -> None:
+    """Refuse optimizers that step what is not their block's, leave out what it would train, or share a parameter."""
+    for optimizer in optimizers:
+        _check_kind(index, optimizer)
+    given = [parameter for group in _groups(optimizers) for parameter in group["params"]]
+    if len({id(parameter) for parameter in given}) < len(given):
+        raise SettingsError(
+            f"the {len(optimizers)} optimizers of block {index} share a parameter, which would be stepped twice: give "
+            "each its own, as those with two dimensions to one and the rest to another"
+        )
     own = {id(parameter): parameter.requires_grad for parameter in block.parameters()}
-    foreign = len(given - own.keys())
-    missing = sum(trains and key not in given for key, trains in own.items())
-    if foreign or missing:
+    foreign = [parameter for parameter in given if id(parameter) not in own]
+    present = {id(parameter) for parameter in given}
+    missing = sum(trains and key not in present for key, trains in own.items())
+    if not (foreign or missing):
+        return
+    gone = [] if block.origin is None else block.origin.gone(foreign)
+    if gone:
         raise LocalGradError(
-            f"optimizer {index} has {foreign} parameters that are not of block {index} and lacks {missing} that are: "
-            "give each block an optimizer over its own, as SGD(block.trainable_parameters(), lr=0.1), and what is not "
-            "to be trained requires_grad_(False)"
+            f"the optimizer of block {index} has {len(gone)} parameters that the model no longer has, {gone[0]!r} "
+            "first: they were replaced since it was made (load_state_dict(assign=True), an adapter, another device); "
+            "make the optimizers after such changes"
+        )
+    what = f"optimizer {index} has" if optimizers else f"optimizer {index} is None, which has"
+    raise LocalGradError(
+        f"{what} {len(foreign)} parameters that are not of block {index} and lacks {missing} that are: "
+        "give each block an optimizer over its own, as SGD(block.trainable_parameters(), lr=0.1), and what is not "
+        "to be trained requires_grad_(False)"
+    )
+
+
+def _check_kind(index: int, optimizer: Any) -> None:
+    """Refuse what is no optimizer, or computes the loss again."""
+    if not hasattr(optimizer, "param_groups") or not callable(getattr(optimizer, "step", None)):
+        raise LocalGradError(
+            f"optimizer {index} is a {type(optimizer).__name__}: give a torch optimizer for each block, or a list of "
+            "them that share its parameters, or None where nothing is trained"
+        )
+    arguments = itertools.islice(inspect.signature(optimizer.step).parameters.values(), 1)
+    needs = next((a for a in arguments if a.default is a.empty and a.kind is a.POSITIONAL_OR_KEYWORD), None)
+    if needs is not None:
+        raise SettingsError(
+            f"optimizer {index} is a {type(optimizer).__name__}, whose step takes a {needs.name} that computes the "
+            "loss again: a local step computes it once; give an optimizer whose step() needs none, as SGD or AdamW"
         )

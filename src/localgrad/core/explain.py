@@ -1,92 +1,134 @@
-"""Errors of a batch, in words of the batch."""
+"""Errors of a batch, in words of the batch: found from the values that were given, not from what PyTorch says."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from localgrad.core.block import Block
-from localgrad.errors import LocalGradError
+from localgrad.core.trees import leaves
+from localgrad.errors import DoesNotFitError, LocalGradError
 
-MISFITS = ("shapes cannot be multiplied", "must match the size of tensor")
-"""What PyTorch says of a layer that gets features of another shape."""
+DEVICE_ASSERT = 710
+"""CUDA's code for a kernel that stopped at an assertion, such as a class that does not exist."""
 
 
-class OutOfMemoryError(LocalGradError, torch.OutOfMemoryError):
+class OutOfMemoryError(DoesNotFitError, torch.OutOfMemoryError):
     """A block that does not fit into the device's memory; torch's error too, for what makes batches smaller on that."""
 
 
-def inner(block: nn.Module) -> Block:
-    """The block in its data-parallel wrapper, or itself."""
-    return block.module if isinstance(block, nn.parallel.DistributedDataParallel) else block  # pyright: ignore
+@contextmanager
+def explaining(block: Block, index: int, num_blocks: int, inputs: Tensor, targets: Any, first: bool) -> Iterator[None]:
+    """Say of an error inside which block it is, and what about the batch does not fit it, where that can be told.
+
+    Args:
+        block: the one that runs.
+        index: its place.
+        num_blocks: how many there are.
+        inputs: the batch.
+        targets: likewise.
+        first: whether the block takes the inputs themselves.
+    """
+    names = f"{block.names[0]} to {block.names[-1]}"
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryError(
+            f"block {index + 1} of {num_blocks} ({names}) does not fit into memory with {len(inputs)} samples "
+            f"({'. '.join(str(error).split('. ')[:2])})"
+        ) from error
+    except (IndexError, ValueError, RuntimeError) as error:
+        if isinstance(error, LocalGradError) or of_another_process(error):
+            raise
+        reason = _stopped(error, index)
+        if reason is None and not isinstance(error, torch.AcceleratorError):
+            reason = _misfit(error, block, index, inputs, targets, first)
+        if reason is None:
+            error.add_note(f"in block {index} of {num_blocks} ({names}), with inputs of shape {tuple(inputs.shape)}")
+            raise
+        raise LocalGradError(f"{reason} ({' '.join(str(error).split())[:200]})") from error
 
 
-def explained(
-    error: Exception, block: Block, index: int, inputs: Tensor, targets: Tensor, is_first: bool
-) -> LocalGradError | None:
-    """The error of a batch that cannot be trained on, in words of the batch; None for any other."""
-    text = " ".join(str(error).split())[:300]
-    if isinstance(error, LocalGradError):
+def _stopped(error: Exception, index: int) -> str | None:
+    """What stopped the GPU; every later call fails too, so that nothing more can be found out."""
+    if not isinstance(error, torch.AcceleratorError) or getattr(error, "error_code", None) != DEVICE_ASSERT:
         return None
-    if len(targets) != len(inputs) if targets.ndim and inputs.ndim else targets.ndim != inputs.ndim:
-        return LocalGradError(
-            f"inputs are {tuple(inputs.shape)} and targets {tuple(targets.shape)}: give one target a sample"
-        )
-    if "CUDA error" in text:  # every later call fails too, so that nothing can be found out
-        if "device-side assert" not in text:
-            return None
-        return LocalGradError(
-            f"the GPU stopped in block {index} or before ({text}); most often a class in targets is not below the "
-            "number of classes: CUDA_LAUNCH_BLOCKING=1 shows the place, and the process has to be started again"
-        )
-    weight = next(block.parameters(), inputs)
-    for name, tensor in (("inputs", inputs), ("targets", targets)):
-        if tensor.device != weight.device:
-            return LocalGradError(
-                f"{name} are on {tensor.device} and block {index} is on {weight.device}: move them there, "
-                f"{name}.to({str(weight.device)!r})"
+    return (
+        f"the GPU stopped in block {index} or before; most often a class in targets is not below the number of "
+        "classes: CUDA_LAUNCH_BLOCKING=1 shows the place, and the process has to be started again"
+    )
+
+
+def _misfit(error: Exception, block: Block, index: int, inputs: Tensor, targets: Any, first: bool) -> str | None:
+    """What about the batch does not fit the block."""
+    labels = [leaf for leaf in leaves(targets) if isinstance(leaf, Tensor)]
+    for tensor in labels:
+        if tensor.shape[:1] != inputs.shape[:1]:
+            shapes = f"inputs are {tuple(inputs.shape)} and targets {tuple(tensor.shape)}"
+            return f"{shapes}: give one target a sample"
+    weights = [parameter for parameter in block.parameters() if parameter.is_floating_point()]
+    given = [("inputs", inputs), *(("targets", tensor) for tensor in labels)]
+    for name, tensor in given if weights else ():
+        if tensor.device != weights[0].device:
+            return (
+                f"{name} are on {tensor.device} and block {index} is on {weights[0].device}: move them there, "
+                f"{name}.to({str(weights[0].device)!r})"
             )
-    if inputs.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
-        return LocalGradError(
-            f"inputs are {inputs.dtype} and the weights of block {index} {weight.dtype}: give inputs.to({weight.dtype})"
+    dtypes = {weight.dtype for weight in weights}
+    autocast = bool(weights) and torch.is_autocast_enabled(weights[0].device.type)
+    if dtypes and inputs.is_floating_point() and inputs.dtype not in dtypes and not autocast:
+        return (
+            f"inputs are {inputs.dtype} and the weights of block {index} {weights[0].dtype}: "
+            f"give inputs.to({weights[0].dtype})"
         )
-    if ("target" in text or "one_hot" in text) and not isinstance(error, IndexError):
-        return LocalGradError(
-            f"targets are {targets.dtype} of shape {tuple(targets.shape)} ({text}): give one class a sample, "
-            "(N,) of torch.int64, as targets.long()"
+    if block.takes is not None and inputs.shape[1:] != block.takes and _is_of_shapes(error, block, inputs, first):
+        return (
+            f"inputs are {tuple(inputs.shape)} and the model was split for (N, {', '.join(map(str, block.takes))}): "
+            f"block {index} ({block.names[0]} to {block.names[-1]}) or its objective takes no other shape; "
+            "give batches of that shape, or another objective"
         )
-    if isinstance(error, IndexError) and "out of bounds" in text and not targets.is_floating_point():
-        return LocalGradError(
-            f"targets hold classes {int(targets.min())} to {int(targets.max())}, and one of them is not among the "
-            f"classes of block {index} ({text}): build model and objective with num_classes above every label"
+    return _label_misfit(error, block, index, inputs, labels)
+
+
+def _label_misfit(error: Exception, block: Block, index: int, inputs: Tensor, labels: list[Tensor]) -> str | None:
+    classes = [tensor for tensor in labels if tensor.numel() and not tensor.is_floating_point()]
+    if isinstance(error, IndexError) and classes:  # what indexing by a class that does not exist raises
+        low, high = int(classes[0].min()), int(classes[0].max())
+        return (
+            f"targets hold classes {low} to {high}, and one of them is not among the classes of block {index}: build "
+            "model and objective with num_classes above every label, or give a criterion that ignores it"
         )
-    if "more than 1 value per channel" in text:
-        return LocalGradError(
-            f"a batch of {inputs.shape[0]} leaves a batch norm of block {index} one value a channel ({text}): "
-            "give at least two samples; a loader's drop_last=True leaves out a last batch of one"
+    norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if isinstance(error, ValueError) and len(inputs) == 1 and any(norm.training for norm in norms):
+        return (
+            f"a batch of 1 leaves a batch norm of block {index} one value a channel: give at least two samples; "
+            "a loader's drop_last=True leaves out a last batch of one"
         )
-    if is_first and _body_fails(block, inputs):
-        return LocalGradError(
-            f"inputs of shape {tuple(inputs.shape)} do not fit the first block ({block.names[0]} to "
-            f"{block.names[-1]}): {text}; give batches of the shape that the model was split for"
-        )
-    if any(words in text for words in MISFITS):
-        return LocalGradError(
-            f"features of inputs of shape {tuple(inputs.shape)} do not fit block {index} ({block.names[0]} to "
-            f"{block.names[-1]}) or its objective: {text}; give batches of the shape that the model was split for"
+    if block.criterion is torch.nn.functional.cross_entropy and labels:
+        return (
+            f"targets are {labels[0].dtype} of shape {tuple(labels[0].shape)} under softmax cross-entropy, of block "
+            f"{index}: give one class a sample, (N,) of torch.int64, as targets.long(), or probabilities (N, C)"
         )
     return None
 
 
 @torch.no_grad()
-def _body_fails(block: Block, inputs: Tensor) -> bool:
-    """Whether it is the block's body that cannot take the inputs, and not its objective."""
+def _is_of_shapes(error: Exception, block: Block, inputs: Tensor, first: bool) -> bool:
+    """Whether it is the shape that fails: of the inputs in the body of the first block, or of features in a head."""
+    if isinstance(error, IndexError) or (isinstance(error, ValueError) and len(inputs) == 1):
+        return False
+    if not first:
+        return True
     try:
         block.body(inputs)
     except Exception:  # the one that is being explained, whatever its class
         return True
-    return False
+    return block.objective is not None
 
 
 def of_another_process(error: Exception) -> bool:
-    """Whether torch.distributed says with it that another process is gone."""
+    """Whether torch.distributed says with it that another process is gone; gloo has no class of error for that."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

@@ -58,10 +58,11 @@ class MomentumAuxiliary(nn.Module):
         self._due: tuple[list[Tensor], tuple[int, ...]] | None = None
         self._source_writes_input, self._inputs = source[0].writes_input, source[0].inputs
         # tuples are not registered: the next block's modules are not this module's
-        units = tuple(unit.module for unit in source)
+        self._units = units = tuple(unit.module for unit in source)
         copies = [branch for branch in (bias, ema) if isinstance(branch, nn.Module) and branch is not lightweight]
         self._modes = tuple(pair for branch in copies for pair in _pairs(branch, units))
         self._averaged = () if ema is None else tuple(_trained(_pairs(ema, units)))
+        self._made_of = self._structure()
 
     def forward(self, features: Tensor, call: Call = nn.Module.__call__) -> Tensor:
         """Features of the block, `(N, C, H, W)` or `(N, L, D)`, as the next block's first unit sees them.
@@ -129,6 +130,15 @@ class MomentumAuxiliary(nn.Module):
         if self._averaged:
             followed = self.followed() if towards is None else towards
             get_ema_multi_avg_fn(self.decay)(self.averages(), followed, 0)  # pyright: ignore
+
+    def _structure(self) -> list[object]:
+        """What the copies were made of: the units' modules, and which of their parameters are trained."""
+        modules = [module for unit in self._units for module in unit.modules()]
+        return [*modules, *(p.requires_grad for module in modules for p in module.parameters(recurse=False))]
+
+    def is_current(self) -> bool:
+        """Whether the next block's units are made and trained as they were when they were copied."""
+        return self._structure() == self._made_of
 
     def match_modes(self) -> None:
         """Put each module of the copies in the mode of the module that it copies, as norms that are kept frozen are."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from localgrad.core.auxiliary import build_auxiliary
 from localgrad.core.block import Block
 from localgrad.core.momentum import Momentum
+from localgrad.core.origin import Origin
 from localgrad.core.partition import cut_by_cost, cut_evenly
 from localgrad.core.site import Criterion, Objective
 from localgrad.core.units import Unit, find_unit, match_mode, units
@@ -107,8 +108,10 @@ def split(
         blocks.append(Block(run, *auxiliary, None, recompute))
     blocks.append(Block(runs[-1], None, None, criterion, recompute))
     match_mode(blocks, model)
+    origin = Origin(model, blocks)
     for block in blocks:
         block.match_modes()
+        block.origin, block.takes = origin, example.shape[1:]
     return blocks
 
 

@@ -1,0 +1,108 @@
+"""The model that blocks were split from: noticed when it no longer has what they hold."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from localgrad.core.momentum import MomentumAuxiliary
+from localgrad.errors import LocalGradError
+
+WAY_OUT = "make such changes first, then split, then make the optimizers"
+HALF = (torch.float16, torch.bfloat16)
+
+
+class Origin:
+    """What blocks hold of a model, and where the model has it.
+
+    `load_state_dict(assign=True)`, a new layer, a converted norm, an adapter or a cast after `split` leave blocks with
+    modules, parameters or buffers that are no longer the model's, or with auxiliary networks of another kind.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Sequence[Any]) -> None:
+        self.model = model
+        held = {module for block in blocks for module in block.body.modules()}
+        own = dict(model.named_modules())
+        self.modules = {module: name for name, module in own.items() if module in held}
+        self.parameters = {parameter: name for name, parameter in model.named_parameters()}
+        self.dtypes = {p: p.dtype for block in blocks for p in block.parameters() if p.is_floating_point()}
+        self._slots = [slot for module in own.values() if module not in held for slot in slots(module)]
+        places = {buffer: (module, name) for module in own.values() for name, buffer in module._buffers.items()}
+        self.buffers: dict[Tensor, str] = {}
+        for module in held - own.keys() - set(own.values()):  # what a piece holds that no module of the model does
+            for buffer in module.buffers(recurse=False):
+                if buffer in places:
+                    owner, name = places[buffer]
+                    self.buffers[buffer] = name
+                    self._slots.append((owner._buffers, name, buffer))
+
+    def unchanged(self) -> bool:
+        """Whether the model's own modules, outside of the blocks, have what they had; looks at each name once."""
+        return all(holder.get(name) is value for holder, name, value in self._slots)
+
+    def gone(self, parameters: Sequence[nn.Parameter]) -> list[str]:
+        """Names of those that were the model's at split and are not now."""
+        present = set(self.model.parameters())
+        return [self.parameters[p] for p in parameters if p in self.parameters and p not in present]
+
+    def check(self, blocks: Sequence[Any]) -> None:
+        """Refuse blocks that are no longer the model's.
+
+        Raises:
+            LocalGradError: a block holds a module, parameter or buffer that the model no longer has, a momentum copies
+                what has changed since, or a part of the blocks was cast.
+        """
+        modules, parameters = set(self.model.modules()), set(self.model.parameters())
+        buffers = set(self.model.buffers())
+        for index, block in enumerate(blocks):
+            kinds: list[tuple[str, Any, set[Any], dict[Any, str]]] = [
+                ("module", block.body.modules(), modules, self.modules),
+                ("parameter", block.body.parameters(), parameters, self.parameters),
+                ("buffer", block.body.buffers(), buffers, self.buffers),
+            ]
+            for kind, found, present, names in kinds:
+                gone = [names[value] for value in found if value in names and value not in present]
+                if gone:
+                    raise LocalGradError(
+                        f"block {index} holds {len(gone)} {kind}{'s' * (len(gone) > 1)} that the model no longer has, "
+                        f"{gone[0]!r} first: replaced since split (load_state_dict(assign=True), a new layer, a "
+                        f"converted norm, a cast); {WAY_OUT}"
+                    )
+            self._check_momentum(index, block)
+        self._check_casts(blocks)
+        held = {module for block in blocks for module in block.body.modules()}
+        self._slots = [slot for module in modules - held for slot in slots(module)] + [
+            slot for slot in self._slots if isinstance(slot[2], Tensor) and slot[2] in self.buffers
+        ]
+
+    def _check_momentum(self, index: int, block: Any) -> None:
+        if isinstance(block.momentum, MomentumAuxiliary) and not block.momentum.is_current():
+            raise LocalGradError(
+                f"the units that the momentum of block {index} copies have changed since split (requires_grad, an "
+                f"adapter, a replaced layer), and the copies are of what they were; {WAY_OUT}"
+            )
+
+    def _check_casts(self, blocks: Sequence[Any]) -> None:
+        now = [p for block in blocks for p in block.parameters() if p in self.dtypes]
+        cast = [p for p in now if p.dtype != self.dtypes[p]]
+        if cast and len(cast) < len(now):
+            raise LocalGradError(
+                f"{len(cast)} of the blocks' {len(now)} parameters are {cast[0].dtype} and were "
+                f"{self.dtypes[cast[0]]} at split, so that bodies and auxiliary networks do not fit together: cast the "
+                "model first, then split, or compute under autocast"
+            )
+        for block in blocks:
+            averaged = block.momentum.followed() if isinstance(block.momentum, MomentumAuxiliary) else []
+            if cast and averaged and averaged[0].dtype in HALF and 0 < block.momentum.decay < 1:
+                raise LocalGradError(
+                    f"the weights were cast to {averaged[0].dtype} since split, in which an average with decay "
+                    f"{block.momentum.decay} stands still: keep them in float32 and compute under autocast"
+                )
+        self.dtypes = {p: p.dtype for p in now}
+
+
+def slots(module: nn.Module) -> list[tuple[dict[str, Any], str, Any]]:
+    """Where a module keeps its children and parameters: the dictionary, the name and what is there now."""
+    holders: tuple[dict[str, Any], ...] = (module._modules, module._parameters)
+    return [(holder, name, value) for holder in holders for name, value in holder.items()]
