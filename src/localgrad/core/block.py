@@ -82,9 +82,10 @@ class Block(nn.Module):
         if self.objective is None:
             nothing = torch.zeros((), device=features.device)
             return nothing if self.criterion is None else self.criterion(features, targets)
-        version = features._version
+        compiling = torch.compiler.is_compiling()  # a version is nothing that can be compiled
+        version = 0 if compiling else features._version
         loss = self.objective(self._mixed(features), targets, inputs)
-        if features._version != version:
+        if not compiling and features._version != version:
             raise LocalGradError(
                 f"the objective of block {self.names[0]}..{self.names[-1]} changes its features in place, and the next "
                 "block would get them changed: start it without inplace=True, or with features.clone()"

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from localgrad.core.momentum import MomentumAuxiliary
 from localgrad.errors import LocalGradError
@@ -29,13 +29,17 @@ class Origin:
         self.dtypes = {p: p.dtype for block in blocks for p in block.parameters() if p.is_floating_point()}
         self._slots = [slot for module in own.values() if module not in held for slot in slots(module)]
         places = {buffer: (module, name) for module in own.values() for name, buffer in module._buffers.items()}
-        self.buffers: dict[Tensor, str] = {}
-        for module in held - own.keys() - set(own.values()):  # what a piece holds that no module of the model does
-            for buffer in module.buffers(recurse=False):
-                if buffer in places:
-                    owner, name = places[buffer]
-                    self.buffers[buffer] = name
-                    self._slots.append((owner._buffers, name, buffer))
+        # what a piece of the traced model holds itself, and the module of the model that has it
+        self.buffers = [
+            (piece, name, *places[buffer])
+            for piece in held - set(own.values())
+            for name, buffer in piece._buffers.items()
+            if buffer in places
+        ]
+        self._slots += self._buffer_slots()
+
+    def _buffer_slots(self) -> list[tuple[dict[str, Any], str, Any]]:
+        return [(owner._buffers, name, owner._buffers.get(name)) for _, _, owner, name in self.buffers]
 
     def unchanged(self) -> bool:
         """Whether the model's own modules, outside of the blocks, have what they had; looks at each name once."""
@@ -47,19 +51,19 @@ class Origin:
         return [self.parameters[p] for p in parameters if p in self.parameters and p not in present]
 
     def check(self, blocks: Sequence[Any]) -> None:
-        """Refuse blocks that are no longer the model's.
+        """Refuse blocks that are no longer the model's; give them the buffers that it has now.
 
         Raises:
-            LocalGradError: a block holds a module, parameter or buffer that the model no longer has, a momentum copies
-                what has changed since, or a part of the blocks was cast.
+            LocalGradError: a block holds a module or parameter that the model no longer has, a momentum copies what has
+                changed since, or a part of the blocks was cast.
         """
         modules, parameters = set(self.model.modules()), set(self.model.parameters())
-        buffers = set(self.model.buffers())
+        for piece, name, owner, owner_name in self.buffers:
+            piece._buffers[name] = owner._buffers.get(owner_name)
         for index, block in enumerate(blocks):
             kinds: list[tuple[str, Any, set[Any], dict[Any, str]]] = [
                 ("module", block.body.modules(), modules, self.modules),
                 ("parameter", block.body.parameters(), parameters, self.parameters),
-                ("buffer", block.body.buffers(), buffers, self.buffers),
             ]
             for kind, found, present, names in kinds:
                 gone = [names[value] for value in found if value in names and value not in present]
@@ -72,9 +76,7 @@ class Origin:
             self._check_momentum(index, block)
         self._check_casts(blocks)
         held = {module for block in blocks for module in block.body.modules()}
-        self._slots = [slot for module in modules - held for slot in slots(module)] + [
-            slot for slot in self._slots if isinstance(slot[2], Tensor) and slot[2] in self.buffers
-        ]
+        self._slots = [slot for module in modules - held for slot in slots(module)] + self._buffer_slots()
 
     def _check_momentum(self, index: int, block: Any) -> None:
         if isinstance(block.momentum, MomentumAuxiliary) and not block.momentum.is_current():

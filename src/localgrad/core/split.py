@@ -13,7 +13,8 @@ from localgrad.core.momentum import Momentum
 from localgrad.core.origin import Origin
 from localgrad.core.partition import cut_by_cost, cut_evenly
 from localgrad.core.site import Criterion, Objective
-from localgrad.core.units import Unit, find_unit, match_mode, units
+from localgrad.core.units import Unit, check_model, find_unit, match_mode, units
+from localgrad.core.wrapped import unwrapped
 from localgrad.errors import LocalGradError
 
 Balance = Literal["memory", "compute", "count"]
@@ -78,6 +79,8 @@ def split(
         raise LocalGradError(f"criterion is {criterion!r}: give a function of scores and targets, as F.cross_entropy")
     if cuts is not None and not (isinstance(cuts, list | tuple) and all(isinstance(name, str) for name in cuts)):
         raise LocalGradError(f'cuts is {cuts!r}: give a list of names, as ["layer1"]; `units` lists them')
+    check_model(model)
+    model = unwrapped(model)
     found = units(model, example, names)
     if cuts is not None:
         ends = cut_positions(found, cuts)

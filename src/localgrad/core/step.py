@@ -282,7 +282,7 @@ def apply_updates(
                 step(optimizer)
             except (AssertionError, TypeError) as error:
                 raise SettingsError(
-                    f"the step of block {index}'s {type(optimizer).__name__} failed ({type(error).__name__}: {error}): "
+                    f"the step of block {index}'s {type(optimizer).__name__} failed ({' '.join(str(error).split())}): "
                     "a local step calls step() without a closure; give an optimizer that needs none, as SGD or AdamW"
                 ) from error
         for optimizer in of:

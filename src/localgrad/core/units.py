@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from localgrad.core.tracing import check_composition, seeded, traced, two_samples
+from localgrad.core.wrapped import unwrapped
 from localgrad.errors import LocalGradError
 
 
@@ -58,11 +59,12 @@ def units(model: nn.Module, example: Tensor, names: Sequence[str] | None = None)
         LocalGradError: the model cannot be traced or run on the example, or `names` do not compose to it.
     """
     check_model(model)
+    model = unwrapped(model)
     check_example(example)
     with _left_as_it_is(model), torch.no_grad():
         inputs = example
         if not example.is_meta:
-            inputs = torch.randn(example.shape, generator=torch.Generator().manual_seed(0)).to(example)
+            inputs = torch.randn(example.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(example)
         pieces = traced(model, inputs) if names is None else _named(model, inputs, names)
         found = _measured(pieces, inputs, check_composition(model, pieces, inputs))
     match_mode((unit.module for unit in found), model)

@@ -1,0 +1,49 @@
+"""Models that come in a wrapper, or without their weights: unwrapped with a word, or refused with what to do."""
+
+import warnings
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.optim.swa_utils import AveragedModel
+
+from localgrad.errors import LocalGradError
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside what `torch.compile` gives; anything else as it is.
+
+    Raises:
+        LocalGradError: the model is in a data-parallel wrapper, an average, a script, or has lazy layers without
+            weights.
+    """
+    compiled = getattr(model, "_orig_mod", None)
+    if isinstance(compiled, nn.Module):
+        warnings.warn(
+            f"the model is compiled as a whole: {type(compiled).__name__} inside is used, not compiled; compile the "
+            "blocks instead, block.compile()",
+            stacklevel=4,
+        )
+        return unwrapped(compiled)
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        raise LocalGradError(
+            f"model is a {type(model).__name__}, which would average gradients that blocks do not have: give the "
+            "model inside, model.module, before it is wrapped, and wrap each block: DistributedDataParallel(block)"
+        )
+    if isinstance(model, AveragedModel):
+        raise LocalGradError(
+            "model is an AveragedModel, whose weights are averages that nobody trains: give the model itself, and "
+            "call update_parameters(model) after each step as before"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise LocalGradError(
+            f"model is a {type(model).__name__}, which shows no forward pass to cut: give the module that it was "
+            "scripted from"
+        )
+    lazy = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if is_lazy(tensor)]
+    if lazy:
+        raise LocalGradError(
+            f"{lazy[0]!r} and {len(lazy) - 1} more are of lazy layers and have no values yet: run the model on a batch "
+            "once, model(batch), then give it"
+        )
+    return model
