@@ -141,7 +141,8 @@ def test_a_block_that_trains_nothing_has_no_head_and_no_graph() -> None:
     model = cifar_resnet(14, NUM_CLASSES)
     for part in (model.conv1, model.bn1, model.layer1):
         part.requires_grad_(False)
-    blocks = blocks_of(model, man(), cuts=("layer1", "layer2"))
+    with pytest.warns(UserWarning, match=r"block 0 \(conv1 to layer1\.1\) trains nothing: .* None"):
+        blocks = blocks_of(model, man(), cuts=("layer1", "layer2"))
     assert blocks[0].objective is blocks[0].momentum is blocks[0].criterion is None
     assert blocks[1].objective is not None
     assert blocks[1].momentum is not None

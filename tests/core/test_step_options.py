@@ -109,6 +109,18 @@ def test_optimizers_that_cannot_train_a_block_are_refused(make: Callable[..., An
     assert all(p.grad is None for block in blocks for p in block.parameters())
 
 
+def test_schedulers_and_groups_need_no_other_step() -> None:
+    blocks = blocks_of()
+    optimizers = [
+        torch.optim.AdamW([{"params": [parameter]} for parameter in block.trainable_parameters()]) for block in blocks
+    ]
+    schedulers = [torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=5) for optimizer in optimizers]
+    for _ in range(2):
+        local_step(blocks, optimizers, *batch())
+        for scheduler in schedulers:
+            scheduler.step()
+
+
 def test_what_changes_after_the_first_step_is_noticed() -> None:
     blocks = blocks_of()
     optimizers = sgd(blocks)

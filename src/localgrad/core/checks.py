@@ -1,7 +1,6 @@
 """What a local step checks of its blocks and optimizers: all of it once, then what may have changed."""
 
 import inspect
-import itertools
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -151,10 +150,10 @@ def _check_kind(index: int, optimizer: Any) -> None:
             f"optimizer {index} is a {type(optimizer).__name__}: give a torch optimizer for each block, or a list of "
             "them that share its parameters, or None where nothing is trained"
         )
-    arguments = itertools.islice(inspect.signature(optimizer.step).parameters.values(), 1)
-    needs = next((a for a in arguments if a.default is a.empty and a.kind is a.POSITIONAL_OR_KEYWORD), None)
-    if needs is not None:
+    # of the class: schedulers put a step of another signature on the optimizer
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
         raise SettingsError(
-            f"optimizer {index} is a {type(optimizer).__name__}, whose step takes a {needs.name} that computes the "
+            f"optimizer {index} is a {type(optimizer).__name__}, whose step takes a closure that computes the "
             "loss again: a local step computes it once; give an optimizer whose step() needs none, as SGD or AdamW"
         )

@@ -1,5 +1,6 @@
 """Splitting a model into gradient-isolated blocks."""
 
+import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Literal
@@ -98,8 +99,13 @@ def split(
     for index, run in enumerate(runs[:-1]):
         assert objective is not None
         trains = [parameter.requires_grad for unit in run for parameter in unit.module.parameters()]
-        if trains and not any(trains):
-            blocks.append(Block(run, None, None, None, recompute))  # a frozen body gets no gradient
+        if trains and not any(trains):  # a frozen body gets no gradient
+            warnings.warn(
+                f"block {index} ({run[0].name} to {run[-1].name}) trains nothing: it gets no head, and None for "
+                "an optimizer",
+                stacklevel=2,
+            )
+            blocks.append(Block(run, None, None, None, recompute))
             continue
         following = runs[index + 1]
         if following is runs[-1]:
