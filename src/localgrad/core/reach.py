@@ -49,8 +49,8 @@ class _Waiting:
         """What is pending, at the input; the graph stays."""
         if self.pending is None or not self.entry.requires_grad:
             return None
-        (gradient,) = torch.autograd.grad(self.output, self.entry, self.pending, retain_graph=True)
-        self.pending = None
+        torch.autograd.backward(self.output, self.pending, inputs=[self.entry], retain_graph=True)
+        gradient, self.entry.grad, self.pending = self.entry.grad, None, None
         return gradient
 
     def finish(self, with_input: bool) -> Tensor | None:
