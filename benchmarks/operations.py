@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from gpu_jobs import TEN, TIMED, Training
+from gpu_jobs import TEN, Training
 from localgrad.config.build import build_blocks, build_factories, build_model
 from localgrad.config.schema import TrainConfig
 from localgrad.core.step import local_gradients

@@ -198,7 +198,8 @@ def test_costs_are_counted_without_data() -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [{"num_classes": 0}, {"depth": 0}, {"depth": 1.5}, {"depth": True}, {"pyramid": -0.1}, {"pyramid": 2}]
+    "given",
+    [{"num_classes": 0}, {"depth": 0}, {"depth": 1.5}, {"depth": True}, {"pyramid": -0.1}, {"pyramid": 2}, {"pool": 0}],
 )
 def test_arguments_that_mean_nothing_are_refused(given: dict[str, Any]) -> None:
     with pytest.raises(LocalGradError, match=next(iter(given))):
@@ -218,6 +219,29 @@ def test_units_and_strides_agree_with_the_record_of_the_released_code() -> None:
     for block, wanted in zip(aug_blocks(32, 2, 16)[:-1], json.loads(path.read_text())["auxiliary"], strict=True):
         assert [list(p.shape) for p in block.objective.classifier.parameters()] == wanted["cls_shapes"]
         assert [stride for _, _, stride in head_of(block)] == wanted["strides"]
+
+
+def test_a_pooled_head_sees_the_mean_of_squares_and_costs_a_quarter() -> None:
+    torch.manual_seed(0)
+    cuts = ["layer1.0", "layer2.0"]
+    blocks: Any = split(cifar_resnet(8), torch.zeros(2, 3, 32, 32), cuts=cuts, objective=auglocal(10, 2, pool=2))
+    head = blocks[0].objective.classifier
+    features = torch.randn(4, 16, 32, 32)
+    small = features.unfold(2, 2, 2).unfold(3, 2, 2).mean((4, 5))
+    torch.testing.assert_close(head(features), head[1:](small))
+    found = units(cifar_resnet(8), torch.zeros(2, 3, 32, 32))
+    plain, pooled = (
+        unit_costs(found, torch.zeros(4, 3, 32, 32), auglocal(10, 2, pool=side), None, 4)[1].end_flops
+        for side in (1, 2)
+    )
+    assert abs(pooled / plain - 0.25) < 0.005
+    with pytest.raises(LocalGradError, match="pool is 2 and features are"):
+        split(
+            nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 10)),
+            torch.zeros(2, 4),
+            cuts=["0"],
+            objective=auglocal(10, pool=2),
+        )
 
 
 def test_features_are_left_as_they_are() -> None:

@@ -124,6 +124,7 @@ def method_label(config: TrainConfig) -> str:
         "1x1 bias" if momentum.bias_form == "conv1x1" else "",
         f"pooled {momentum.pool}" if (momentum.pool or 1) > 1 else "",
         f"d={objective.depth}" if objective.depth else "",
+        f"head pooled {objective.pool}" if (objective.pool or 1) > 1 else "",
         f"reach {config.reach}" if config.reach > 1 else "",
         "checkpointed" if config.recompute else "",
         "auxiliary networks checkpointed" if momentum.recompute else "",

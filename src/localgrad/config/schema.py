@@ -66,6 +66,8 @@ class ObjectiveConfig:
     """Units of an `auglocal` head, at the first block."""
     pyramid: float | None = None
     """How far the depth of `auglocal` heads falls over the blocks: 0 not, 1 to a single unit."""
+    pool: int | None = None
+    """Side of the squares that features are averaged over before an `auglocal` head; 1 for none."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,9 @@ class AugLocal(nn.Module):
 
     reads_inputs = False
 
-    def __init__(self, site: Site, num_classes: int, depth: int, pyramid: float, criterion: Criterion | None) -> None:
+    def __init__(
+        self, site: Site, num_classes: int, depth: int, pyramid: float, criterion: Criterion | None, pool: int
+    ) -> None:
         super().__init__()
         self.criterion = HeadCriterion(criterion, site, num_classes)
         later = site.following[:-1]  # the last unit is the model's own head
@@ -29,10 +31,11 @@ class AugLocal(nn.Module):
         picks = picked(site.index, len(later), local_depth)
         units = [unit for start, stop in zip([0, *picks], picks, strict=False) for unit in _fresh(site, start, stop)]
         end = replace(site, features=later[-1].features, channel_dim=later[-1].channel_dim) if picks else site
-        self.classifier = nn.Sequential(*units, *_output(end, num_classes, len(picks)))
+        first = [nn.AvgPool2d(pool, ceil_mode=True)] * (pool > 1)
+        self.classifier = nn.Sequential(*first, *units, *_output(end, num_classes, len(picks)))
         initialise(self)
         # a unit that starts in place must not spoil what the next block gets
-        self._clones = bool(picks) and site.following[0].writes_input
+        self._clones = bool(picks) and pool == 1 and site.following[0].writes_input
 
     def predict(self, features: Tensor) -> Tensor:
         """Features to class scores `(N, num_classes)`."""
@@ -136,7 +139,7 @@ def _output(site: Site, num_classes: int, depth: int) -> list[nn.Module]:
 
 
 def auglocal(
-    num_classes: int, depth: int = 2, pyramid: float = 0.5, criterion: Criterion | None = None
+    num_classes: int, depth: int = 2, pyramid: float = 0.5, criterion: Criterion | None = None, pool: int = 1
 ) -> Callable[[Site], nn.Module]:
     """AugLocal: `L = criterion(W pool(a(h)) + b, y)`, with `a` fresh units shaped like later ones.
 
@@ -163,13 +166,16 @@ def auglocal(
         pyramid: c, from 0 (the same depth at each block) to 1 (one unit at the last local block).
         criterion: loss of the head's scores `(N, num_classes)` and the targets. Without one the head takes the model's,
             which is cross-entropy unless `split` is told otherwise.
+        pool: average maps `(N, C, H, W)` over squares of this side first; the head's cost falls by its square. 1, as
+            released, for none.
 
     Returns:
         A function of a site that builds the module; its head is `.classifier`.
 
     Raises:
-        SettingsError: `num_classes` or `depth` is less than 1, or `pyramid` not from 0 to 1.
-        CannotSitError: when built, the site has no following units, or `num_classes` is 1 under cross-entropy.
+        SettingsError: `num_classes`, `depth` or `pool` is less than 1, or `pyramid` not from 0 to 1.
+        CannotSitError: when built, the site has no following units, or no map to pool, or `num_classes` is 1 under
+            cross-entropy.
 
     Source: Ma et al., Scaling Supervised Local Learning with Augmented Auxiliary Networks, ICLR 2024
     (arXiv 2402.17318), section 4; released code, `networks/resnet.py` and `networks/auxiliary_nets.py`.
@@ -180,12 +186,17 @@ def auglocal(
     if isinstance(pyramid, bool) or not isinstance(pyramid, int | float) or not 0 <= pyramid <= 1:
         raise SettingsError(f"pyramid is {pyramid!r}: it is from 0 (the same depth everywhere) to 1")
 
+    if isinstance(pool, bool) or not isinstance(pool, int) or pool < 1:
+        raise SettingsError(f"pool is {pool!r}: it is the side of a square of pixels, 1 for none, or 2")
+
     def build(site: Site) -> nn.Module:
         if not site.following:
             raise CannotSitError(
                 f"auglocal samples the units after a cut, and the site of block {site.index} has none: "
                 "build it with split, or give Site(..., following=units[end + 1:])"
             )
-        return AugLocal(site, num_classes, depth, pyramid, criterion)
+        if pool > 1 and (len(site.features) != 4 or site.channel_dim != 1):
+            raise CannotSitError(f"pool is {pool} and features are {tuple(site.features)}: it takes (N, C, H, W)")
+        return AugLocal(site, num_classes, depth, pyramid, criterion, pool)
 
     return build

@@ -3,7 +3,8 @@
 * AugLocal's K is nominal: at depth d it has K - d blocks, of one layer each but for the last, which has d + 1. The stem
   is a layer. `-man` rows have the moving average and the trained copy of the next unit in front of its heads, `-ema`
   rows the average alone.
-* `-reach2` rows: each local loss trains its own block and the one before.
+* `-pool2` rows: the heads see the mean of 2x2 squares, at a quarter of their cost.
+* `-reach2` rows: each local loss trains its own block and the one before; `-reach3` rows two before.
 * `k2`, `k4` and `k8` rows: fewer blocks, at InfoPro's cuts.
 * `e2e-accumulate4` and `-checkpointed`: what end-to-end training does about memory.
 
@@ -16,6 +17,7 @@ from dataclasses import replace
 from functools import partial
 
 from localgrad.config.schema import MomentumConfig, ObjectiveConfig, TrainConfig
+from localgrad.recipes.ablation import ablation_recipes
 from localgrad.recipes.cifar import PARTITIONS, cifar_recipes
 from localgrad.recipes.recipe import Recipe
 
@@ -32,10 +34,14 @@ FEWER = {2: ("layer2.1",), 4: PARTITIONS[32, 4], 8: PARTITIONS[32, 8]}
 """Cuts of ResNet-32 by K."""
 
 REACHING = (
-    *("k16-dgl", "k16-dgl-man", "k16-auglocal-d1", "k16-auglocal-d2", "k16-auglocal-d5", "k16-auglocal-d2-ema"),
-    *("k4-dgl", "k8-dgl", "k8-dgl-man", "k4-auglocal-d2", "k8-auglocal-d2"),
+    *("k16-dgl", "k16-dgl-man", "k16-dgl-man-pool2", "k8-dgl-man", "k4-dgl", "k8-dgl"),
+    *("k16-auglocal-d1", "k16-auglocal-d2", "k16-auglocal-d5", "k16-auglocal-d2-ema", "k4-auglocal-d2"),
+    *("k8-auglocal-d2", "k16-auglocal-d2-pool2", "k16-auglocal-d5-pool2"),
 )
 """Rows that there are with reach 2 too."""
+
+FURTHER = ("k16-dgl", "k16-auglocal-d2", "k16-auglocal-d2-pool2", "k16-auglocal-d5-pool2")
+"""Rows that there are with reach 3 too."""
 
 PAPER_ERRORS = {"cifar10-resnet110-k55-auglocal-d6": 6.04}
 """Test error in percent after 400 epochs, as AugLocal's table has it."""
@@ -49,21 +55,15 @@ def auglocal_recipes() -> dict[str, Callable[[], Recipe]]:
             for suffix in MOMENTA:
                 row = f"cifar10-resnet{network}-k{k}-auglocal-d{depth}{suffix}"
                 rows[row] = partial(_auglocal, row, network, k, depth, suffix)
+            row = f"cifar10-resnet{network}-k{k}-auglocal-d{depth}-pool2"
+            rows[row] = partial(_auglocal, row, network, k, depth, "", pool=2)
     for k, method in ((2, "dgl"), (2, "dgl-man"), (2, "auglocal"), (4, "auglocal"), (8, "auglocal")):
         row = f"cifar10-resnet32-k{k}-{method}" + "-d2" * (method == "auglocal")
         rows[row] = partial(_fewer, row, k, method)
-    made = {**cifar_recipes(), **rows}
-    for row in (
-        "k16-dgl",
-        "k16-dgl-man",
-        "k16-auglocal-d1",
-        "k16-auglocal-d2",
-        "k16-auglocal-d5",
-        "k16-auglocal-d2-ema",
-    ):
-        rows[f"cifar10-resnet32-{row}-reach2"] = partial(_reach, f"cifar10-resnet32-{row}", made, 2)
-    for row in ("k2-dgl", "k4-dgl", "k8-dgl", "k8-dgl-man", "k4-auglocal-d2", "k8-auglocal-d2"):
-        rows[f"cifar10-resnet32-{row}-reach2"] = partial(_reach, f"cifar10-resnet32-{row}", made, 2)
+    made = {**cifar_recipes(), **ablation_recipes(), **rows}
+    for reach, names in ((2, REACHING), (3, FURTHER)):
+        for row in names:
+            rows[f"cifar10-resnet32-{row}-reach{reach}"] = partial(_reach, f"cifar10-resnet32-{row}", made, reach)
     for ending in ("accumulate4", "checkpointed", "accumulate4-checkpointed"):
         rows[f"cifar10-resnet32-e2e-{ending}"] = partial(_end_to_end, ending)
     return rows
@@ -76,12 +76,12 @@ def _cuts(network: int, k: int, depth: int) -> tuple[str, ...]:
     return tuple(layers[: k - depth - 1])
 
 
-def _auglocal(row: str, network: int, k: int, depth: int, suffix: str) -> Recipe:
+def _auglocal(row: str, network: int, k: int, depth: int, suffix: str, pool: int | None = None) -> Recipe:
     config = _changed(
         f"cifar10-resnet{network}-e2e",
         row,
         cuts=_cuts(network, k, depth),
-        objective=ObjectiveConfig("auglocal", depth=depth, pyramid=0.5),
+        objective=ObjectiveConfig("auglocal", depth=depth, pyramid=0.5, pool=pool),
         momentum=MOMENTA[suffix],
     )
     return Recipe(config, label=f"K={k}", paper_error=PAPER_ERRORS.get(row))

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from localgrad.errors import LocalGradError, closest
 from localgrad.recipes import RECIPES
-from localgrad.recipes.auglocal import REACHING
+from localgrad.recipes.auglocal import FURTHER, REACHING
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def _equal_cost_tables() -> dict[str, Table]:
     rows += [f"k{k}-dgl{end}" for k in (2, 4, 8, 16) for end in ("", "-man")]
     rows.remove("k4-dgl-man")
     rows += [f"k16-auglocal-d{depth}{end}" for depth in (1, 2, 3, 5) for end in ("", "-man")]
-    rows += [f"{row}-reach2" for row in REACHING]
+    rows += [f"{row}-reach2" for row in REACHING] + [f"{row}-reach3" for row in FURTHER]
     return {
         "auglocal": Table(
             "CIFAR-10, ResNet-110, K=55: AugLocal, with MAN",
