@@ -113,7 +113,8 @@ def _gains(gains: Sequence[Gain]) -> Cell:
 
 def _signed(number: float | str) -> str:
     """With a minus sign that is as wide as a plus."""
-    return (f"{number:.2f}" if isinstance(number, float) else number).replace("-", "\N{MINUS SIGN}")
+    text = number if isinstance(number, str) else f"{number:.2f}"
+    return text.replace("-", "\N{MINUS SIGN}")
 
 
 def _memory(each: Finding) -> Cell:
