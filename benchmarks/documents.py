@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import task_tables
+from localgrad.results.tables import mean_std
 
 ROOT = Path(__file__).parents[1]
 
@@ -130,10 +131,9 @@ def _mean_error(seeds: list[dict[str, Any]]) -> float:
 
 
 def _errors(seeds: list[dict[str, Any]]) -> str:
-    if len(seeds) < 2:
-        return f"{_mean_error(seeds):.2f} %" if seeds else ""
-    spread = statistics.stdev(run["test_error"] for run in seeds)
-    return f"{_mean_error(seeds):.2f} ± {spread:.2f} % (n = {len(seeds)})"
+    if not seeds:
+        return ""
+    return f"{mean_std([run['test_error'] for run in seeds])} %" + (f" (n = {len(seeds)})" if len(seeds) > 1 else "")
 
 
 def features_table(folder: Path) -> str:

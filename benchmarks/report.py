@@ -1,15 +1,16 @@
 """What every benchmark prints and writes: one table, one JSON with what it ran on."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
+from localgrad.results import terminal
+from localgrad.results.kinds import kind_of
+from localgrad.runs.files import make_folder, write_json
 from localgrad.runs.provenance import provenance
+from localgrad.runs.result import SCHEMA
 
 
 def environment() -> dict[str, Any]:
@@ -19,16 +20,17 @@ def environment() -> dict[str, Any]:
 
 def print_table(title: str, rows: Sequence[dict[str, Any]]) -> None:
     """Print rows of equal keys."""
-    table = Table(title=title, title_justify="left")
-    for name in rows[0]:
-        table.add_column(name.replace("_", " "), justify="left" if name == "row" else "right")
-    for row in rows:
-        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
-    Console().print(table)
+    names = list(rows[0])
+    terminal.print_table(
+        [name.replace("_", " ") for name in names],
+        [[f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows],
+        title=title,
+        left=[position for position, name in enumerate(names) if name == "row"],
+    )
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
-    """Write a result as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    """Write a result as JSON, with its kind: step times, which the report shows, or a benchmark."""
+    make_folder(path.parent)
+    write_json(path, {"kind": kind_of(result) or "benchmark", "schema": SCHEMA, **result}, indent=1)
     print(f"wrote {path}")

@@ -53,6 +53,46 @@ def test_everything_is_escaped_and_nothing_is_loaded(text: str) -> None:
     assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", text))
 
 
+def test_no_absolute_path_is_printed(folder: Path, text: str) -> None:
+    assert str(folder) not in text.replace(folder.name, "", 0)
+    config = make_config("cifar10-resnet32-e2e")
+    config = replace(config, data=replace(config.data, source=str(folder / "photos")))
+    write_run(folder / "own.json", config, 4.0, command=f"localgrad train cifar10-resnet32-e2e --data {folder}/photos")
+    own = page(read(folder)[0], folder)
+    (folder / "own.json").unlink()
+    (folder / "own.jsonl").unlink()
+    assert str(folder) not in own
+    assert "photos, ResNet-32" in own
+    assert "localgrad train cifar10-resnet32-e2e --data path/to/photos" in own
+
+
+def test_each_row_leads_to_the_command_that_makes_it_again(text: str) -> None:
+    row = re.search(r'<a href="#([^"]*)">DGL \+ MAN</a>', text)
+    assert row
+    (cell,) = re.findall(rf'<td [^>]*id="{row[1]}"[^>]*>(.*?)</td>', text, re.DOTALL)
+    assert "<code>localgrad train cifar10-resnet32-k16-dgl-man " in cell
+    assert all(f"cifar10-resnet32-k16-dgl-man-seed{seed}/result.json" in cell for seed in range(3))
+
+
+def test_the_summary_says_what_was_run_when_and_on_what(tmp_path: Path) -> None:
+    dates = {"e2e": "2026-03-01T10:00:00+00:00", "k16-dgl": None, "k16-dgl-man": None}
+    for number, (name, date) in enumerate(dates.items()):
+        write_run(tmp_path / f"{number}.json", make_config(f"cifar10-resnet32-{name}"), 30.0 - number, date=date)
+    text = unescape(page(read(tmp_path)[0], tmp_path))
+    facts = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", text[: text.index("</header>")]))
+    assert facts["What"].startswith("3 runs (3 trainings in 1 table;")
+    assert facts["Networks and images"] == "CIFAR-10, ResNet-32"
+    assert facts["When"] == "2026-03-01; 2 of 3 files have no date"
+    assert facts["On"] == DEVICE
+    assert facts["Software"].startswith("torch 2.11")
+    finding = next(row for row in Cells(text).rows if row[0].startswith("CIFAR-10, ResNet-32|10 epochs"))
+    whole, best, gain, memory, _ = finding[1:]
+    assert whole == "30.00|n = 1"
+    assert best == "28.00|DGL + MAN, 15 blocks|n = 1"
+    assert gain == "1.00|DGL: 1.00 (n = 1)"
+    assert memory.startswith("0.15|2 MiB of 11 MiB")
+
+
 def test_ids_are_there_once_and_links_lead_somewhere(text: str) -> None:
     ids = re.findall(r'\bid="([^"]*)"', text)
     assert len(ids) == len(set(ids)) > 50

@@ -337,8 +337,8 @@ def planned_peaks(plan: Plan) -> Drawn:
     axes.minorticks_off()
     axes.set_ylim(bottom=0)
     axes.set(xlabel="blocks (1 is end-to-end)", ylabel="predicted peak of a step (GiB)")
-    span = max(max(values.values()) for values in drawn.values())
-    remarks = covered({label: [values.get(count, np.nan) for count in counts] for label, values in drawn.items()}, span)
+    curves = {label: [values.get(count, np.nan) for count in counts] for label, values in drawn.items()}
+    remarks = covered(curves, axes.get_ylim()[1])
     return Drawn(with_legend(figure, axes, len(drawn) + bool(plan.budget)), tuple(remarks))
 
 

@@ -159,7 +159,9 @@ def _sort_in(found: Results, path: Path, values: Any, warn: Callable[[str], None
         return False
     kind = kind_of(values)
     if kind is None:
-        return "versions" in values or "environment" in values  # another benchmark's, for which there is no section
+        return "versions" in values or "environment" in values  # a benchmark's, for which there is no section
+    if kind == "benchmark":
+        return True
     if kind not in KINDS:
         raise LocalGradError(f"{path} has the kind {kind!r}: this version knows {', '.join(KINDS)}")
     content = _typed(path, values)
