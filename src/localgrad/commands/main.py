@@ -32,7 +32,18 @@ USAGE = (
   localgrad train digits-dgl-man --run-dir runs/first
 """
 )
-EXTRA = ("tyro", "rich", "lightning", "datasets", "torchvision", "sklearn", "safetensors", "matplotlib", "jinja2")
+EXTRA = (
+    "tyro",
+    "rich",
+    "lightning",
+    "datasets",
+    "torchvision",
+    "sklearn",
+    "safetensors",
+    "matplotlib",
+    "jinja2",
+    "pydantic",
+)
 """What comes with the extra `train`."""
 
 
