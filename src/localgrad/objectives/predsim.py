@@ -47,8 +47,9 @@ class PredSim(nn.Module):
         found = similarity_matrix(self.similarity(matched))
         wanted, labelled = self._labels(targets)
         with full_precision(features):
-            pairs = labelled[:, None] * labelled  # 1 where both samples have a label
-            matching = F.mse_loss(found * pairs, similarity_matrix(wanted) * pairs) * (pairs.numel() / pairs.sum())
+            pairs = (labelled[:, None] * labelled).to(found)  # 1 where both samples have a label
+            alike = similarity_matrix(wanted).to(found)  # CUDA takes no loss of two dtypes
+            matching = F.mse_loss(found * pairs, alike * pairs) * (pairs.numel() / pairs.sum())
         return (1 - self.beta) * prediction + self.beta * matching
 
     def _labels(self, targets: Tensor) -> tuple[Tensor, Tensor]:
