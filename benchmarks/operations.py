@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from gpu_jobs import TEN, Training
+from gpu_jobs import TEN, TRAININGS, Training
 from localgrad.config.build import build_blocks, build_factories, build_model
 from localgrad.config.schema import TrainConfig
 from localgrad.core.step import local_gradients
@@ -60,9 +60,9 @@ def measure(name: str, batch_size: int) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--rows", nargs="+", default=[*dict.fromkeys([*TIMED, *MORE])], help="recipes, less the network"
-    )
+    trained = [job.recipe for job in TRAININGS if job.folder == "cifar10-ten-epochs"]
+    every = [*dict.fromkeys([*(name.removeprefix("cifar10-resnet32-") for name in trained), *MORE])]
+    parser.add_argument("--rows", nargs="+", default=every, help="recipes, less the network")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("-o", "--output", type=Path, default=Path("results/operations.json"))
     options = parser.parse_args(arguments)
