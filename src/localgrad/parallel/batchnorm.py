@@ -1,29 +1,38 @@
-"""BatchNorm over a batch that several processes share."""
+"""BatchNorm over a batch whose images several ranks share."""
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
+from torch.distributed.nn.functional import all_reduce  # pyright: ignore[reportUnknownVariableType]
 
 from localgrad.errors import LocalGradError
 
+BatchNorm = nn.modules.batchnorm._BatchNorm  # pyright: ignore[reportPrivateUsage]
+"""What all of PyTorch's batch norms are, `nn.SyncBatchNorm` too; PyTorch gives it no public name."""
 
-class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """`torch.nn.SyncBatchNorm` for tensors on a processor, for which PyTorch has none.
 
-    `y = (x - mean) / sqrt(var + eps) * weight + bias` with mean and (biased) variance over the images of all processes
-    of `process_group`, in float32.
+class SyncBatchNorm(BatchNorm):
+    """`torch.nn.SyncBatchNorm` for tensors on a CPU, for which PyTorch has none.
+
+    `y = (x - mean) / sqrt(var + eps) * weight + bias` with mean and (biased) variance over the images of all ranks of
+    `process_group`, in float32. The running variance is the unbiased one, as in PyTorch.
+
+    Source: Ioffe and Szegedy 2015 (https://arxiv.org/abs/1502.03167), algorithm 1, over all ranks' images.
     """
 
+    process_group: dist.ProcessGroup | None = None
+
     def forward(self, input: Tensor) -> Tensor:
-        if input.is_cuda:
-            return super().forward(input)
         if not self.training and self.running_mean is not None:
             return F.batch_norm(
                 input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
             )
+        if input.is_cuda:
+            raise LocalGradError("a norm was synchronised on a CPU and moved to CUDA: move the block first")
         images = input if input.dtype == torch.float64 else input.float()
         dims = [0, *range(2, images.dim())]
         shape = [1, -1] + [1] * (images.dim() - 2)
@@ -66,8 +75,8 @@ def synchronise(module: nn.Module, process_group: Any = None) -> None:
     Raises:
         LocalGradError: a norm is of a class of its own, whose forward pass is not known.
     """
-    for name, norm in module.named_modules():
-        if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
+    for name, norm in cast("Iterable[tuple[str, nn.Module]]", module.named_modules()):
+        if not isinstance(norm, BatchNorm):
             continue
         if type(norm) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, SyncBatchNorm):
             raise LocalGradError(

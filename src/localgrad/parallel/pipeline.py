@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -204,8 +204,10 @@ class Stage:
         _wait(work)
         self._weights = None
         with torch.no_grad():
-            for parameter, value in zip(followed, received.split([p.numel() for p in followed]), strict=True):
-                parameter.copy_(value.view_as(parameter))
+            start = 0
+            for parameter in followed:
+                parameter.copy_(received[start : start + parameter.numel()].view_as(parameter))
+                start += parameter.numel()
 
     def gather(self) -> None:
         """Give every rank of the pipeline all parameters and buffers of all blocks."""
@@ -390,7 +392,8 @@ def block_seconds(
     """
     copies = copy.deepcopy(list(blocks))
     seconds: list[list[float]] = [[] for _ in copies]
-    with torch.random.fork_rng(devices=[inputs.device] if inputs.is_cuda else []):
+    forked: AbstractContextManager[None] = cast("Any", torch.random).fork_rng([inputs.device] if inputs.is_cuda else [])
+    with forked:
         for _ in range(1 + rounds):
             features = inputs
             for index, block in enumerate(copies):

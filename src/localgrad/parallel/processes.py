@@ -1,13 +1,13 @@
 """Processes of a run that end or are started again."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
+from torch.distributed.rendezvous import rendezvous  # pyright: ignore[reportUnknownVariableType]
 
 from localgrad.core.explain import of_another_process
 from localgrad.errors import LocalGradError
@@ -33,7 +33,7 @@ def join_again(accelerator: str) -> None:
 
 
 @contextmanager
-def peer_failure_as_error() -> Iterator[None]:
+def peer_failure_as_error() -> Generator[None]:
     """Translates an error of torch.distributed (another rank has ended) into a LocalGradError.
 
     Raises:

@@ -1,8 +1,8 @@
 """Weights in shards: each process keeps a part of every weight, and a block is whole only while it computes (FSDP2)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -26,8 +26,8 @@ def shard(model: nn.Module, blocks: Sequence[Block], device: torch.device, world
     """
     in_blocks = {module for block in blocks for module in block.modules()}
     outside = [
-        ".".join(filter(None, (path, name)))
-        for path, module in model.named_modules()
+        f"{path}.{name}".removeprefix(".")
+        for path, module in cast("Iterable[tuple[str, nn.Module]]", model.named_modules())
         if module not in in_blocks
         for name, _ in module.named_parameters(recurse=False)
     ]
@@ -43,7 +43,7 @@ def shard(model: nn.Module, blocks: Sequence[Block], device: torch.device, world
 
 
 @contextmanager
-def unsharded(blocks: Sequence[nn.Module]) -> Iterator[None]:
+def unsharded(blocks: Sequence[nn.Module]) -> Generator[None]:
     """All-gathers the weights of every block, which the model's own forward pass needs; blocks in no shards are left.
 
     Every rank enters and leaves together; the weights are shards again at the end, also after an error.
@@ -63,15 +63,16 @@ def gathered_state(values: Any) -> Any:
     return mapped(DTensor.full_tensor, values, DTensor)
 
 
-def sharded_as(values: Any, like: Any) -> Any:
-    """A saved table of whole tensors, with those in shards that are so in the table `like`."""
+def sharded_as(values: Any, like: dict[str, Any]) -> Any:
+    """A saved dict of whole tensors, with those sharded that are sharded in the dict `like`; anything else as it is."""
     if not isinstance(values, dict):
         return values
+    table = cast("dict[str, Any]", values)
     return {
         name: distribute_tensor(value, like[name].device_mesh, like[name].placements)
         if isinstance(like.get(name), DTensor) and value.shape == like[name].shape
         else value
-        for name, value in values.items()
+        for name, value in table.items()
     }
 
 

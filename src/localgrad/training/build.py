@@ -16,6 +16,7 @@ from localgrad.config.weights import load_weights
 from localgrad.data.loading import load_images
 from localgrad.data.sets import ImageSet
 from localgrad.errors import LocalGradError
+from localgrad.parallel.batchnorm import BatchNorm
 from localgrad.training.devices import make_fabric
 from localgrad.training.nonfinite import Skips, choose_check
 from localgrad.training.placement import place_blocks
@@ -109,7 +110,7 @@ def _check_batches(config: TrainConfig, model: nn.Module, images: ImageSet, worl
     replicas = config.replicas if config.parallel == "blocks" else world_size
     batch_size = config.optim.batch_size // replicas
     images.batches(batch_size, train=True, world_size=replicas)  # checks its arguments at once
-    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+    if not any(isinstance(module, BatchNorm) for module in model.modules()):
         return
     if batch_size == 1:
         raise LocalGradError(

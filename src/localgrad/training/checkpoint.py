@@ -58,7 +58,8 @@ def _check_start(run: Run, folder: RunFolder) -> None:
     """Refuses ranks that do not begin at the same step, as where each node has a folder of its own."""
     where = run.state.epoch, run.state.batch, run.state.step
     first = tuple(run.fabric.broadcast(where))
-    if run.fabric.all_reduce(torch.tensor(float(where != first)), reduce_op="sum") > 0:
+    differing: Any = run.fabric.all_reduce(torch.tensor(float(where != first)), reduce_op="sum")
+    if differing > 0:
         raise LocalGradError(
             f"process {run.fabric.global_rank} begins at epoch {where[0]}, batch {where[1]}, and the first one at "
             f"epoch {first[0]}, batch {first[1]}: the run folder {folder.path} must be the same for all processes"

@@ -1,5 +1,7 @@
 """The devices of a run: their Fabric and their precision."""
 
+from __future__ import annotations
+
 import ctypes
 import os
 import sys
@@ -7,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -15,6 +17,9 @@ import torch.distributed as dist
 from localgrad.config.schema import TrainConfig
 from localgrad.errors import LocalGradError
 from localgrad.parallel.processes import join_again, restarted
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
 
 
 def as_launched(config: TrainConfig) -> TrainConfig:
@@ -31,7 +36,7 @@ def as_launched(config: TrainConfig) -> TrainConfig:
     return config if started == 1 else replace(config, devices=started)
 
 
-def make_fabric(config: TrainConfig) -> Any:
+def make_fabric(config: TrainConfig) -> Fabric:
     """The Fabric of a config: its devices, with `auto` precision decided.
 
     Raises:

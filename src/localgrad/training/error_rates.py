@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,8 @@ def error_rates(
                         headless.add(index)
                     else:
                         wrong[index] += _count_wrong(scores, targets)
-    errors = [100 * count / len(images) for count in fabric.all_reduce(wrong, reduce_op="sum").tolist()]
+    counts: Any = fabric.all_reduce(wrong, reduce_op="sum")
+    errors = [100 * count / len(images) for count in counts.tolist()]
     local = [None if index in headless else errors[index] for index in range(1, len(errors))]
     return errors[0], local or None
 

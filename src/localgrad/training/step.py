@@ -88,12 +88,12 @@ def _update(run: Run, indices: range, losses: Tensor) -> Tensor:
     """Checks, clips and steps the blocks with these indices; their gradient norms before clipping."""
     blocks, first = [run.blocks[index] for index in indices], run.placement.own.start
     norms, clip_norm = gradient_norms(blocks, losses), run.config.optim.clip_norm
-    if not run.check.allow(losses, norms, indices.start):
-        return norms
-    for block, norm in zip(blocks, norms, strict=True) if clip_norm is not None else ():
-        nn.utils.clip_grads_with_norm_(block.trainable_parameters(), clip_norm, norm)
-    run.placement.before_updates()
-    apply_updates(blocks, [run.optimizers[index - first] for index in indices])
+    if run.check.allow(losses, norms, indices.start):
+        if clip_norm is not None:
+            for block, norm in zip(blocks, norms, strict=True):
+                nn.utils.clip_grads_with_norm_(block.trainable_parameters(), clip_norm, norm)
+        run.placement.before_updates()
+        apply_updates(blocks, [run.optimizers[index - first] for index in indices])
     return norms
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -155,7 +156,7 @@ def epoch_batches(run: Run, stop: Stop = lambda: False) -> Batches:
 
 def _measured_step(run: Run, *batch: Tensor) -> Tensor:
     losses, peak = measure_peak(lambda: train_step(run, *batch), run.fabric.device)
-    largest = run.fabric.all_reduce(torch.tensor(peak, device=run.fabric.device), reduce_op="max")
+    largest: Any = run.fabric.all_reduce(torch.tensor(peak, device=run.fabric.device), reduce_op="max")
     run.state.peak_memory_bytes = int(largest)
     return losses
 
