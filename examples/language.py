@@ -240,7 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         texts["model"] = sample(model, letters, options.context, options.device)
     result = {
         "task": "language",
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k != "out"},
+        "settings": {k: v.name if isinstance(v, Path) else v for k, v in vars(options).items() if k != "out"},
         "validation_loss": curve[-1][1],
         "perplexity": math.exp(curve[-1][1]),
         "exits": exits,

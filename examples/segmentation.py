@@ -207,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     seen = [iou for iou in ious if iou == iou]
     result = {
         "task": "segmentation",
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k != "out"},
+        "settings": {k: v.name if isinstance(v, Path) else v for k, v in vars(options).items() if k != "out"},
         "mean_iou": 100 * sum(seen) / len(seen),
         "ious": [None if iou != iou else 100 * iou for iou in ious],
         "loss": last_loss,

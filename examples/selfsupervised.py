@@ -219,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     accuracies = [probe(train, labels, test, truth, options.probe_epochs) for train, test in sets]
     result = {
         "task": "selfsupervised",
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k != "out"},
+        "settings": {k: v.name if isinstance(v, Path) else v for k, v in vars(options).items() if k != "out"},
         "probe_accuracy": accuracies[-1],
         "probe_accuracies": accuracies,
         "train_images": len(images),
