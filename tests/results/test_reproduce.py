@@ -289,14 +289,14 @@ def test_runs_at_the_same_time_share_threads_and_gpus(monkeypatch: pytest.Monkey
     config = recipe("digits-dgl").config
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert reproduce.share(config, 1, 3) == {"OMP_NUM_THREADS": "2"}
+    assert reproduce.environment(config, 1, 3) == {"OMP_NUM_THREADS": "2"}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert [reproduce.share(config, place, 3)["CUDA_VISIBLE_DEVICES"] for place in range(3)] == ["0", "1", "0"]
+    assert [reproduce.environment(config, place, 3)["CUDA_VISIBLE_DEVICES"] for place in range(3)] == ["0", "1", "0"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    assert reproduce.share(config, 1, 2)["CUDA_VISIBLE_DEVICES"] == "5"
-    assert "CUDA_VISIBLE_DEVICES" not in reproduce.share(replace(config, devices=2), 0, 1)
+    assert reproduce.environment(config, 1, 2)["CUDA_VISIBLE_DEVICES"] == "5"
+    assert "CUDA_VISIBLE_DEVICES" not in reproduce.environment(replace(config, devices=2), 0, 1)
 
 
 def test_a_process_that_cannot_start_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,7 +159,7 @@ def test_a_damaged_one_is_passed_over_with_a_warning(
 def test_none_whole_is_an_error_that_names_all(folder: RunFolder) -> None:
     for path in versions(folder.checkpoint).values():
         path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(LocalGradError, match=r"checkpoint\.pt is .*checkpoint\.pt\.1 is .*no whole one is left"):
+    with pytest.raises(LocalGradError, match=r"checkpoint\.pt is .*checkpoint\.pt\.1 is .*no intact one is left"):
         folder.newest_checkpoint()[1]
 
 
@@ -193,7 +193,7 @@ def test_with_no_whole_checkpoint_nothing_is_lost(straight: Path, tmp_path: Path
     for path in versions(run_dir / "checkpoint.pt").values():
         path.write_bytes(b"")
     before = {path.name: path.read_bytes() for path in run_dir.iterdir()}
-    with pytest.raises(LocalGradError, match="no whole one is left, so start again in another --run-dir"):
+    with pytest.raises(LocalGradError, match="no intact one is left, so start again in another --run-dir"):
         fit(CONFIG, run_dir, resume=True, quiet=True)
     assert {path.name: path.read_bytes() for path in run_dir.iterdir()} == before
 

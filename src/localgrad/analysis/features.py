@@ -1,4 +1,4 @@
-"""What every analysis starts from: a trained network's features after each of its units."""
+"""Features of a trained network after each of its units; every analysis starts from them."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ ROUNDING = 1e-12
 
 @contextmanager
 def frozen(found: Sequence[Unit]) -> Iterator[None]:
-    """Units in evaluation mode and without gradients; every training flag comes back."""
+    """Context: units in evaluation mode, gradients off. Restores the training flag of every module."""
     modes = [(module, module.training) for unit in found for module in unit.module.modules()]
     for unit in found:
         unit.module.eval()
@@ -29,11 +29,11 @@ def frozen(found: Sequence[Unit]) -> Iterator[None]:
 
 
 def unit_features(found: Sequence[Unit], inputs: Tensor) -> Iterator[Tensor]:
-    """The features after each unit, one after the other, so that they need not all be kept.
+    """Yields the features after each unit in turn, so that not all of them are in memory.
 
     Args:
         found: the units, in order, as `localgrad.units` gives them.
-        inputs: `(N, 3, H, W)`, left as they are.
+        inputs: `(N, 3, H, W)`, not modified.
     """
     features = inputs
     for unit in found:
@@ -48,11 +48,11 @@ def pooled(features: Tensor, channel_dim: int) -> Tensor:
 
 
 def plain_batches(images: ImageSet, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches in a fixed random order, not augmented, for a file is often sorted by class."""
+    """Batches in a fixed random order, without augmentation. Random, since files are often sorted by class."""
     config = replace(images.config, crop="none", flip=False)
     return replace(images, config=config).batches(batch_size, train=True, device=device)
 
 
 def device_of(found: Sequence[Unit]) -> torch.device:
-    """Where the units compute."""
+    """Device of the units' parameters; the CPU if they have none."""
     return next((parameter.device for unit in found for parameter in unit.module.parameters()), torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""What can be looked at: activation maps of chosen images, and the features of many in two dimensions."""
+"""Activation maps of chosen images, and features of many images projected to two dimensions."""
 
 from collections.abc import Sequence
 from typing import Literal, get_args
@@ -15,9 +15,8 @@ from localgrad.errors import LocalGradError
 from localgrad.objectives.layout import AsMap
 
 Projection = Literal["pca", "tsne"]
-
-
 MIN_POINTS = 4
+"""Images that a projection needs."""
 
 
 def activation_maps(found: Sequence[Unit], inputs: Tensor) -> list[Tensor | None]:

@@ -1,4 +1,4 @@
-"""Analyses of run folders: what is found goes into JSON files, and into pictures of them."""
+"""Analyses of run folders, written as JSON files and pictures."""
 
 from collections.abc import Iterator, Sequence
 from hashlib import sha256

@@ -46,7 +46,7 @@ def _probe_picture(group: Sequence[File[Probe]], studio: Studio) -> tuple[Pictur
         run = file.values.runs[0]
         key = json.dumps([own_fields(run.config), run.num_blocks], sort_keys=True)
         trainings.setdefault(key, []).append(file)
-    labels = _told_apart([same[0].values.runs[0] for same in trainings.values()])
+    labels = _distinct_labels([same[0].values.runs[0] for same in trainings.values()])
     accuracies = [[file.values.accuracies for file in same] for same in trainings.values()]
     first = group[0].values
     epochs = first.runs[0].config.optim.epochs
@@ -82,7 +82,7 @@ def _probe_training(found: Probe) -> str:
     return f", after {epochs} epoch{'s' * (epochs != 1)} on {images:,} training images"
 
 
-def _told_apart(runs: Sequence[AnalysedRun]) -> list[str]:
+def _distinct_labels(runs: Sequence[AnalysedRun]) -> list[str]:
     """Label of each run; where labels are the same, the fields that differ are appended."""
     labels = list(map(label_of, runs))
     apart: list[str] = []

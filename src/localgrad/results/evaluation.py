@@ -1,4 +1,4 @@
-"""How often a trained network is wrong: the user's own forward, and each block's own head."""
+"""Test error of a trained network and of each block's local head; early exit."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

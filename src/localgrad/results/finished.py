@@ -1,4 +1,4 @@
-"""A finished run, read back from its folder: network, blocks and images, on a device."""
+"""Load a finished run from its folder: network, blocks and images, on a device."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ from localgrad.training.devices import make_fabric
 
 @dataclass(frozen=True)
 class Trained:
-    """What a finished run left."""
+    """A finished run, loaded."""
 
     folder: RunFolder
     config: TrainConfig

@@ -11,7 +11,7 @@ from localgrad.config.typed import parse
 from localgrad.errors import LocalGradError
 from localgrad.results.kinds import KINDS, Alignment, Pictures, Plan, Probe, StepTimes, kind_of
 from localgrad.runs.files import read_json
-from localgrad.runs.result import SCHEMA, Result
+from localgrad.runs.result import Result, from_file
 
 Values = TypeVar("Values")
 OTHERS = ("config.json", "images.json")
@@ -116,22 +116,8 @@ def read_file(path: Path) -> Any:
         LocalGradError: the file is missing, damaged, or of a later version.
     """
     values = read_json(path, finite=True)
-    return _typed(path, values) if isinstance(values, dict) and kind_of(values) in KINDS else None
-
-
-def _typed(path: Path, values: dict[str, Any]) -> Any:
-    """The content of a result file of a known kind, as its dataclass.
-
-    Raises:
-        LocalGradError: it is of a later version, or a field is missing or not what it should be.
-    """
-    schema = values.get("schema", SCHEMA)
-    if not isinstance(schema, int) or schema > SCHEMA:
-        raise LocalGradError(f"{path} has schema {schema!r}, this version reads up to {SCHEMA}: update localgrad")
-    try:
-        return parse(KINDS[str(kind_of(values))], values)
-    except LocalGradError as problem:
-        raise LocalGradError(f"{path} is damaged: {problem}") from None
+    kind = kind_of(values) if isinstance(values, dict) else None
+    return from_file(KINDS[kind], values, path) if kind in KINDS else None
 
 
 def _json_files(folder: Path, warn: Callable[[str], None]) -> list[Path]:
@@ -164,7 +150,7 @@ def _sort_in(found: Results, path: Path, values: Any, warn: Callable[[str], None
         return True
     if kind not in KINDS:
         raise LocalGradError(f"{path} has the kind {kind!r}: this version knows {', '.join(KINDS)}")
-    content = _typed(path, values)
+    content: Any = from_file(KINDS[kind], values, path)
     if isinstance(content, Result):
         run = FinishedRun(path, content, _metrics(path, values, warn))
         if not any(_same_run(run.result, other.result) for other in found.runs):

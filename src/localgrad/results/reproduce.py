@@ -1,7 +1,7 @@
-"""Reproducing a table: its rows times the seeds, each a `localgrad train` of its own, resumable at any point.
+"""Reproduce a table: every row with every seed, each in a `localgrad train` process, resumable at any point.
 
-Everything is in one output folder: the run folders in `runs/ROW-seedN`, which are large and can go when all is done,
-and beside `runs` one `ROW-seedN.json` a finished run, which is what counts as done and is meant to be kept.
+The output folder holds one `ROW-seedN.json` for each finished run; a run with this file is done. The run folders in
+`runs/ROW-seedN` are large and can be deleted when all runs are done.
 """
 
 import dataclasses
@@ -212,7 +212,7 @@ def run_cells(cells: Sequence[Cell], *, jobs: int = 1) -> dict[str, str]:
                         display.ended(cell.name, f"failed: {failures[cell.name]}")
                         continue
                     places[cell.name] = min(set(range(jobs)) - {places[name] for name in running})
-                    running[cell.name] = cell, _start(cell, share(cell.config, places[cell.name], jobs), held)
+                    running[cell.name] = cell, _start(cell, environment(cell.config, places[cell.name], jobs), held)
                 time.sleep(POLL_SECONDS)
                 for name, (cell, process) in list(running.items()):
                     if process.poll() is None:
@@ -234,13 +234,13 @@ def run_cells(cells: Sequence[Cell], *, jobs: int = 1) -> dict[str, str]:
     return failures
 
 
-def share(config: TrainConfig, place: int, jobs: int) -> dict[str, str]:
-    """Environment variables of one of the runs at the same time: its part of the threads, and its GPU.
+def environment(config: TrainConfig, place: int, jobs: int) -> dict[str, str]:
+    """Environment variables of one of several concurrent runs: its number of threads, and its GPU.
 
     Args:
         config: a run that asks for several devices gets all GPUs.
-        place: of the run among those at the same time, from 0; GPUs are given out in turn.
-        jobs: how many run at the same time.
+        place: index of the run among the concurrent ones; GPUs are assigned round-robin.
+        jobs: number of concurrent runs.
     """
     import torch
 
@@ -290,7 +290,7 @@ def _reason(cell: Cell, code: int) -> str:
 
 @contextmanager
 def _locked(output: Path) -> Iterator[int]:
-    """Holds the folder's lock file; the processes inherit it, so it is held until the last one has ended.
+    """Context: holds the folder's lock file. Child processes inherit it, so it is held until the last one ends.
 
     Raises:
         LocalGradError: another process holds it, or the folder cannot be written.
@@ -321,7 +321,7 @@ def collect(cell: Cell) -> None:
 
 
 def _collect(cell: Cell, failures: dict[str, str]) -> None:
-    """Collects a finished run; where it cannot be, that is among the failures, and the others go on."""
+    """`collect`, with an error added to the failures instead of raised."""
     try:
         collect(cell)
     except LocalGradError as error:
@@ -339,7 +339,7 @@ def _test_errors(cell: Cell) -> list[float | None]:
 
 
 def _test_errors_so_far(cell: Cell, failures: dict[str, str]) -> list[float | None]:
-    """The same, for the display; none where the file is damaged, which is then among the failures."""
+    """`_test_errors` for the display; with an error added to the failures instead of raised."""
     try:
         return _test_errors(cell)
     except LocalGradError as error:

@@ -1,7 +1,7 @@
-"""Seconds of a training step, of several trainings in turns: a step each, round by round.
+"""Time of a training step: several trainings run one step each in turn, round by round.
 
-Whatever else the machine does hits all of them alike, so that their times can be compared, which those of runs that
-were made at different times cannot.
+Other load on the machine then affects all of them equally, so their times can be compared. Times of runs that were made
+at different moments cannot.
 """
 
 import contextlib
@@ -166,18 +166,18 @@ def _shared(trainings: Sequence[Training]) -> dict[str, Any]:
 
 
 def _labelled(trainings: Sequence[Training], shared: dict[str, Any]) -> dict[str, Training]:
-    """The trainings by labels that tell them apart."""
+    """The trainings by distinct labels."""
 
-    def told(training: Training, label: str) -> str:
+    def full(training: Training, label: str) -> str:
         title = [training.table.title] * (shared["network"] is None)
         batch = [f"batch size {training.images}"] * (shared["batch_size"] is None)
         return ", ".join([*title, label, *batch])
 
-    labels = [told(training, training.label) for training in trainings]
+    labels = [full(training, training.label) for training in trainings]
     for fuller in (lambda each: each.row.full_label, lambda each: f"{each.row.full_label}, {each.config.precision}"):
         twice = {label for label, count in Counter(labels).items() if count > 1}
         labels = [
-            told(training, fuller(training)) if label in twice else label
+            full(training, fuller(training)) if label in twice else label
             for label, training in zip(labels, trainings, strict=True)
         ]
     twice = {label for label, count in Counter(labels).items() if count > 1}
@@ -201,7 +201,7 @@ def _check_images(training: Training, run: Run) -> None:
 
 
 def _compare_devices(trainings: Sequence[Training], device: str, warn: Callable[[str], None]) -> None:
-    """Says where the runs were made, if none of a row was made on the device that is timed."""
+    """Warns if no run of a row was made on the device that is timed."""
     others = {
         ", ".join(sorted(made))
         for made in ({run.result.device for run in training.row.runs} for training in trainings)
@@ -216,7 +216,7 @@ def _compare_devices(trainings: Sequence[Training], device: str, warn: Callable[
 
 @contextlib.contextmanager
 def _memory_errors(count: int) -> Iterator[None]:
-    """Says what does not fit, in words."""
+    """Context: raises an out-of-memory error as a LocalGradError."""
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, the versions that they had before, and locks."""
+"""Atomic writes, kept versions of a file, JSON, and lock files."""
 
 import contextlib
 import json
@@ -14,15 +14,15 @@ from localgrad.errors import LocalGradError
 
 @contextmanager
 def atomic_write(path: Path, keep: int = 1) -> Iterator[BinaryIO]:
-    """Opens a temporary file that takes the name of `path` only once everything is on the disk.
+    """Context: a temporary file that is flushed to disk and renamed to `path` at the end.
 
-    With `keep` above 1 what `path` held before stays as `path.1`, what that held as `path.2`, and so on, `keep`
-    versions in all. There are never fewer whole ones than before the call, wherever it is killed.
+    With `keep` above 1 the previous content becomes `path.1`, the one before it `path.2`, and so on, `keep` versions in
+    all. Wherever the process is killed, there are at least as many intact versions as before the call.
 
-    A link is written through, and so is what is no file, such as /dev/stdout.
+    Follows symbolic links. Writes directly to what is no regular file, such as /dev/stdout.
 
     Raises:
-        LocalGradError: the disk is full or cannot be written; what `path` held before is still whole.
+        LocalGradError: the disk is full or cannot be written; `path` is unchanged.
     """
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):  # noqa: PTH110, PTH112, PTH113
         with path.open("wb") as file:
@@ -44,7 +44,7 @@ def atomic_write(path: Path, keep: int = 1) -> Iterator[BinaryIO]:
                 version.unlink()
     except OSError as error:
         why = error.strerror or str(error)
-        raise LocalGradError(f"{path} could not be written ({why}); what it held before is whole") from error
+        raise LocalGradError(f"{path} could not be written ({why}); what it held before is intact") from error
     finally:
         with contextlib.suppress(OSError):  # which would hide what went wrong
             temporary.unlink(missing_ok=True)
@@ -123,7 +123,7 @@ def make_folder(path: Path, hint: str = "") -> None:
 
 
 def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
-    """Writes a value as JSON, whole or not at all; on one line with `indent=None`."""
+    """Writes a value as JSON, atomically; on one line with `indent=None`."""
     with atomic_write(path) as file:
         file.write((json.dumps(value, indent=indent, allow_nan=False) + "\n").encode())
 

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from localgrad.config.saved import differences, from_dict, to_dict
 from localgrad.config.schema import TrainConfig
+from localgrad.config.typed import parse
 from localgrad.data.fingerprint import Fingerprint
 from localgrad.data.sets import ImageSet
 from localgrad.data.sources import located
 from localgrad.errors import LocalGradError
 from localgrad.runs.files import atomic_write, lock, read_json, versions, write_json
-from localgrad.runs.result import Result, as_file
+from localgrad.runs.result import Result, as_file, from_file
 
 logger = logging.getLogger(__name__)
 
@@ -75,14 +76,14 @@ class RunFolder:
         return bool(versions(self.checkpoint))
 
     def _own(self, name: str) -> Path:
-        """The path of a file of the run; a link is refused, for it may lead to a file that is not the run's."""
+        """The path of a file of the run. Refuses symbolic links, which may lead to a file of another run."""
         path = self.path / name
         if path.is_symlink():
             raise LocalGradError(f"{path} is a link to {path.readlink()}: a run folder holds its files itself; copy it")
         return path
 
     def check(self, config: TrainConfig, resume: bool) -> None:
-        """Looks, without writing anything, whether this run may use the folder.
+        """Checks that this run may use the folder; writes nothing.
 
         Raises:
             LocalGradError: the folder is another run's, or finished, or, without `resume`, in use.
@@ -111,7 +112,9 @@ class RunFolder:
             raise LocalGradError(f"{self.path} holds this run, not finished; continue it with --resume")
 
     def check_images(self, *, train: ImageSet | None = None, test: ImageSet | None = None) -> None:
-        """Refuses images that are not those of the run; the same ones may lie elsewhere. An older run says nothing.
+        """Checks by fingerprint that images are those of the run; their path may differ.
+
+        Runs of earlier versions have no fingerprints and accept all images.
 
         Raises:
             LocalGradError: the number of images, their classes, or a sample of them differ.
@@ -123,8 +126,8 @@ class RunFolder:
             if images is None or images.fingerprint is None:
                 continue
             try:
-                before = Fingerprint(**saved[part])
-            except (KeyError, TypeError) as error:
+                before = parse(Fingerprint, saved.get(part) if isinstance(saved, dict) else saved, part)
+            except LocalGradError as error:
                 raise LocalGradError(f"{self.images} was changed or cut short ({error}): remove it") from None
             difference = before.difference(images.fingerprint)
             if difference is not None:
@@ -134,14 +137,14 @@ class RunFolder:
                 )
 
     def keep_images(self, train: ImageSet, test: ImageSet) -> None:
-        """Saves what tells the run's images from others, for `check_images`."""
+        """Saves the fingerprints of the run's images, for `check_images`."""
         if train.fingerprint is not None and test.fingerprint is not None:
             parts = {"train": train.fingerprint, "test": test.fingerprint}
             write_json(self.images, {name: dataclasses.asdict(part) for name, part in parts.items()})
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Makes the folder and keeps other processes from training in it; a process that is killed leaves it free.
+        """Context: creates the folder and holds its lock file. The lock ends with the process, also if it is killed.
 
         Raises:
             LocalGradError: another process trains there, or the folder cannot be made.
@@ -167,9 +170,7 @@ class RunFolder:
         return LocalGradError(f"the run folder {str(self.path)!r} cannot be made or read: {why}")
 
     def start(self, config: TrainConfig, lines: int) -> None:
-        """Makes the folder, saves the config in it and cuts the metrics back to their first `lines` lines.
-
-        What a killed write left is cleared away.
+        """Saves the config, truncates the metrics to their first `lines` lines, and removes left-over temporary files.
 
         Raises:
             LocalGradError: the folder cannot be made or written.
@@ -198,7 +199,7 @@ class RunFolder:
             raise problem if named else LocalGradError(f"{self._config}: {problem}") from None
 
     def append_metrics(self, line: dict[str, Any]) -> None:
-        """Adds one line to the metrics and flushes it to the disk."""
+        """Appends a line to the metrics and flushes it to disk."""
         try:
             with self.metrics.open("a") as file:
                 file.write(json.dumps(line, allow_nan=False) + "\n")
@@ -208,25 +209,22 @@ class RunFolder:
             raise LocalGradError(f"{self.metrics} could not be written: {error.strerror or error}") from error
 
     def save_checkpoint(self, state: dict[str, Any], keep: int = 1) -> None:
-        """Writes the checkpoint, whole or not at all; the last `keep` of them stay.
-
-        Each holds a checksum (CRC-32) of every part, which `torch.save` writes.
-        """
+        """Writes a checkpoint atomically and keeps the last `keep` of them. `torch.save` adds a CRC-32 of each part."""
         buffer = io.BytesIO()
         torch.save(state, buffer)
         with atomic_write(self.checkpoint, keep) as file:
             file.write(buffer.getbuffer())
 
     def newest_checkpoint(self) -> tuple[Path, dict[str, Any]]:
-        """Reads the newest checkpoint that is whole, with a warning where that is not the last one written.
+        """Reads the newest intact checkpoint. Warns if later ones are damaged.
 
-        Only tensors and plain values are accepted, no code is run.
+        Loads tensors and plain values only (`weights_only=True`).
 
         Returns:
             Its path and its content.
 
         Raises:
-            LocalGradError: there is none, none is whole, or the newest whole one holds anything else.
+            LocalGradError: there is none, none is intact, or the newest intact one holds other objects.
         """
         damaged: list[str] = []
         for path in versions(self.checkpoint).values():
@@ -239,18 +237,18 @@ class RunFolder:
                 logger.warning("%s; %s is taken, the one before", "; ".join(damaged), path)
             return path, content
         if damaged:
-            raise LocalGradError(f"{'; '.join(damaged)}; no whole one is left, so start again in another --run-dir")
+            raise LocalGradError(f"{'; '.join(damaged)}; no intact one is left, so start again in another --run-dir")
         raise LocalGradError(f"{self.path} has no checkpoint.pt: its run has saved none yet, or it was removed")
 
     def set_aside_newer(self, taken: Path) -> None:
-        """Renames the damaged checkpoints newer than the one taken, so that they do not count among the kept ones."""
+        """Renames checkpoints newer than the loaded one (they are damaged), so that they do not count as kept."""
         for path in versions(self.checkpoint).values():
             if path == taken:
                 return
             path.replace(f"{path}.damaged")
 
     def save_model(self, weights: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-        """Writes the weights under the model's own names, and what the file says of itself."""
+        """Writes `model.safetensors`: the weights under the model's own names, with metadata."""
         from safetensors.torch import save
 
         state = {name: value.detach().cpu().contiguous().clone() for name, value in weights.items()}
@@ -277,9 +275,11 @@ class RunFolder:
         load_state(model.load_state_dict, state, self.model)
 
     def classes(self) -> tuple[int | None, list[str] | None]:
-        """Number and names of the classes that the finished run's network tells apart; None where no result says so."""
-        result = read_json(self.result) if self.is_finished else None
-        return (result.get("num_classes"), result.get("class_names")) if isinstance(result, dict) else (None, None)
+        """Number and names of the classes of a finished run; None where the result does not have them."""
+        if not self.is_finished:
+            return None, None
+        result = from_file(Result, read_json(self.result), self.result)
+        return result.num_classes, result.class_names
 
     def save_result(self, result: Result) -> None:
         """Writes the result, which marks the run as finished."""
@@ -287,7 +287,7 @@ class RunFolder:
 
 
 class _DamagedError(LocalGradError):
-    """A file that is not as it was written."""
+    """A file is cut short or its checksum is wrong."""
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:

@@ -2,9 +2,14 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 from localgrad.config.schema import TrainConfig
+from localgrad.config.typed import parse
+from localgrad.errors import LocalGradError
+
+Content = TypeVar("Content")
 
 SCHEMA = 1
 """Version of the fields of result files; raised when a field changes its meaning."""
@@ -15,9 +20,29 @@ def as_file(kind: str, values: Any) -> dict[str, Any]:
     return {"kind": kind, "schema": SCHEMA, **dataclasses.asdict(values)}
 
 
+def from_file(content: type[Content], values: Any, path: Path) -> Content:
+    """The dataclass of a result file.
+
+    Args:
+        content: the dataclass.
+        values: what the file holds.
+        path: the file, for the message.
+
+    Raises:
+        LocalGradError: the schema is of a later version, or a field is missing, unknown or of another type.
+    """
+    schema = values.get("schema", SCHEMA) if isinstance(values, dict) else SCHEMA
+    if not isinstance(schema, int) or schema > SCHEMA:
+        raise LocalGradError(f"{path} has schema {schema!r}, this version reads up to {SCHEMA}: update localgrad")
+    try:
+        return parse(content, values)
+    except LocalGradError as problem:
+        raise LocalGradError(f"{path} is damaged: {problem}") from None
+
+
 @dataclass(frozen=True)
 class Result:
-    """What a finished run says of itself; `result.json` is this, field by field."""
+    """Outcome of a finished run, the content of `result.json`."""
 
     config: TrainConfig
     """The complete config."""
