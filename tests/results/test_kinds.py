@@ -82,6 +82,7 @@ def test_all_results_of_this_repository_are_read_whatever_version_wrote_them() -
     assert warnings == []
     files = [path for path in RESULTS.rglob("*.json") if kind_of(json.loads(path.read_text())) in KINDS]
     assert len(files) == len(found) > 40
+    assert found.others, "benchmarks and examples are known, though they have no section"
     for run in found.runs:
         saved = json.loads(run.path.read_text())
         assert run.result.test_error == saved["test_error"]

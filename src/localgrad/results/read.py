@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -14,6 +14,8 @@ from localgrad.runs.files import read_json
 from localgrad.runs.result import Result, from_file
 
 Values = TypeVar("Values")
+MARKS = ("versions", "environment", "device", "torch", "task")
+"""Fields by which results of benchmarks and examples are known that say no kind."""
 OTHERS = ("config.json", "images.json")
 """Files of a run folder that are no results."""
 
@@ -55,9 +57,11 @@ class Results:
     pictures: list[File[Pictures]] = field(default_factory=list)
     plans: list[File[Plan]] = field(default_factory=list)
     speeds: list[File[StepTimes]] = field(default_factory=list)
+    others: list[Path] = field(default_factory=list)
+    """Results of benchmarks and examples, which the report names but does not show."""
 
     def __len__(self) -> int:
-        return sum(len(getattr(self, each.name)) for each in fields(self))
+        return len(self.runs) + len(self.files)
 
     @property
     def files(self) -> list[File[Any]]:
@@ -144,10 +148,11 @@ def _sort_in(found: Results, path: Path, values: Any, warn: Callable[[str], None
     if not isinstance(values, dict):
         return False
     kind = kind_of(values)
-    if kind is None:
-        return "versions" in values or "environment" in values  # a benchmark's, for which there is no section
-    if kind == "benchmark":
+    if kind == "benchmark" or (kind is None and not values.keys().isdisjoint(MARKS)):
+        found.others.append(path)
         return True
+    if kind is None:
+        return False
     if kind not in KINDS:
         raise LocalGradError(f"{path} has the kind {kind!r}: this version knows {', '.join(KINDS)}")
     content: Any = from_file(KINDS[kind], values, path)

@@ -139,4 +139,8 @@ def _files(found: Results, studio: Studio) -> Part:
         for path, values in sorted(origins, key=lambda origin: origin[0])
     ]
     head = ["file", "commit", "torch", "device", "date"]
-    return Part("", grids=[Grid(head, rows, "Every figure of this page comes from these files.")])
+    grids = [Grid(head, rows, "Every figure of this page comes from these files.")]
+    if found.others:
+        others = [[Cell(studio.name(path))] for path in found.others]
+        grids.append(Grid(["results of benchmarks and examples, which are not on this page"], others))
+    return Part("", grids=grids)
