@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import localgrad
@@ -22,6 +23,7 @@ from helpers.training import eventful, interrupt
 from localgrad.config.methods import with_defaults
 from localgrad.config.schema import MomentumConfig, TrainConfig
 from localgrad.core.block import Block
+from localgrad.core.site import Site
 from localgrad.core.step import local_step
 from localgrad.errors import LocalGradError
 from localgrad.models import cifar_resnet
@@ -122,6 +124,62 @@ def test_ranks_give_the_bits_of_one_process(momentum: str, objective: str, start
         assert found.keys() == expected.keys()
         assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
     assert [list(chain(*parts)) for parts in zip(*(own for _, own in answers), strict=True)] == losses
+
+
+class _Nested(nn.Module):
+    """A loss of targets in a dict, on pooled features."""
+
+    reads_inputs = False
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.classifier = nn.Linear(site.features[site.channel_dim], 10)
+
+    def forward(self, features: Tensor, targets: dict[str, Any], inputs: Tensor) -> Tensor:
+        losses = F.cross_entropy(self.classifier(features.mean((2, 3))), targets["classes"], reduction="none")
+        return (losses * targets["weights"][0]).mean()
+
+
+def _nested(starts: list[int] | None) -> tuple[dict[str, Tensor], list[tuple[int, bool]]]:
+    """Train with targets in a dict, in one process or on ranks; also what a rank gets as inputs."""
+    torch.manual_seed(0)
+    model = cifar_resnet(14)
+    blocks = localgrad.split(
+        model,
+        torch.empty(2, 3, 8, 8),
+        cuts=CUTS,
+        objective=_Nested,
+        criterion=lambda scores, targets: F.cross_entropy(scores, targets["classes"]),
+    )
+    sizes = [6, 6, 4]
+    batches = [
+        (inputs, {"classes": classes, "weights": (torch.rand(len(classes)), None)})
+        for inputs, classes in _batches(sizes)
+    ]
+    if starts is None:
+        optimizers = _optimizers(blocks)
+        for inputs, targets in batches:
+            local_step(blocks, optimizers, inputs, targets)
+        return _state(model, blocks), []
+    stage = Stage(blocks, starts)
+    optimizers, seen = _optimizers(stage.blocks), []
+    for inputs, targets, features in stage.batches(batches if stage.is_first else [], sizes):
+        seen.append((inputs.shape[1], inputs is features))
+        stage.step(optimizers, inputs, targets, features)
+    stage.gather()
+    return _state(model, blocks), seen
+
+
+@pytest.mark.ranks
+def test_targets_may_be_nested_and_inputs_travel_only_where_they_are_read() -> None:
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    expected, _ = _nested(None)
+    torch.set_rng_state(state)
+    answers = run_ranks(_nested, 2, [0, 2])
+    for found, _ in answers:
+        assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+    assert [seen for _, seen in answers] == [[(3, True)] * 3, [(32, True)] * 3], "features stand in on the second rank"
 
 
 def _channels_of_inputs(objective: str, starts: list[int]) -> int:

@@ -220,6 +220,7 @@ def _pass(
     passed, number = place
     with context:
         output, loss, *leaf = block(passed[number], targets, inputs, **({} if span is None else {"cut_loss": True}))
+    torch.clear_autocast_cache()  # under one autocast around the step, casts of all blocks' weights would add up
     entry = None if span is None else passed[number]
     passed[number] = output.detach()
     if on_output is not None:
