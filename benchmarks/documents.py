@@ -149,10 +149,61 @@ def features_table(folder: Path) -> str:
     return "\n".join(lines)
 
 
+def long_runs_table(folder: Path) -> str:
+    """Test errors of finished runs that others ran beside: no seconds and no memory."""
+    lines = ["| run | blocks | last error | best error |", "|---|--:|--:|--:|"]
+    for path in sorted(folder.glob("*-seed*.json")):
+        run = json.loads(path.read_text())
+        errors = f"{run['test_error']:.2f} % | {run['best_test_error']:.2f} %"
+        lines.append(f"| `{run['config']['name']}` | {run['num_blocks']} | {errors} |")
+    return "\n".join(lines)
+
+
+def gpu_trainings_table(path: Path) -> str:
+    """Errors by epoch of trainings that were cut off."""
+    lines = ["| run | blocks | epochs planned | error by epoch |", "|---|--:|--:|---|"]
+    for row in json.loads(path.read_text())["rows"]:
+        if row["noted"].endswith("13 at a time"):
+            errors = " ".join(f"{error:.1f}" for error in row["test_errors"] if error is not None)
+            lines.append(f"| `{row['recipe']}` | {row['num_blocks']} | {row['epochs_planned']} | {errors} |")
+    return "\n".join(lines)
+
+
+def gpu_memory_table(path: Path) -> str:
+    """Predicted peaks beside those of CUDA's allocator."""
+    lines = [
+        "| network, method, precision | blocks | predicted GiB | allocator GiB | off by |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    lines += [
+        f"| {r['row']} | {r['blocks']} | {r['predicted_gib']:.2f} | {r['measured_gib']:.2f} | "
+        f"{r['error_percent']:.1f} % |"
+        for r in json.loads(path.read_text())["rows"]
+    ]
+    return "\n".join(lines)
+
+
+def gpu_speed_table(path: Path) -> str:
+    """Milliseconds a step on a GPU, started kernel by kernel and replayed as a CUDA graph."""
+    rows = json.loads(path.read_text())["rows"]
+    graphs = {row["row"]: row for row in rows if row["graph"]}
+    eager = {row["row"]: 1000 * row["seconds_per_step"] for row in rows if not row["graph"]}
+    base = graphs["cifar10-resnet32-e2e"]["seconds_per_step"]
+    lines = ["| recipe | blocks | ms, eager | ms, CUDA graph | to end-to-end |", "|---|--:|--:|--:|--:|"]
+    for name, row in sorted(graphs.items(), key=lambda item: item[1]["seconds_per_step"]):
+        seconds, slow = row["seconds_per_step"], f"{eager[name]:.1f}" if name in eager else ""
+        lines.append(f"| `{name}` | {row['blocks']} | {slow} | {1000 * seconds:.1f} | {seconds / base:.2f} |")
+    return "\n".join(lines)
+
+
 DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 TABLES = {
     "runs": lambda: runs_table([ROOT / "results" / f"cifar10-{epochs}-epochs" for epochs in ("five", "ten")]),
     "imagenette": lambda: runs_table([ROOT / "results" / "imagenette-three-epochs"]),
+    "imagenette64": lambda: long_runs_table(ROOT / "results" / "imagenette64-sixty-epochs"),
+    "gpu-trainings": lambda: gpu_trainings_table(ROOT / "results" / "gpu" / "trainings.json"),
+    "gpu-memory": lambda: gpu_memory_table(ROOT / "results" / "gpu" / "memory.json"),
+    "gpu-speed": lambda: gpu_speed_table(ROOT / "results" / "gpu" / "speed.json"),
     "features": lambda: features_table(ROOT / "results" / "cifar10-ten-epochs" / "analysis"),
     "ranks": lambda: ranks_table(ROOT / "results" / "pipeline.json"),
     "plan": lambda: plan_table(ROOT / "results" / "plan-resnet101" / "plan.json"),

@@ -100,3 +100,11 @@ def test_similarity_asks_where_its_tensors_are(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(fast, "is_on_processor", lambda tensor: asked.append(tensor.device) or False)
     similarity_matrix(noise(4, 6, 3, 3))
     assert asked == [torch.device("cpu")]
+
+
+def test_what_stands_for_a_gpu_takes_the_formulas() -> None:
+    tensor = torch.zeros(1)
+    assert fast.is_on_processor(tensor)
+    with fast.simulated_device("cuda"):
+        assert not fast.is_on_processor(tensor)
+    assert fast.is_on_processor(tensor)

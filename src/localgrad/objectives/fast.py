@@ -5,6 +5,9 @@ the processor.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -15,9 +18,22 @@ WORTHWHILE = 3.0
 """How many times fewer multiplications the low resolution must need for `upsampled_conv` to convolve there."""
 
 
+_simulated: ContextVar[str | None] = ContextVar("simulated", default=None)
+
+
+@contextmanager
+def simulated_device(kind: str) -> Iterator[None]:
+    """Choose the forms of this kind of device, for tensors without data that stand for its own."""
+    token = _simulated.set(kind)
+    try:
+        yield
+    finally:
+        _simulated.reset(token)
+
+
 def is_on_processor(tensor: Tensor) -> bool:
     """Whether a tensor is where the forms of this file are faster."""
-    return tensor.device.type in ("cpu", "meta")
+    return (_simulated.get() or tensor.device.type) in ("cpu", "meta")
 
 
 def channel_deviation(maps: Tensor) -> Tensor:

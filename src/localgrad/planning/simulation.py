@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from localgrad.errors import LocalGradError
+from localgrad.objectives.fast import simulated_device
 
 Precision = Literal["32-true", "bf16-mixed"]
 
@@ -49,19 +50,21 @@ class Simulation:
 
     Args:
         precision: of the forward passes.
-        device_type: whose rules autocast follows, `"cpu"`, or CUDA's for any other.
+        device_type: whose forms the objectives take, and whose rules autocast follows, `"cpu"`, or CUDA's for any
+            other.
     """
 
     def __init__(self, precision: Precision, device_type: str) -> None:
         self.precision: Precision = precision
         self.cuda_rules = precision == "bf16-mixed" and device_type != "cpu"
+        self.device_type = device_type
         self.device = torch.device("cpu")
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Tensors made inside are fake."""
-        with self._mode, _CudaRules() if self.cuda_rules else nullcontext():
+        with self._mode, simulated_device(self.device_type), _CudaRules() if self.cuda_rules else nullcontext():
             yield
 
     def forward_pass(self) -> torch.autocast:
