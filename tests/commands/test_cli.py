@@ -120,7 +120,7 @@ def test_train_then_evaluate_then_resume(
     assert [line.split(":")[0].strip() for line in lines[1:]] == [f"block {number}" for number in range(1, 4)]
 
     assert main(arguments) == 2
-    assert "holds a finished run; give another --run-dir" in _error(capsys)
+    assert "holds a finished run of 1 epochs: go on with --resume --epochs MORE" in _error(capsys)
     (run / "result.json").unlink()
     assert main(arguments) == 2
     assert "continue it with --resume" in _error(capsys)

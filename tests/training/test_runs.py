@@ -86,7 +86,7 @@ def test_a_different_run_is_refused_and_the_fields_are_named(folder: RunFolder) 
 def test_a_finished_run_is_refused(folder: RunFolder) -> None:
     folder.result.write_text("{}")
     for resume in (False, True):
-        with pytest.raises(LocalGradError, match="holds a finished run; give another --run-dir"):
+        with pytest.raises(LocalGradError, match="holds a finished run of 400 epochs: go on with"):
             folder.check(CONFIG, resume)
 
 

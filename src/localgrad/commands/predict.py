@@ -24,6 +24,7 @@ def predict(
     images: Positional[tuple[Path, ...]] = (),
     *,
     top: int = 3,
+    best: bool = False,
     json_lines: bool = False,
 ) -> int:
     """Prints a line an image.
@@ -32,6 +33,7 @@ def predict(
         run_folder: Folder of a finished run.
         images: Files, or folders of them.
         top: So many classes of each image, the most probable first.
+        best: Take the weights of the best epoch (train --keep-best) instead of the last one's.
         json_lines: Print a line of JSON an image, with the probability of every class.
     """
     if not images:
@@ -44,7 +46,7 @@ def predict(
 
     import torch
 
-    loaded = load_run(run_folder)
+    loaded = load_run(run_folder, best=best)
     paths = list(_files(images))
     size = loaded.transform.config.image_size
     inputs, used, problems, resized = [], [], [], 0

@@ -48,6 +48,7 @@ def _number_problems(config: TrainConfig) -> list[str]:
         ("checkpoint_every", config.checkpoint_every, config.checkpoint_every >= 0, "0 or more"),
         ("keep_checkpoints", config.keep_checkpoints, config.keep_checkpoints >= 1, "1 or more"),
         ("max_skips", config.max_skips, config.max_skips >= 1, "1 or more"),
+        ("patience", config.patience, config.patience is None or config.patience >= 1, "1 or more, or None"),
     ]
     problems = [f"{name} is {value}, it must be {allowed}" for name, value, fits, allowed in ranges if not fits]
     if optim.nesterov and optim.momentum == 0:

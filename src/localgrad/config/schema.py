@@ -189,5 +189,10 @@ class TrainConfig:
     """What follows a loss or gradient that is not finite, before weights change: `stop`, or `skip` the batch."""
     max_skips: int = 10
     """Batches that may be skipped one after the other; one more stops the run."""
+    keep_best: bool = False
+    """Keep the weights of the best epoch too, in `best.safetensors`: of the smallest error on the validation images
+    (--data.validation-split), or on the test images, which makes that error too good."""
+    patience: int | None = None
+    """Stop once the same error has not become smaller for so many epochs; None trains all epochs."""
     tensorboard: bool = False
     """Write the metrics for TensorBoard too, into the run folder (needs the extra `tensorboard`)."""

@@ -26,6 +26,8 @@ class DataConfig:
     """Split to train on; slices such as "train[:5000]" are allowed, but not of "digits"."""
     test_split: str = "test"
     """Split to test on, likewise; "test" also finds testing, validation, val, valid and dev, in this order."""
+    validation_split: str | None = None
+    """Split that the best epoch is chosen on (--keep-best, --patience); None chooses it on the test images."""
     image_column: str | None = None
     """Column with the images, or with their bytes or paths; None takes the only one."""
     label_column: str | None = None

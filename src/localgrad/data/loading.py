@@ -97,6 +97,12 @@ def load_images(config: DataConfig, say: Say = logger.warning) -> tuple[ImageSet
     return build(train, "train_limit"), build(test, "test_limit")
 
 
+def load_validation(config: DataConfig, say: Say = logger.warning) -> ImageSet:
+    """The images that the best epoch is chosen on, of the config's `validation_split`."""
+    changed = replace(config, test_split=config.validation_split or "", train_limit=1, test_fraction=None)
+    return load_images(changed, say)[1]
+
+
 def _parts(config: DataConfig, source: Source, say: Say) -> tuple[_Part, _Part, tuple[str, ...] | None]:
     """What to train and what to test on, and the names of the classes."""
     train_spec, test_spec = _specifications(config, source.splits, say)

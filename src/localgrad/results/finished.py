@@ -93,16 +93,16 @@ def load_trained(
     blocks = build_blocks(config, model, test.num_classes) if with_blocks else []
     folder.load_model(model)
     if blocks:
-        _load_heads(blocks, folder, config.optim.epochs)
+        _load_heads(blocks, folder, config.optim.epochs, stopped_early=config.patience is not None)
     for module in (model, *blocks):
         module.to(fabric.device)
     return Trained(folder, config, fabric, model, blocks, train.to(fabric.device), test.to(fabric.device))
 
 
-def _load_heads(blocks: Sequence[Block], folder: RunFolder, epochs: int) -> None:
+def _load_heads(blocks: Sequence[Block], folder: RunFolder, epochs: int, *, stopped_early: bool) -> None:
     path, saved = folder.newest_checkpoint()
     epoch = saved["state"].get("epoch") if isinstance(saved.get("state"), dict) else None
-    if not isinstance(epoch, int) or epoch <= epochs:
+    if not isinstance(epoch, int) or (epoch <= epochs and not stopped_early):
         raise LocalGradError(
             f"{path} is not of the end of the run, as its local heads would have to be; leave them out"
         )

@@ -24,6 +24,7 @@ SAME_ROW = (
     "checkpoint_every",
     "keep_checkpoints",
     "max_skips",
+    "keep_best",
     "tensorboard",
     "data.source",
     "data.name",

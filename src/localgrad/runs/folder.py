@@ -52,6 +52,10 @@ class RunFolder:
         return self._own("model.safetensors")
 
     @property
+    def best_model(self) -> Path:
+        return self._own("best.safetensors")
+
+    @property
     def result(self) -> Path:
         return self._own("result.json")
 
@@ -98,9 +102,16 @@ class RunFolder:
             if resume:
                 raise LocalGradError(f"{self.path} holds no run to resume; leave out --resume to start one there")
             return
-        if self.is_finished:
-            raise LocalGradError(f"{self.path} holds a finished run; give another --run-dir")
         before = self.config()
+        more = before.optim.epochs < config.optim.epochs
+        if self.is_finished and not (resume and more):
+            raise LocalGradError(
+                f"{self.path} holds a finished run of {before.optim.epochs} epochs: go on with --resume --epochs MORE, "
+                "or give another --run-dir to begin a new one"
+            )
+        if resume and more:  # goes on, with the schedule of so many epochs
+            optim = dataclasses.replace(before.optim, epochs=config.optim.epochs)
+            before = dataclasses.replace(before, optim=optim, patience=config.patience)
         place = config.data.source if self.images.exists() else located(before.data).source
         before = dataclasses.replace(before, data=dataclasses.replace(before.data, source=place))  # see check_images
         changed = differences(before, config)
@@ -186,6 +197,7 @@ class RunFolder:
             raise self._unusable(error) from error
         if len(kept) < lines:
             logger.warning("%s has lost %d of its first %d lines", self.metrics, lines - len(kept), lines)
+        self.result.unlink(missing_ok=True)  # of fewer epochs
         write_json(self._config, to_dict(config))
         with atomic_write(self.metrics) as file:
             file.writelines(kept)
@@ -247,32 +259,36 @@ class RunFolder:
                 return
             path.replace(f"{path}.damaged")
 
-    def save_model(self, weights: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-        """Writes `model.safetensors`: the weights under the model's own names, with metadata."""
+    def save_model(
+        self, weights: dict[str, Tensor], metadata: dict[str, str] | None = None, *, best: bool = False
+    ) -> None:
+        """Writes `model.safetensors` (`best.safetensors`): the weights under the model's own names, with metadata."""
         from safetensors.torch import save
 
         state = {name: value.detach().cpu().contiguous().clone() for name, value in weights.items()}
-        with atomic_write(self.model) as file:
+        with atomic_write(self.best_model if best else self.model) as file:
             file.write(save(state, metadata))
 
-    def load_model(self, model: nn.Module) -> None:
-        """Loads the saved weights into a model.
+    def load_model(self, model: nn.Module, *, best: bool = False) -> None:
+        """Loads the saved weights into a model, those of the last epoch or of the best one.
 
         Raises:
             LocalGradError: there are none, or they are cut short, or of another model.
         """
         from safetensors.torch import load
 
-        if not self.model.exists():
-            raise LocalGradError(f"{self.path} has no model.safetensors: its run is not finished (train --resume)")
+        path = self.best_model if best else self.model
+        if not path.exists():
+            why = "it was trained without --keep-best" if best else "its run is not finished (train --resume)"
+            raise LocalGradError(f"{self.path} has no {path.name}: {why}")
         try:
-            state = load(self.model.read_bytes())
+            state = load(path.read_bytes())
         except Exception as error:  # safetensors raises many kinds for a broken file
             raise LocalGradError(
-                f"{self.model} is cut short or damaged ({_reason(error)}); remove it and result.json, and "
+                f"{path} is cut short or damaged ({_reason(error)}); remove it and result.json, and "
                 "train --resume writes it again from the checkpoint"
             ) from error
-        load_state(model.load_state_dict, state, self.model)
+        load_state(model.load_state_dict, state, path)
 
     def classes(self) -> tuple[int | None, list[str] | None]:
         """Number and names of the classes of a finished run; None where the result does not have them."""

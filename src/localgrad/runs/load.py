@@ -25,11 +25,12 @@ class LoadedRun(NamedTuple):
     """Makes an input of the network from an image: `model(transform("cat.jpg")[None]).softmax(1)`."""
 
 
-def load_run(run_dir: str | Path) -> LoadedRun:
+def load_run(run_dir: str | Path, *, best: bool = False) -> LoadedRun:
     """The network that a finished run trained, its classes, and how to prepare an image for it.
 
     Args:
         run_dir: the run folder.
+        best: take the weights of the best epoch, which `--keep-best` keeps, instead of the last one's.
 
     Raises:
         LocalGradError: the folder holds no finished run, or a file in it is damaged.
@@ -40,7 +41,7 @@ def load_run(run_dir: str | Path) -> LoadedRun:
     if count is None:
         raise LocalGradError(f"{folder.path} holds no finished run that says its classes: train it to its end")
     model = build_model(config.model, count)
-    folder.load_model(model)
+    folder.load_model(model, best=best)
     classes = list(names) if names else [str(number) for number in range(count)]
     return LoadedRun(model.eval(), classes, Transform(config.data))
 

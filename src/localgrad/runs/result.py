@@ -80,6 +80,8 @@ class Result:
     """Number of classes of the images, and of the network."""
     class_names: list[str] | None = None
     """Their names in order, where the images have such."""
+    chosen_on: str = "test"
+    """Images that the best epoch is chosen on: `test`, or `validation` where the config names such a split."""
     date: str | None = None
     """Day and time of the end, in UTC, by ISO 8601."""
     command: str | None = None

@@ -13,12 +13,13 @@ from localgrad.config.build import build_blocks, build_model, build_optimizers
 from localgrad.config.networks import check_scores, is_own
 from localgrad.config.schema import TrainConfig
 from localgrad.config.weights import load_weights
-from localgrad.data.loading import load_images
+from localgrad.data.loading import load_images, load_validation
 from localgrad.data.sets import ImageSet
 from localgrad.errors import LocalGradError
 from localgrad.parallel.batchnorm import BatchNorm
 from localgrad.training.devices import make_fabric
 from localgrad.training.nonfinite import Skips, choose_check
+from localgrad.training.outlook import crowded_here
 from localgrad.training.placement import place_blocks
 from localgrad.training.run import Run
 from localgrad.training.state import State
@@ -73,6 +74,8 @@ def build_run(
     if fresh and (loaded := load_weights(model, config.model, train.num_classes)):
         say(loaded)
     blocks = build_blocks(config, model, train.num_classes)
+    if device.type == "cpu" and (busy := crowded_here()):
+        say(busy)
     for module in (model, *blocks):
         module.to(device)
         if config.channels_last:
@@ -85,6 +88,8 @@ def build_run(
     check = choose_check(Skips(config, state, blocks, placement), optimizers, device)
     parts: Any = (config, fabric, train, test, model, blocks, placement, optimizers, state, check)
     run = Run(*parts, update=lambda *batch: plain_update(run, *batch))
+    if config.data.validation_split is not None:
+        run.validation = _moved(load_validation(config.data, say), device)
     if config.cuda_graph:
         run.rate = torch.zeros((), device=device)
         run.update = recorded_update(run)

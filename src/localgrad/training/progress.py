@@ -68,7 +68,14 @@ class Display:
         return not self.console.quiet and time.monotonic() - self._shown >= self.interval
 
     def step(
-        self, *, epoch: str, done: int, total: int, losses: Sequence[float], images_per_second: float | None
+        self,
+        *,
+        epoch: str,
+        done: int,
+        total: int,
+        losses: Sequence[float],
+        images_per_second: float | None,
+        left: str = "",
     ) -> None:
         """Shows the running epoch.
 
@@ -78,12 +85,14 @@ class Display:
             total: batches of the epoch.
             losses: mean loss of each block in this epoch.
             images_per_second: speed; None where none was measured yet.
+            left: time left of the epoch and of the run, in words.
         """
         self._shown = time.monotonic()
         width = self.console.width
         speed = _speed(images_per_second)
         if self._live is None:
-            self.message(f"epoch {epoch} batch {done}/{total} {speed}loss {losses_in(max(20, width - 50), losses)}")
+            shown = f"epoch {epoch} batch {done}/{total} {speed}{left and f'{left} '}"
+            self.message(f"{shown}loss {losses_in(max(20, width - len(shown) - 5), losses)}")
             return
         line = Table.grid(padding=(0, 1))
         line.add_row(
@@ -91,6 +100,8 @@ class Display:
         )
         table = Table.grid()
         table.add_row(line)
+        if left:
+            table.add_row(Text(left, no_wrap=True))
         table.add_row(Text(f"loss {losses_in(width - 6, losses)}", no_wrap=True))
         self._live.update(table, refresh=True)
 

@@ -45,10 +45,16 @@ class Run:
     check: HostCheck | DeviceCheck
     update: Update
     """What a step does on the device; recorded as CUDA graphs where the config says so."""
+    validation: ImageSet | None = None
+    """Images that the best epoch is chosen on; the test images where there are none."""
+    validation_error: float | None = None
+    """Error on them in percent, when it was last evaluated."""
     rate: Tensor | None = None
     """The learning rate on the device, where CUDA graphs read it there."""
     begin: float = field(default_factory=time.perf_counter)
     """When the run would have begun, had it been done in one sitting."""
+    predicted: bool = False
+    """Whether it has been said how long the run takes."""
     seconds: list[float] = field(default_factory=list)
     """Seconds from one optimizer step of this epoch to the next."""
 

@@ -28,12 +28,18 @@ class State:
     local_errors: list[float | None] | None = None
     best_test_error: float = 100.0
     best_epoch: int = 0
+    best_validation_error: float = 100.0
+    """On the validation images, where the best epoch is chosen on such."""
     peak_memory_bytes: int | None = None
     seconds_per_step: float | None = None
     skipped: int = 0
     """Batches skipped since the beginning, because a loss or gradient was not finite."""
     skipped_in_a_row: int = 0
     """Of those, the ones since the last optimizer step."""
+
+
+LATER = ("best_validation_error",)
+"""Fields that older checkpoints have not."""
 
 
 def state_of(values: Any, num_blocks: int, path: Path) -> State:
@@ -49,7 +55,7 @@ def state_of(values: Any, num_blocks: int, path: Path) -> State:
     """
     try:
         state = parse(State, values, "state")
-        missing = [field.name for field in fields(State) if field.name not in values]
+        missing = [field.name for field in fields(State) if field.name not in (*values, *LATER)]
         if missing:
             raise LocalGradError(f"state has no {', '.join(missing)}")
         if len(state.sums) != num_blocks + 1:

@@ -1,6 +1,7 @@
 """Metrics for TensorBoard."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,12 @@ class Board:
                 if number is not None and name != "epoch":
                     self.writer.add_scalar(label, number, line["epoch"])
         self.writer.flush()
+
+
+def check_tensorboard() -> None:
+    """Refuses, before anything is written, to go on without TensorBoard."""
+    if find_spec("tensorboard") is None:
+        raise LocalGradError("--tensorboard needs TensorBoard: pip install 'localgrad[tensorboard]'")
 
 
 def open_board(folder: Path, epoch: int) -> Board:

@@ -23,6 +23,7 @@ from localgrad.runs.folder import RunFolder
 from localgrad.runs.load import weights_metadata
 from localgrad.runs.provenance import provenance
 from localgrad.runs.result import Result
+from localgrad.training import outlook
 from localgrad.training.build import build_run
 from localgrad.training.checkpoint import open_folder, save
 from localgrad.training.devices import (
@@ -33,12 +34,13 @@ from localgrad.training.devices import (
 )
 from localgrad.training.error_rates import error_rates
 from localgrad.training.interrupts import InterruptedRun, Interrupts, noted_interrupts
+from localgrad.training.outlook import FEW_STEPS, duration, prediction
 from localgrad.training.placement import Batches, Stop
 from localgrad.training.progress import Display
 from localgrad.training.run import Run
-from localgrad.training.schedule import set_learning_rate
+from localgrad.training.schedule import rate_of, set_learning_rate
 from localgrad.training.step import train_step
-from localgrad.training.tensorboard import Board
+from localgrad.training.tensorboard import Board, check_tensorboard
 
 
 def fit(
@@ -74,6 +76,8 @@ def fit(
     with peer_failure_as_error():
         config = with_defaults(validate(as_launched(config)))
         fabric = make_fabric(config)
+        if config.tensorboard:
+            check_tensorboard()
         if fabric.is_global_zero:
             folder.check(config, resume)  # before anything takes long
         with fast_kernels(fabric.device):
@@ -92,16 +96,55 @@ def train(run: Run, folder: RunFolder, *, resume: bool = False, quiet: bool = Fa
     with open_folder(run, folder, resume) as board, Display(quiet=quiet) as display:
         with noted_interrupts() as interrupted, _memory_errors(run):
             display.message(_headline(run, folder))
-            while run.state.epoch <= run.config.optim.epochs:
+            if resume and run.state.epoch > 1:
+                display.message(_schedule(run))
+            while run.state.epoch <= run.config.optim.epochs and not is_out_of_patience(run):
                 train_epoch(run, folder, display, interrupted)
                 finish_epoch(run, folder, board, display)
+                if run.config.keep_best and run.state.best_epoch == run.state.epoch - 1:
+                    _save_best(run, folder)
                 save(run, folder)
+            if run.state.epoch <= run.config.optim.epochs:
+                display.message(
+                    f"stopped after epoch {run.state.epoch - 1}: the error on the {_chosen_on(run)} images has not "
+                    f"become smaller since epoch {run.state.best_epoch} (--patience {run.config.patience})"
+                )
         result, weights = _result(run), gathered_state(run.model.state_dict())
         if run.fabric.is_global_zero:
             folder.save_model(weights, weights_metadata(run.config, result))
             folder.save_result(result)
         run.fabric.barrier()
     return result
+
+
+def is_out_of_patience(run: Run) -> bool:
+    """Whether the evaluated error has not become smaller for as many epochs as the config has patience."""
+    state, patience = run.state, run.config.patience
+    return patience is not None and state.best_epoch > 0 and state.epoch - 1 - state.best_epoch >= patience
+
+
+def _save_best(run: Run, folder: RunFolder) -> None:
+    """The weights of the epoch that has just ended, which is the best one so far."""
+    with run.placement.evaluating():
+        weights = gathered_state(run.model.state_dict())
+    if run.fabric.is_global_zero:
+        folder.save_model(weights, weights_metadata(run.config, _result(run)), best=True)
+
+
+def _chosen_on(run: Run) -> str:
+    """The images that the best epoch is chosen on."""
+    return "test" if run.validation is None else "validation"
+
+
+def _schedule(run: Run) -> str:
+    """What a resumed run does from here, in words."""
+    optim, epoch = run.config.optim, run.state.epoch
+    if epoch > optim.epochs:
+        return "all epochs are trained; what was left to do is done"
+    return (
+        f"goes on with epoch {epoch} of {optim.epochs}, at the learning rate that {optim.epochs} epochs have there: "
+        f"{run.learning_rate:.3g}, to {rate_of(optim, optim.epochs):.3g} at the end"
+    )
 
 
 def train_epoch(run: Run, folder: RunFolder, display: Display, interrupted: Interrupts) -> None:
@@ -126,6 +169,8 @@ def train_epoch(run: Run, folder: RunFolder, display: Display, interrupted: Inte
         now = time.perf_counter()
         run.seconds.extend([] if measured else [now - begin])
         begin = now
+        if not run.predicted and run.seconds_per_step and (len(run.seconds) >= FEW_STEPS or state.step >= FEW_STEPS):
+            _predict(run, display)
         stop = run.placement.stop(interrupted.is_set())
         if stop or (every and state.step % every == 0):
             run.check.settle()
@@ -162,13 +207,36 @@ def _measured_step(run: Run, *batch: Tensor) -> Tensor:
 
 
 def _show(run: Run, display: Display, sums: Tensor) -> None:
+    seconds, left = run.seconds_per_step, ""
+    if seconds is not None:
+        steps = _steps_per_epoch(run)
+        of_epoch, of_run = seconds * (steps - run.state.batch), seconds * steps * _epochs_left(run)
+        left = f"{duration(of_epoch)} left of the epoch, {duration(of_run)} of the run"
     display.step(
         epoch=run.epoch_of_epochs,
         done=run.state.batch,
-        total=run.train.num_batches(run.batch_size, run.placement.replicas, train=True),
+        total=_steps_per_epoch(run),
         losses=(sums[:-1] / sums[-1]).tolist() if sums[-1] else [],
         images_per_second=run.images_per_second,
+        left=left,
     )
+
+
+def _steps_per_epoch(run: Run) -> int:
+    return run.train.num_batches(run.batch_size, run.placement.replicas, train=True)
+
+
+def _epochs_left(run: Run) -> float:
+    """To the end of the run, the rest of this epoch included."""
+    return run.config.optim.epochs + 1 - run.state.epoch - run.state.batch / _steps_per_epoch(run)
+
+
+def _predict(run: Run, display: Display) -> None:
+    """Says once how long the rest takes, unless that is soon."""
+    run.predicted = True
+    seconds, steps, epochs = run.seconds_per_step or 0.0, _steps_per_epoch(run), _epochs_left(run)
+    if seconds * steps * epochs >= outlook.WORTH_SAYING:
+        display.message(prediction(seconds, steps, epochs, on_cpu=run.fabric.device.type == "cpu"))
 
 
 def finish_epoch(run: Run, folder: RunFolder, board: Board | None, display: Display) -> None:
@@ -186,6 +254,7 @@ def finish_epoch(run: Run, folder: RunFolder, board: Board | None, display: Disp
         "train_loss": [total / state.sums[-1] for total in state.sums[:-1]] if state.sums[-1] else None,
         "skipped": state.skipped,
         "test_error": state.test_error if evaluated else None,
+        **({"validation_error": run.validation_error if evaluated else None} if run.validation else {}),
         "local_errors": state.local_errors if evaluated else None,
         "seconds_per_step": state.seconds_per_step,
         "images_per_second": run.images_per_second,
@@ -213,8 +282,21 @@ def evaluate_epoch(run: Run) -> None:
             batch_size=config.optim.batch_size,
             channels_last=config.channels_last,
         )
-    if state.best_epoch == 0 or state.test_error < state.best_test_error:
+    if run.validation is None:
+        better = state.best_epoch == 0 or state.test_error < state.best_test_error
+    else:
+        run.validation_error = _validation_error(run, run.validation)
+        better = state.best_epoch == 0 or run.validation_error < state.best_validation_error
+        state.best_validation_error = min(state.best_validation_error, run.validation_error)
+    if better:
         state.best_test_error, state.best_epoch = state.test_error, state.epoch
+
+
+def _validation_error(run: Run, images: ImageSet) -> float:
+    config = run.config
+    with run.placement.evaluating():
+        size, last = config.optim.batch_size, config.channels_last
+        return error_rates(run.fabric, run.model, (), images, batch_size=size, channels_last=last)[0]
 
 
 @contextmanager
@@ -256,6 +338,7 @@ def _result(run: Run) -> Result:
         seconds_per_step=state.seconds_per_step,
         wall_seconds=state.elapsed_seconds,
         skipped=state.skipped,
+        chosen_on=_chosen_on(run),
         num_classes=run.train.num_classes,
         class_names=None if run.train.class_names is None else list(run.train.class_names),
         precision=resolve_precision(run.config),
