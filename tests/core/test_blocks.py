@@ -394,3 +394,23 @@ def test_any_state_is_recomputed_from_what_it_was(wrapped: Any) -> None:
             local_step(blocks, [optimizer], inputs, torch.tensor([0, 1, 2, 3]))
         states.append(model.state_dict())
     assert all(map(torch.equal, *(state.values() for state in states)))
+
+
+@pytest.mark.slow
+def test_compiled_blocks_recompute_and_count_a_batch_once() -> None:
+    found = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        momentum = localgrad.man(recompute=True)
+        blocks = split(
+            cifar_resnet(8, NUM_CLASSES), EXAMPLE, cuts=["layer1"], objective=DGL, momentum=momentum, recompute=True
+        )
+        for block in blocks if compiled else ():
+            block.compile(backend="aot_eager")
+        optimizers = [torch.optim.SGD(block.trainable_parameters(), lr=0.1) for block in blocks]
+        for seed in range(2):
+            local_step(blocks, optimizers, *batch(seed))
+        found.append([tensor for block in blocks for tensor in block.state_dict().values()])
+    for plain, compiled_tensor in zip(*found, strict=True):
+        torch.testing.assert_close(plain, compiled_tensor)

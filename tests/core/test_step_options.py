@@ -275,6 +275,30 @@ def test_float16_autocast_a_block_at_a_time_with_a_scaler() -> None:
     assert all(loss.isfinite() for loss in losses)
 
 
+def test_one_autocast_around_the_step_keeps_no_casts_of_other_blocks() -> None:
+    def peak(around: bool) -> int:
+        torch.manual_seed(0)
+        layers = [nn.Linear(64, 64, bias=False) for _ in range(8)]
+        blocks = split(nn.Sequential(*layers), torch.empty(2, 64), num_blocks=8, objective=localgrad.classifier(64))
+        optimizers = [torch.optim.SGD(block.trainable_parameters(), lr=0.1) for block in blocks]
+        inputs, targets = torch.randn(4, 64), torch.arange(4)
+
+        def run() -> None:
+            if around:
+                with torch.autocast("cpu", torch.bfloat16):
+                    local_step(blocks, optimizers, inputs, targets)
+            else:
+                local_step(
+                    blocks, optimizers, inputs, targets, context=lambda index: torch.autocast("cpu", torch.bfloat16)
+                )
+
+        run()
+        return measure_peak(run)[1]
+
+    casts = 64 * 64 * 2  # bytes of one block's
+    assert peak(around=True) < peak(around=False) + 2 * casts
+
+
 def test_clipping_in_the_step_is_a_block_s_own() -> None:
     blocks = blocks_of()
     norms: list[float] = []

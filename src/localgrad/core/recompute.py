@@ -27,6 +27,8 @@ def recomputed(
         return function(features)
     if writes_input:
         return recomputed(lambda features: function(features.clone()), features, module)
+    if torch.compiler.is_compiling():  # what is compiled changes each buffer once, at the end
+        return checkpoint(function, features, use_reentrant=False)  # pyright: ignore[reportReturnType]
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
     begun = [
         (each, name, buffer.clone())

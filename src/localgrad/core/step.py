@@ -74,8 +74,8 @@ def local_step(
         step_each_block: see above.
         parts: number of micro-batches; where there are fewer samples, one each.
         reach: number of blocks that a loss trains, its own included.
-        context: what a block's forward pass runs in, by its place, as `lambda index: torch.autocast("cuda")`. One
-            context a block frees its casts of the weights; one around the step keeps those of all blocks.
+        context: what a block's forward pass runs in, by its place, as `lambda index: torch.autocast("cuda")`. Under one
+            autocast around the step the backward passes run in it too, which PyTorch advises against.
         backward: what back-propagates a loss.
         step: what steps an optimizer.
 
@@ -230,6 +230,9 @@ def _pass(
     _check_loss(loss, inner(block))
     if loss.requires_grad:
         backward(loss)
+    kind = inputs.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        torch.clear_autocast_cache()  # one autocast around the step would keep the casts of all blocks' weights
     if span is None or entry is None:
         return loss.detach(), None
     trained = [parameter for parameter in inner(block).body.parameters() if parameter.requires_grad]
