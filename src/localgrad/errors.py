@@ -13,6 +13,10 @@ class LocalGradError(ValueError):
     """
 
 
+class LocalGradWarning(UserWarning):
+    """Something that was given works, but perhaps not as meant; the message says what is left out or assumed."""
+
+
 class SettingsError(LocalGradError):
     """An argument is outside what is allowed."""
 

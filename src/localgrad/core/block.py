@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from localgrad.core.momentum import MomentumAuxiliary
+from localgrad.core.pieces import TwoModes
 from localgrad.core.recompute import recomputed
 from localgrad.core.site import Criterion
-from localgrad.core.tracing import TwoModes
 from localgrad.core.units import Unit
 from localgrad.errors import LocalGradError
 
@@ -41,6 +41,7 @@ class Block(nn.Module):
         self.criterion = criterion
         self.recompute = recompute
         self.names = tuple(unit.name for unit in found)
+        self._frozen = found[0].frozen
         # a tuple is not registered a second time
         self._in_place = tuple(unit.module for unit in found if unit.writes_input)
         self._layers = [module for module in self.body.modules() if module._parameters]
@@ -100,7 +101,11 @@ class Block(nn.Module):
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def check_training(self) -> None:
-        """Refuse to train in evaluation mode, as `model.eval()` leaves the body, and `model.train()` the rest."""
+        """Refuse to train in evaluation mode, as `model.eval()` leaves the body, and `model.train()` the rest.
+
+        Where the model has changed since in what blocks took for constant, this is refused too.
+        """
+        self._frozen.check()
         body = not self._layers or any(module.training for module in self._layers)
         if not body or not all(module.training for module in (self.momentum, self.objective, *self._modes) if module):
             raise LocalGradError(

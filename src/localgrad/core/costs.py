@@ -1,24 +1,28 @@
 """Cost of each unit, counted on `meta` tensors."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from localgrad.core.auxiliary import build_auxiliary
-from localgrad.core.copies import deep_copy
+from localgrad.core.meta import to_meta
 from localgrad.core.momentum import Momentum
-from localgrad.core.site import Objective
+from localgrad.core.site import Criterion, Objective
+from localgrad.core.tracing import first_line
+from localgrad.core.trees import leaves, mapped
 from localgrad.core.units import Unit
-from localgrad.errors import CannotSitError
+from localgrad.errors import CannotSitError, LocalGradError
 
 NOWHERE = (float("inf"), float("inf"), float("inf"))
 
 
-# --- cost of each unit -----------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class UnitCost:
     """What one unit costs for the example batch, and what ending a block after it would.
@@ -49,6 +53,8 @@ def unit_costs(
     objective: Objective | None = None,
     momentum: Momentum | None = None,
     num_blocks: int = 2,
+    targets: Any = None,
+    criterion: Criterion = F.cross_entropy,
 ) -> list[UnitCost]:
     """Cost of each unit for a batch like `example`, counted on `meta` tensors: nothing is computed or allocated.
 
@@ -58,22 +64,41 @@ def unit_costs(
         objective: what would end a block; nothing if None.
         momentum: likewise.
         num_blocks: K, as the objective is told.
+        targets: an example of what the objective takes, tensors with as many samples as `example` in any nesting;
+            classes `(N,)` if None.
+        criterion: of the model, which heads may take.
+
+    Raises:
+        CannotCountError: a unit or the objective does not run on tensors without data, or not on these targets.
     """
     samples = max(2, len(example))  # batch norm needs more than one value
     features = example.new_empty((samples, *example.shape[1:]), device="meta")
     inputs = features
-    targets = torch.zeros(samples, dtype=torch.long, device="meta")
-    on_meta = [replace(unit, module=to_meta(unit.module)) for unit in found]
+    targets = without_data(targets, len(example), samples, torch.device("meta"))
+    on_meta = [replace(unit, module=to_meta(unit.module).train()) for unit in found]
+    model = found[0].frozen.model
+    model = None if model is None or objective is None else to_meta(model)
     costs = []
     for position, unit in enumerate(on_meta):
-        result, kept, flops = _forward_cost(unit.module, features)
+        with _counting(f"the unit {unit.name!r}"):
+            result, kept, flops = _forward_cost(unit.module, features)
         end: tuple[float, float, float] = NOWHERE
         following = on_meta[position + 1 : -1] or on_meta[position + 1 :]
         if objective is None:
             end = (0.0, 0.0, 0.0)
         elif following:
             end = _end_cost(
-                unit, following, on_meta[position + 1 :], result, targets, inputs, objective, momentum, num_blocks
+                unit,
+                following,
+                on_meta[position + 1 :],
+                result,
+                targets,
+                inputs,
+                objective,
+                momentum,
+                num_blocks,
+                criterion,
+                model,
             )
         parameters = sum(parameter.numel() for parameter in unit.module.parameters())
         costs.append(UnitCost(unit.name, parameters, kept, flops, *end))
@@ -86,31 +111,61 @@ def _end_cost(
     following: Sequence[Unit],
     rest: Sequence[Unit],
     features: Tensor,
-    targets: Tensor,
+    targets: Any,
     inputs: Tensor,
     objective: Objective,
     momentum: Momentum | None,
     num_blocks: int,
+    criterion: Criterion,
+    model: nn.Module | None,
 ) -> tuple[float, float, float]:
-    try:
-        branches, head = build_auxiliary(unit, following, rest, inputs, 0, num_blocks, objective, momentum)
-    except CannotSitError:
-        return NOWHERE
-    mixed, kept, flops = (features, 0, 0) if branches is None else _forward_cost(branches, features)
-    _, head_kept, head_flops = _forward_cost(head, mixed, targets, inputs)
+    with _counting(f"the objective after {unit.name!r}"):
+        try:
+            branches, head = build_auxiliary(
+                unit, following, rest, inputs, 0, num_blocks, objective, momentum, criterion, model
+            )
+        except CannotSitError:
+            return NOWHERE
+        mixed, kept, flops = (features, 0, 0) if branches is None else _forward_cost(branches, features)
+        _, head_kept, head_flops = _forward_cost(head, mixed, targets, inputs)
     parameters = sum(p.numel() for module in (branches, head) if module is not None for p in module.parameters())
     return kept + head_kept, flops + head_flops, parameters
 
 
-def to_meta(module: nn.Module) -> nn.Module:
-    """A copy on `meta`, in training mode."""
-    return deep_copy(module).to("meta").train()
+class CannotCountError(LocalGradError):
+    """A unit or an objective needs data, or other targets, to run."""
 
 
-def _forward_cost(module: nn.Module, features: Tensor, *rest: Tensor) -> tuple[Tensor, int, int]:
+@contextmanager
+def _counting(what: str) -> Iterator[None]:
+    """Say which part does not run on tensors without data."""
+    try:
+        yield
+    except Exception as error:  # of whatever class: it is the user's code
+        raise CannotCountError(f"{what} does not run on tensors without data ({first_line(error)})") from error
+
+
+def without_data(targets: Any, given: int, samples: int, device: torch.device) -> Any:
+    """Targets of so many samples in the shapes of an example with `given`; classes where there is none."""
+    if targets is None:
+        return torch.zeros(samples, dtype=torch.long, device=device)
+
+    def empty(tensor: Tensor) -> Tensor:
+        shape = (samples, *tensor.shape[1:]) if tensor.ndim and len(tensor) == given else tensor.shape
+        return torch.zeros(shape, dtype=tensor.dtype, device=device)
+
+    return mapped(empty, targets)
+
+
+def _forward_cost(module: nn.Module, features: Tensor, *rest: Any) -> tuple[Tensor, int, int]:
     """Output, bytes kept for the backward pass (output included, input and parameters left out), and operations."""
     features = features.detach().requires_grad_(features.is_floating_point())
-    known = [features, *rest, *module.parameters(), *module.buffers()]
+    known = [
+        features,
+        *(leaf for leaf in leaves(rest) if isinstance(leaf, Tensor)),
+        *module.parameters(),
+        *module.buffers(),
+    ]
     kept = weakref.WeakKeyDictionary[torch.UntypedStorage, int]()
 
     def keep(tensor: Tensor) -> Tensor:

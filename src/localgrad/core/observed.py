@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge, saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
-from localgrad.core.tracing import CHAIN, _is_stage
+from localgrad.core.tracing import CHAIN, is_stage
 from localgrad.errors import LocalGradError
 
 Edge = tuple[Node, int]
@@ -220,7 +220,7 @@ def units_between(run: ForwardPass, start: int, cuts: Sequence[Call] = (), end: 
 
 def is_container(module: nn.Module) -> bool:
     """Whether a module is a chain of others, or holds one as a stage does."""
-    return isinstance(module, CHAIN) or _is_stage(module)
+    return isinstance(module, CHAIN) or is_stage(module)
 
 
 def takes(call: Call, source: Call) -> bool:

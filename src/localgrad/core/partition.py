@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 from localgrad.errors import LocalGradError
 
 
-def check_num_blocks(num_blocks: int, num_units: int) -> None:
-    """Refuse a number of blocks that `num_units` units cannot be cut into."""
+def check_num_blocks(num_blocks: int, num_units: int, why: str = "") -> None:
+    """Refuse a number of blocks that `num_units` units cannot be cut into; `why` there are no more ends the message."""
     if type(num_blocks) is not int or not 1 <= num_blocks <= num_units:
         raise LocalGradError(
-            f"num_blocks is {num_blocks!r}: the model has {num_units} units, so it makes 1 to {num_units} blocks"
+            f"num_blocks is {num_blocks!r}: the model has {num_units} units, so it makes 1 to {num_units} blocks{why}"
         )
 
 

@@ -4,10 +4,12 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
+from localgrad.core.channels import channel_dim_of, usual_channel_dim
 from localgrad.core.observed import Call, ForwardPass, takes, trained_by_block, units_between
-from localgrad.core.units import Unit, _channel_dim
+from localgrad.core.units import Unit
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +89,9 @@ def _chain(cut: Call, found: Sequence[Call], is_last: bool) -> list[Call]:
 
 def _unit(call: Call, following: nn.Module | None = None) -> Unit:
     assert call.features is not None
-    dim = _channel_dim(call.features, call.module, following)
+    features = torch.empty(call.features, dtype=call.dtype, device="meta")
+    dim = channel_dim_of(features, [call.module], [following] if following else [])
+    dim = usual_channel_dim(features.ndim) if dim is None else dim
     return Unit(call.name, call.module, call.features, dim, call.writes_input, call.inputs, call.dtype)
 
 

@@ -1,7 +1,7 @@
 """Splitting a model into gradient-isolated blocks."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -12,11 +12,11 @@ from localgrad.core.auxiliary import build_auxiliary
 from localgrad.core.block import Block
 from localgrad.core.momentum import Momentum
 from localgrad.core.origin import Origin
-from localgrad.core.partition import cut_by_cost, cut_evenly
+from localgrad.core.partition import check_num_blocks, cut_by_cost, cut_evenly
 from localgrad.core.site import Criterion, Objective
-from localgrad.core.units import Unit, check_model, find_unit, match_mode, units
+from localgrad.core.units import Unit, check_model, find_unit, match_mode, units, why_whole
 from localgrad.core.wrapped import unwrapped
-from localgrad.errors import LocalGradError
+from localgrad.errors import LocalGradError, LocalGradWarning
 
 Balance = Literal["memory", "compute", "count"]
 
@@ -33,6 +33,8 @@ def split(
     criterion: Criterion = F.cross_entropy,
     recompute: bool = False,
     names: Sequence[str] | None = None,
+    channel_dim: int | Mapping[str, int] | None = None,
+    targets: Any = None,
 ) -> list[Block]:
     """Split `model` into gradient-isolated blocks, each with a local loss.
 
@@ -44,8 +46,8 @@ def split(
     trained. A block of frozen layers alone gets no head, and None for an optimizer.
 
     Args:
-        model: any classification model with one tensor in and one out (see `units`).
-        example: a batch of the shape that will be trained on; only shape, dtype and device count.
+        model: any model with one tensor in and one out (see `units`); others go to `isolate`.
+        example: a batch of the shape that will be trained on (see `units`).
         cuts: names of the units after which gradients are isolated. A submodule's name stands for its last unit;
             an empty list leaves one block, which is end-to-end training.
         num_blocks: K, instead of `cuts`.
@@ -59,6 +61,9 @@ def split(
         recompute: activation checkpointing inside the blocks: keep only what is between units, and compute each unit
             again in the backward pass. Weights and running statistics come out the same, bit for bit.
         names: the units by name, for a model that cannot be traced.
+        channel_dim: where features have their channels, for those who know better (see `units`).
+        targets: an example of the targets of `example`, which the auxiliary networks are counted with where `num_blocks`
+            is given; classes `(N,)` if None.
 
     Returns:
         K blocks in order. Auxiliary networks are made on the model's device in its dtype, from the global generator.
@@ -84,11 +89,11 @@ def split(
         raise LocalGradError(f'cuts is {cuts!r}: give a list of names, as ["layer1"]; `units` lists them')
     check_model(model)
     model = unwrapped(model)
-    found = units(model, example, names)
+    found = units(model, example, names, channel_dim=channel_dim)
     if cuts is not None:
         ends = cut_positions(found, cuts)
     else:
-        ends = choose_cuts(found, example, num_blocks or 0, balance, objective, momentum)
+        ends = choose_cuts(found, example, num_blocks or 0, balance, objective, momentum, targets, criterion)
     if ends and objective is None:
         raise LocalGradError(
             f"objective is None with {len(ends) + 1} blocks: every block but the last needs a local objective, "
@@ -149,21 +154,27 @@ def choose_cuts(
     balance: Balance,
     objective: Objective | None,
     momentum: Momentum | None,
+    targets: Any = None,
+    criterion: Criterion = F.cross_entropy,
 ) -> list[int]:
     """Indices of the units after which to cut for K blocks that share memory, compute or units evenly."""
+    check_num_blocks(num_blocks, len(found), why_whole(found))
     if balance == "count":
         return cut_evenly(len(found), num_blocks)
     if balance not in ("memory", "compute"):
         raise LocalGradError(f"balance is {balance!r}: it is 'memory', 'compute' or 'count'")
-    from localgrad.core.costs import unit_costs
+    from localgrad.core.costs import CannotCountError, unit_costs
 
     try:
-        costs = unit_costs(found, example, objective, momentum, num_blocks)
-    except RuntimeError as error:
-        raise LocalGradError(
-            f"what the units cost cannot be counted without data ({str(error).strip().splitlines()[0]}): "
-            'give cuts=[...], or balance="count"'
-        ) from error
+        costs = unit_costs(found, example, objective, momentum, num_blocks, targets, criterion)
+    except CannotCountError as error:
+        warnings.warn(
+            f"{error}: blocks get the same number of units instead of the same {balance}; give targets=, an example of "
+            'the batch\'s targets, or cuts=[...], or balance="count"',
+            LocalGradWarning,
+            stacklevel=3,
+        )
+        return cut_evenly(len(found), num_blocks)
     weights = [cost.end_parameters for cost in costs]
     if balance == "memory":
         return cut_by_cost([c.activations for c in costs], num_blocks, [c.end_activations for c in costs], weights)

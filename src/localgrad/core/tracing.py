@@ -1,97 +1,320 @@
-"""Tracing: a model as a chain of pieces, found with `torch.fx`, that hold the model's own modules."""
+"""Tracing: a model's forward pass as a graph, found with `torch.fx`, and what such a graph takes for constant."""
 
+import copy
 import inspect
 import operator
-import random
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
+from types import ModuleType
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from localgrad.errors import LocalGradError
+from localgrad.core.restore import restored
+from localgrad.errors import LocalGradError, LocalGradWarning
 
 CHAIN = (nn.Sequential, nn.ModuleList)
-
-
 _CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict, object)
+_OWN = {*vars(nn.Module), *vars(nn.Module())}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+NAME_THEM = (
+    'name the submodules that make it up, in order: units(model, example, names=["stem", "blocks.0", ..., "head"]), '
+    "or use localgrad.isolate, which cuts the model's own forward pass"
+)
+
+Read = tuple[Any, str, Any]
+"""An attribute that a forward pass read: of what, its name, its value."""
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """A forward pass in one mode.
+
+    Attributes:
+        nodes: of one input and one output.
+        constants: tensors that the forward pass made from nothing, by their target in the graph.
+    """
+
+    nodes: fx.Graph
+    constants: dict[str, Tensor]
+
+    def same(self, other: "Graph") -> bool:
+        """Whether it computes the same, as far as a graph tells."""
+        return str(self.nodes) == str(other.nodes) and all(
+            mine.is_meta or torch.equal(mine, other.constants[name]) for name, mine in self.constants.items()
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Traced:
+    """A model's forward pass in both modes.
+
+    Attributes:
+        training: the first.
+        evaluating: the second.
+        whole: why a module that is no layer was not traced into, by name.
+        through: the modules that were, by name; the model itself is "".
+        reads: plain attributes that the forward passes read, by name.
+    """
+
+    training: Graph
+    evaluating: Graph
+    whole: dict[str, str]
+    through: dict[str, nn.Module]
+    reads: dict[str, Read]
+
+
+@dataclass(eq=False)
+class Frozen:
+    """What a trace has taken for constant, and what the blocks would miss if it changed.
+
+    A copy of it, as copying or pickling blocks makes, knows of nothing: copied blocks have no model to follow.
+    """
+
+    model: nn.Module | None = None
+    traced: Traced | None = None
+    uncalled: dict[str, nn.Module] = field(default_factory=dict[str, nn.Module])
+
+    def check(self) -> None:
+        """Refuse to go on where the model has changed in a way that its blocks cannot follow.
+
+        Raises:
+            LocalGradError: a plain attribute that the forward pass depends on has another value than when the model
+                was split, or a forward hook was registered on a module that the blocks do not call.
+        """
+        for name, module in self.uncalled.items():
+            if module._forward_hooks or module._forward_pre_hooks:
+                raise LocalGradError(
+                    f"a forward hook was registered on {name or 'the model itself'} after the model was split, and the "
+                    "blocks do not run it: remove it, register it on a unit (localgrad.units lists them), or use "
+                    "localgrad.isolate, which runs the model's own forward pass"
+                )
+        if self.traced is None or self.model is None:
+            return
+        changed = [name for name, (of, key, value) in self.traced.reads.items() if getattr(of, key, None) != value]
+        if not changed:
+            return
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", LocalGradWarning)  # said when the model was split
+            again = trace(self.model)
+        if again.training.same(self.traced.training) and again.evaluating.same(self.traced.evaluating):
+            self.traced = again  # it was read, and makes no difference
+            return
+        of, key, value = self.traced.reads[changed[0]]
+        raise LocalGradError(
+            f"{changed[0]} was {value!r} when the model was split and is {getattr(of, key, None)!r} now, but the "
+            "blocks go on with the first value: split again after a change, keep the number in a buffer or a torch.nn "
+            "layer, or use localgrad.isolate, which runs the model's own forward pass"
+        )
+
+    def __reduce__(self) -> tuple[type["Frozen"], tuple[()]]:
+        return Frozen, ()
+
+
+def trace(model: nn.Module) -> Traced:
+    """Trace a model in both modes; nothing is left on it.
+
+    Modules that have hooks, assign to themselves in their forward pass or cannot be traced stay whole.
+
+    Raises:
+        LocalGradError: it cannot be traced, has hooks of its own, or does not take and return one tensor.
+    """
+    refuse_hooks(model, type(model).__name__)
+    whole = {name: "it has hooks" for name, module in model.named_modules() if has_hooks(module)}
+    with restored(model) as put_back:
+        while True:
+            known, through, reads = len(whole), {"": model}, dict[str, Read]()
+            training = _trace(model, True, whole, through, reads, put_back)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", LocalGradWarning)  # said already
+                evaluating = _trace(model, False, whole, through, reads, put_back)
+            if len(whole) == known:
+                return Traced(training, evaluating, whole, through, reads)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module runs more than its forward pass."""
+    return any(getattr(module, kind) for kind in _HOOKS)
+
+
+def refuse_hooks(module: nn.Module, name: str) -> None:
+    """Refuse hooks on a module that blocks do not call."""
+    if has_hooks(module):
+        raise LocalGradError(
+            f"{name} itself has hooks, which blocks would not run: register them on a submodule, remove them, or use "
+            "localgrad.isolate, which runs the model's own forward pass"
+        )
 
 
 class _Tracer(fx.Tracer):
-    """A tracer with blocks as leaves, which remembers where tracing failed."""
+    """A tracer with blocks as leaves, which remembers where tracing failed and which modules it went through."""
 
     def __init__(self, leaves: set[str]) -> None:
         super().__init__()
         self.leaves = leaves
-        self.failed: str | None = None
+        self.failed: tuple[str, Exception] | None = None
+        self.through: dict[str, nn.Module] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name in self.leaves
 
-    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        name = self.path_of_module(m)
+        if name not in self.leaves:
+            self.through[name] = m
         try:
             return super().call_module(m, forward, args, kwargs)
-        except Exception:
-            self.failed = self.failed or self.path_of_module(m)
+        except Exception as error:
+            self.failed = self.failed or (name, error)
             raise
 
 
-def _is_block(module: nn.Module) -> bool:
+def _trace(
+    model: nn.Module,
+    training: bool,
+    whole: dict[str, str],
+    through: dict[str, nn.Module],
+    reads: dict[str, Read],
+    put_back: Callable[[], None],
+) -> Graph:
+    """The graph in one mode; adds the modules that must stay whole, those traced into, and what was read."""
+    layers = _layers(model)
+    defaults = _defaults(model)
+    while True:
+        put_back()
+        model.train(training)
+        tracer = _Tracer(layers | whole.keys())
+        before = {module: dict(vars(module)) for module in model.modules()}
+        try:
+            with warnings.catch_warnings(), _noted(model, reads):
+                warnings.simplefilter("ignore")  # shape checks of the model warn about the tracer's proxies
+                nodes = tracer.trace(model, concrete_args=defaults)
+        except Exception as error:
+            if tracer.failed and tracer.failed[0] not in whole:
+                whole[tracer.failed[0]] = f"it cannot be traced ({first_line(tracer.failed[1])})"
+                continue
+            raise LocalGradError(
+                f"{type(model).__name__} cannot be traced by torch.fx ({type(error).__name__}: {first_line(error)}); "
+                + NAME_THEM
+            ) from error
+        assigned = {name: _assigned(module, before[module]) for name, module in tracer.through.items()}
+        if any(assigned.values()):
+            whole |= {name: f"it assigns self.{keys[0]}" for name, keys in assigned.items() if keys}
+            continue
+        _say_what_is_left_out(model, defaults, _assigned(model, before[model]))
+        through |= tracer.through
+        nodes = _single_output(nodes, model)
+        targets = [cast(str, node.target) for node in nodes.nodes if node.op == "get_attr"]
+        return Graph(nodes, {name: value for name in targets if isinstance(value := vars(model).get(name), Tensor)})
+
+
+def _say_what_is_left_out(model: nn.Module, defaults: dict[str, Any], assigned: list[str]) -> None:
+    name = type(model).__name__
+    if defaults:
+        given = ", ".join(f"{key}={value!r}" for key, value in defaults.items())
+        _warn(
+            f"{name} is cut with the optional arguments of its forward pass at their defaults ({given}): blocks take "
+            "no others; a model that needs them goes to localgrad.isolate"
+        )
+    for key in assigned:
+        _warn(
+            f"{name} assigns self.{key} in its forward pass, which blocks do not do: do it in a submodule, or use "
+            "localgrad.isolate, which runs the model's own forward pass"
+        )
+
+
+def _assigned(module: nn.Module, before: dict[str, Any]) -> list[str]:
+    """Names of the attributes that a forward pass has assigned."""
+    missing = object()
+    return [
+        key
+        for key, value in vars(module).items()
+        if value is not before.get(key, missing) and key not in _OWN and not key.startswith("_tensor_constant")
+    ]
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, LocalGradWarning, stacklevel=7)
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without its details."""
+    return str(error).strip().partition("\n")[0]
+
+
+@contextmanager
+def _noted(model: nn.Module, reads: dict[str, Read]) -> Iterator[None]:
+    """Note which plain attributes of the model's modules are read, and of objects that they hold, such as a config."""
+    names = {id(module): name for name, module in model.named_modules()}
+
+    def note(module: nn.Module, attribute: str) -> Any:
+        value = object.__getattribute__(module, attribute)
+        name = names.get(id(module))
+        if name is None or attribute in _OWN or attribute.startswith("__"):
+            return value
+        path = f"{name}.{attribute}" if name else f"{type(module).__name__}.{attribute}"
+        if _is_plain(value):
+            reads.setdefault(path, (module, attribute, copy.copy(value)))
+        elif _is_record(value):
+            for key, item in vars(value).items():
+                if _is_plain(item):
+                    reads.setdefault(f"{path}.{key}", (value, key, copy.copy(item)))
+        return value
+
+    nn.Module.__getattribute__ = note  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        del nn.Module.__getattribute__
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, cast(list[Any], value)))
+    return isinstance(value, bool | int | float | complex | str | None)
+
+
+def _is_record(value: Any) -> bool:
+    return hasattr(value, "__dict__") and not callable(value) and not isinstance(value, Tensor | ModuleType)
+
+
+def is_block(module: nn.Module) -> bool:
+    """Whether a module is made of modules with parameters, and is no chain."""
     return not isinstance(module, CHAIN) and any(True for child in module.children() for _ in child.parameters())
 
 
-def _is_stage(module: nn.Module) -> bool:
+def is_stage(module: nn.Module) -> bool:
     """Whether a module is or holds a chain of blocks of one class, as the stages of RegNet and of timm are."""
     return any(
         isinstance(chain, CHAIN)
         and len(chain) > 0
         and len({type(block) for block in chain}) == 1
-        and all(_is_block(block) for block in chain)
+        and all(is_block(block) for block in chain)
         for chain in (module, *module.children())
     )
 
 
-def _leaves(model: nn.Module) -> set[str]:
+def _layers(model: nn.Module) -> set[str]:
     """Names of the modules that are not traced into.
 
     These are the layers of torch.nn and what is derived from them (timm's norm + activation layers read
     `self.training`, which tracing would freeze), and the children of chains.
     """
-    leaves = set[str]()
+    layers = set[str]()
     for name, module in model.named_modules():
         for child_name, child in module.named_children():
             path = f"{name}.{child_name}" if name else child_name
             plain_chain = type(child) in (*CHAIN, nn.ModuleDict)
             is_layer = any(c.__module__.startswith("torch.nn") for c in type(child).__mro__ if c not in _CONTAINERS)
-            if not plain_chain and (is_layer or (isinstance(module, CHAIN) and not _is_stage(child))):
-                leaves.add(path)
-    return leaves
-
-
-def _trace(model: nn.Module) -> fx.Graph:
-    """Trace the model; a submodule whose forward cannot be traced becomes a leaf, and stays one unit."""
-    leaves = _leaves(model)
-    while True:
-        tracer = _Tracer(leaves)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # shape checks of the model warn about the tracer's proxies
-                graph = tracer.trace(model, concrete_args=_defaults(model))
-        except Exception as error:
-            if tracer.failed and tracer.failed not in leaves:
-                leaves.add(tracer.failed)
-                continue
-            reason = str(error).strip().split("\n")[0]
-            raise LocalGradError(
-                f"{type(model).__name__} cannot be traced by torch.fx ({type(error).__name__}: {reason}); name the "
-                'submodules that make it up, in order: units(model, example, names=["stem", "blocks.0", ..., "head"])'
-            ) from error
-        return _single_output(graph, model)
+            if not plain_chain and (is_layer or (isinstance(module, CHAIN) and not is_stage(child))):
+                layers.add(path)
+    return layers
 
 
 def _defaults(model: nn.Module) -> dict[str, Any]:
@@ -100,7 +323,7 @@ def _defaults(model: nn.Module) -> dict[str, Any]:
     return {a.name: a.default for a in arguments if a.default is not inspect.Parameter.empty}
 
 
-def _has_effect(node: fx.Node, model: nn.Module) -> bool:
+def has_effect(node: fx.Node, model: nn.Module) -> bool:
     """Whether a call counts even if its result is not used: it writes in place."""
     if node.op in ("placeholder", "output") or node.target is operator.setitem:
         return True
@@ -120,308 +343,20 @@ def _single_output(graph: fx.Graph, model: nn.Module) -> fx.Graph:
     if isinstance(value, fx.Node) and isinstance(value.target, type) and issubclass(value.target, tuple):
         value = tuple(value.args)  # a named tuple is traced as a call of its class
     if isinstance(value, tuple | list) and value and isinstance(value[0], fx.Node):
-        warnings.warn(
-            f"{type(model).__name__} returns {len(value)} values while training: the first is trained, "
-            "auxiliary outputs are left out",
-            stacklevel=5,
+        _warn(
+            f"{type(model).__name__} returns {len(value)} values while training: the first is trained, auxiliary "
+            "outputs are left out"
         )
         output.args = (value[0],)
     elif not isinstance(value, fx.Node):
         raise LocalGradError(
             f"{type(model).__name__} returns {type(value).__name__}: it must return one tensor, or a tuple that "
-            "starts with it; wrap the model so that it does"
+            "starts with it; wrap the model so that it does, or use localgrad.isolate"
         )
-    graph.eliminate_dead_code(partial(_has_effect, model=model))
+    graph.eliminate_dead_code(partial(has_effect, model=model))
     if len([node for node in graph.nodes if node.op == "placeholder" and node.users]) != 1:
         raise LocalGradError(
-            f"{type(model).__name__}.forward uses more than one argument: it must take one tensor; wrap the model"
+            f"{type(model).__name__}.forward uses more than one argument: it must take one tensor; wrap the model, or "
+            "use localgrad.isolate"
         )
     return graph
-
-
-class _Shapes(fx.Interpreter):
-    """Run a graph and note the shape of every node's output."""
-
-    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
-        super().__init__(model, graph=graph)
-        self.shapes: dict[fx.Node, torch.Size] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if isinstance(value, Tensor):
-            self.shapes[n] = value.shape
-        return value
-
-
-def traced(model: nn.Module, example: Tensor) -> list[tuple[str, nn.Module]]:
-    """Pieces of the model by name, in order; composed they are the model, as far as tracing sees it.
-
-    Raises:
-        LocalGradError: the model cannot be traced or run on the example.
-    """
-    model.train()
-    training = _trace(model)
-    model.eval()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        evaluating = _trace(model)
-    samples = two_samples(example)
-    try:
-        shapes = _Shapes(model, evaluating)
-        shapes.run(samples)
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        if example.is_meta:
-            raise LocalGradError(
-                f"{type(model).__name__} does not run without data ({reason}), so its memory cannot be planned: "
-                "measure a step with localgrad.memory.step_peak, or give a real example"
-            ) from error
-        raise LocalGradError(
-            f"{type(model).__name__} does not run on the example of shape {tuple(example.shape)} ({reason}); "
-            "give an example of the size, dtype and device that the model takes"
-        ) from error
-    segments = training_segments = _segments(model, evaluating, shapes)
-    if str(training) != str(evaluating):
-        training_shapes = _Shapes(model, training)
-        with seeded(example.device):
-            training_shapes.run(samples)
-        training_segments = _segments(model, training, training_shapes)
-    if [name for name, _ in segments] != [name for name, _ in training_segments]:
-        raise LocalGradError(
-            f"{type(model).__name__} runs different modules in training and in evaluation; name the submodules "
-            "that make it up: units(model, example, names=[...])"
-        )
-    return [
-        (name, _one_module(model, segment, training_segment))
-        for (name, segment), (_, training_segment) in zip(segments, training_segments, strict=True)
-    ]
-
-
-def check_composition(model: nn.Module, pieces: Sequence[tuple[str, nn.Module]], example: Tensor) -> list[bool] | None:
-    """Compare the pieces with the model in both modes: their outputs, what they draw at random, what they train.
-
-    Tracing freezes what it cannot see, and what a forward pass does between named submodules is not in them.
-
-    Returns:
-        Whether each piece changes its input in place while training; None where there is no data to run on.
-
-    Raises:
-        LocalGradError: the pieces do not compute what the model does.
-    """
-    if example.is_meta:
-        return None
-    inputs = two_samples(example)
-    before = [buffer.clone() for buffer in model.buffers()]
-
-    writes: list[bool] = []
-
-    def composed(features: Tensor) -> Tensor:
-        writes.clear()
-        for _, module in pieces:
-            given, version = features, features._version
-            features = module(given)
-            writes.append(given._version != version)
-        return features
-
-    for training in (False, True):
-        outcomes, draws, reached = [], [], []
-        for run in (model, composed):
-            for module in (model, *(module for _, module in pieces)):
-                module.train(training)
-            with seeded(example.device), torch.set_grad_enabled(training):
-                output = run(inputs.clone())
-                draws.append(_random_state(example.device))
-            reached.append(_reached(output))
-            values = output.detach() if isinstance(output, Tensor) else None
-            del output  # its graph goes before the next run makes another
-            outcomes.append([values, *(buffer.clone() for buffer in model.buffers())])
-            for buffer, value in zip(model.buffers(), before, strict=True):
-                buffer.copy_(value)
-        # auxiliary heads, which are left out, may draw too
-        compared = outcomes[0][0] is not None
-        if compared and not (all(map(_same, *outcomes)) and draws[0] == draws[1]):
-            raise LocalGradError(
-                f"{type(model).__name__}, cut into units, does not compute what it did in "
-                f"{'training' if training else 'evaluation'}: its forward pass draws random numbers, changes a buffer "
-                "or branches outside of a torch.nn layer; move that into a submodule of an nn.Sequential, or name the "
-                "submodules: units(model, example, names=[...])"
-            )
-        if training and reached[0] != reached[1]:
-            names = [name for name, parameter in model.named_parameters() if id(parameter) in reached[0] ^ reached[1]]
-            raise LocalGradError(
-                f"{type(model).__name__}, cut into units, would train other parameters than it did "
-                f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}): its forward pass has torch.no_grad() "
-                "outside of a torch.nn layer, which tracing cannot see; give these parameters requires_grad_(False) "
-                "instead"
-            )
-    return writes
-
-
-def two_samples(batch: Tensor) -> Tensor:
-    """The first two samples of a batch, or its only one twice: batch norm needs more than one value."""
-    return torch.cat([batch[:2], batch[:1]])[:2]
-
-
-def _reached(output: Any) -> set[int]:
-    """Ids of the parameters that an output would send a gradient to."""
-    output = output[0] if isinstance(output, tuple | list) else output
-    found: set[int] = set()
-    seen: set[Any] = set()
-    waiting = [output.grad_fn] if isinstance(output, Tensor) and output.grad_fn is not None else []
-    while waiting:
-        node = waiting.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)  # of a node that accumulates a parameter's gradient
-        found |= set() if variable is None else {id(variable)}
-        waiting += [following for following, _ in node.next_functions if following is not None]
-    return found
-
-
-@contextmanager
-def seeded(device: torch.device) -> Iterator[None]:
-    """Every generator that a forward pass may draw from, seeded with 0; all of them come back as they were."""
-    python, arrays = random.getstate(), np.random.get_state()
-    on_cpu = device.type in ("cpu", "meta")
-    on_mps = torch.mps.get_rng_state() if device.type == "mps" else None  # which fork_rng cannot keep
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if device.type == "cuda" else []):
-        try:
-            (torch.default_generator.manual_seed if on_cpu else torch.manual_seed)(0)  # that of other devices too
-            random.seed(0)
-            np.random.seed(0)
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(arrays)
-            if on_mps is not None:
-                torch.mps.set_rng_state(on_mps)
-
-
-def _random_state(device: torch.device) -> tuple[Any, ...]:
-    """Where the generators stand."""
-    states = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
-    _, keys, position, *_ = np.random.get_state()
-    return (*(state.tolist() for state in states), random.getstate(), keys.tolist(), position)  # pyright: ignore
-
-
-def _same(first: Tensor, second: Tensor) -> bool:
-    close = 0.0 if first.device.type == "cpu" else 1e-3  # other devices may add in another order
-    return first.shape == second.shape and torch.allclose(first, second, rtol=close, atol=close, equal_nan=True)
-
-
-class TwoModes(nn.Module):
-    """One unit whose graph depends on the training flag."""
-
-    def __init__(self, training: nn.Module, evaluating: nn.Module) -> None:
-        super().__init__()
-        self.when_training, self.when_evaluating = training, evaluating
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.when_training(features) if self.training else self.when_evaluating(features)
-
-
-def _one_module(model: nn.Module, evaluating: fx.Graph, training: fx.Graph) -> nn.Module:
-    name = type(model).__name__
-    if str(evaluating) != str(training):
-        return TwoModes(fx.GraphModule(model, training, name), fx.GraphModule(model, evaluating, name))
-    calls = _calls(evaluating)
-    if len(calls) == 1 and calls[0].op == "call_module" and len(calls[0].args) == 1 and not calls[0].kwargs:
-        return model.get_submodule(cast(str, calls[0].target))
-    return fx.GraphModule(model, evaluating, name)
-
-
-def _calls(graph: fx.Graph) -> list[fx.Node]:
-    return [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
-
-
-def _segments(model: nn.Module, graph: fx.Graph, shapes: _Shapes) -> list[tuple[str, fx.Graph]]:
-    """Cut a graph into named pieces."""
-    calls = _calls(graph)
-    weighted = [i for i, node in enumerate(calls) if _has_weight(model, node)]
-    starts = _starts(model, graph, calls, weighted, [shapes.shapes.get(node) for node in calls])
-    pieces = []
-    value = next(node for node in graph.nodes if node.op == "placeholder" and node.users)
-    for start, stop in zip(starts, [*starts[1:], len(calls)], strict=True):
-        piece = fx.Graph()
-        copies = {value: piece.placeholder("features")}
-        for node in calls[start:stop]:
-            for attribute in node.all_input_nodes:
-                if attribute.op == "get_attr" and attribute not in copies:
-                    copies[attribute] = piece.node_copy(attribute)
-            copies[node] = piece.node_copy(node, lambda needed, copies=copies: copies[needed])
-        value = _alive(graph, calls, stop)[0]
-        piece.output(copies[value])
-        pieces.append((_name(calls, weighted, start, stop), piece))
-    return pieces
-
-
-def _alive(graph: fx.Graph, calls: list[fx.Node], position: int) -> list[fx.Node]:
-    """The values computed before `calls[position]` that are used from there on."""
-    before = {node for node in graph.nodes if node.op == "placeholder"} | set(calls[:position])
-    after = {*calls[position:], *(node for node in graph.nodes if node.op == "output")}
-    return [node for node in graph.nodes if node in before and any(user in after for user in node.users)]
-
-
-def _starts(
-    model: nn.Module, graph: fx.Graph, calls: list[fx.Node], weighted: list[int], sizes: list[torch.Size | None]
-) -> list[int]:
-    """Positions in `calls` at which a unit starts."""
-    inputs = {node for node in graph.nodes if node.op == "placeholder"}
-    place = {node: position for position, node in enumerate(calls)}  # an output is used after all calls
-    last_use = [max((place.get(user, len(calls)) for user in node.users), default=-1) for node in calls]
-    input_use = max((place.get(user, -1) for node in inputs for user in node.users), default=-1)
-    legal = [
-        position > input_use and len(alive) == 1 and sizes[alive[0]] is not None  # a tuple is no features
-        for position in range(len(calls))
-        for alive in [[i for i in range(position) if last_use[i] >= position]]
-    ]
-    starts = [0]
-    for previous, following in pairwise(weighted):
-        choices = [position for position in range(previous + 1, following + 1) if legal[position]]
-        if not choices:
-            continue
-        if _is_block(model.get_submodule(cast(str, calls[previous].target))):
-            starts.append(choices[0])
-            continue
-        reduced = _first_reduction(sizes, previous, following)
-        starts.append(max((p for p in choices if p <= reduced), default=choices[-1]))
-    return starts
-
-
-def _has_weight(model: nn.Module, node: fx.Node) -> bool:
-    if node.op != "call_module":
-        return False
-    return any(parameter.ndim >= 2 for parameter in model.get_submodule(cast(str, node.target)).parameters())
-
-
-def _first_reduction(sizes: list[torch.Size | None], previous: int, following: int) -> int:
-    """Position of the first call between two weights that gives up the spatial dimensions: a head starts there."""
-    before = sizes[previous]
-    for position in range(previous + 1, following):
-        size = sizes[position]
-        if size is None or before is None:
-            continue
-        collapsed = len(size) == len(before) and len(size) in (3, 4, 5) and size[2:].numel() == 1 < before[2:].numel()
-        if len(size) < len(before) and len(before) in (4, 5) and len(size) == 2:
-            return position
-        if collapsed or (len(before) == 3 and len(size) == 2):
-            return position
-        before = size
-    return following
-
-
-def _name(calls: list[fx.Node], weighted: list[int], start: int, stop: int) -> str:
-    """The deepest submodule that holds all weights of the unit and nothing else, or else the first with a weight."""
-    inside = [cast(str, calls[i].target) for i in weighted if start <= i < stop]
-    if not inside:
-        return next((str(node.target) for node in calls[start:stop] if node.op == "call_module"), calls[start].name)
-    others = [cast(str, calls[i].target) for i in weighted if not start <= i < stop]
-    common = inside[0].split(".")
-    for name in inside[1:]:
-        parts = name.split(".")
-        common = [a for i, a in enumerate(common) if parts[: i + 1] == common[: i + 1]]
-    prefix = ".".join(common)
-    if not prefix or any(name == prefix or name.startswith(f"{prefix}.") for name in others):
-        return inside[0]
-    return prefix

@@ -1,15 +1,20 @@
 """Units: the smallest pieces that a model can be cut into, in the order of its forward pass."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import inspect
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from localgrad.core.tracing import check_composition, seeded, traced, two_samples
+from localgrad.core.channels import channel_dim_of, usual_channel_dim
+from localgrad.core.composition import check_composition, seeded, two_samples
+from localgrad.core.pieces import Piece, pieces_of
+from localgrad.core.restore import restored
+from localgrad.core.tracing import Frozen, first_line, refuse_hooks, trace
 from localgrad.core.wrapped import unwrapped
-from localgrad.errors import LocalGradError
+from localgrad.errors import LocalGradError, LocalGradWarning
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,11 +26,14 @@ class Unit:
             of the first one with a weight.
         module: takes the features before the unit to the features after it. Its parameters are the model's own.
         features: shape of the output for the example batch, `(N, C, H, W)`, `(N, H, W, C)`, `(N, C, L)`, `(N, L, D)`
-            or `(N, D)`.
+            `(N, D)`, or with one dimension more for videos and volumes.
         channel_dim: the dimension of `features` that holds channels, 1 or the last.
         writes_input: whether the unit changes its input in place (it starts with an in-place activation, say).
         inputs: shape of what it takes, for the example batch.
-        dtype: of the output for the example batch.
+        dtype: of the output.
+        whole: why the unit is not cut further, in words: the values that are alive between its layers. Empty where it
+            is one layer, or one block.
+        frozen: what of the model its units take for constant.
     """
 
     name: str
@@ -35,38 +43,73 @@ class Unit:
     writes_input: bool
     inputs: torch.Size = field(default_factory=torch.Size)
     dtype: torch.dtype = torch.float32
+    whole: str = ""
+    frozen: Frozen = field(default_factory=Frozen, repr=False)
 
 
-def units(model: nn.Module, example: Tensor, names: Sequence[str] | None = None) -> list[Unit]:
+def units(
+    model: nn.Module,
+    example: Tensor,
+    names: Sequence[str] | None = None,
+    *,
+    channel_dim: int | Mapping[str, int] | None = None,
+) -> list[Unit]:
     """List the units of `model`, in order; applied one after another they are `model(inputs)`, bit for bit.
 
     The forward pass is traced with `torch.fx`, with blocks (the children of `nn.Sequential` and `nn.ModuleList`)
-    as leaves. A unit may start where exactly one tensor is alive and a weight of two or more dimensions follows:
-    norms, activations and pooling stay with the unit before them, the pooling of a classifier's head with the head.
-    Nothing is changed in the model: the units hold its own submodules and parameters.
+    as leaves. A unit may start where exactly one tensor is alive, with one entry a sample along its first dimension,
+    and a weight of two or more dimensions follows: norms, activations and pooling stay with the unit before them, the
+    pooling of a classifier's head with the head. Sizes, and what is computed from sizes and constants alone (tables of
+    rotary embeddings), are computed again in each unit that needs them.
+
+    Nothing is changed in the model: the units hold its own submodules and parameters. Of its forward pass they hold a
+    snapshot: numbers that it read and branches that it took. `local_step` notices when these change, or hooks are
+    added where units do not run them.
 
     Args:
-        model: any classification model with one tensor in and one tensor out. If it returns a tuple while training
-            (auxiliary heads), its first element is the output and the rest is left out.
-        example: a batch `(N, ...)` of the shape that will be trained on; only its shape, dtype and device count.
+        model: any model with one tensor in and one tensor out. If it returns a tuple while training (auxiliary heads),
+            its first element is the output and the rest is left out, with a warning. Optional arguments of its forward
+            pass stay at their defaults, with a warning.
+        example: a batch `(N, ...)` of the shape that will be trained on, of floats or integers (token ids, 8-bit
+            images). Its first samples are run where they look like data, else normal random numbers.
         names: dotted names of submodules which, applied in this order, are the model. The way out for a model that
-            cannot be traced; compared with `model` on random inputs.
+            cannot be traced; compared with `model` on the same samples.
+        channel_dim: the dimension of the features that holds channels, 1 or -1, for those who know better: of all
+            units, or by name of the unit or of a submodule that holds several. Otherwise it is the one of the two whose
+            size the next unit does not let change, or what the nearest layers tell.
 
     Returns:
         One `Unit` a piece.
 
     Raises:
-        LocalGradError: the model cannot be traced or run on the example, or `names` do not compose to it.
+        LocalGradError: the model cannot be traced or run on the example, `names` do not compose to it, hooks on it
+            would not be run, or it checkpoints its activations itself.
+
+    Warns:
+        LocalGradWarning: an output, an argument or an assignment is left out, or nothing tells the channels.
     """
     check_model(model)
     model = unwrapped(model)
     check_example(example)
-    with _left_as_it_is(model), torch.no_grad():
-        inputs = example
-        if not example.is_meta:
-            inputs = torch.randn(example.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(example)
-        pieces = traced(model, inputs) if names is None else _named(model, inputs, names)
-        found = _measured(pieces, inputs, check_composition(model, pieces, inputs))
+    check_arguments(model)
+    with restored(model) as put_back, torch.no_grad():
+        samples = _samples(model.eval(), example)
+        put_back()
+        if names is None:
+            traced = trace(model)
+            with seeded(example.device):
+                pieces = pieces_of(model, traced, samples)
+            frozen = Frozen(model, traced, traced.through)
+        else:
+            pieces = _named(model, samples, names)
+            inside = {module for piece in pieces for module in piece.module.modules()}
+            uncalled = {name: module for name, module in model.named_modules() if module not in inside}
+            for name, module in uncalled.items():
+                refuse_hooks(module, name or type(model).__name__)
+            frozen = Frozen(model, None, uncalled)
+        put_back()
+        writes = check_composition(model, pieces, samples)
+        found = _measured(pieces, samples, len(example), writes, channel_dim, frozen)
     match_mode((unit.module for unit in found), model)
     return found
 
@@ -79,21 +122,104 @@ def match_mode(wrappers: Iterable[nn.Module], model: nn.Module) -> None:
             module.training = model.training
 
 
-def _measured(pieces: Sequence[tuple[str, nn.Module]], features: Tensor, writes: Sequence[bool] | None) -> list[Unit]:
+def _samples(model: nn.Module, example: Tensor) -> Tensor:
+    """Two samples that the model runs on, with a finite output if there are such: of the example, or random ones.
+
+    Raises:
+        LocalGradError: it runs on neither.
+    """
+    own = two_samples(example.detach())
+    candidates = [own]
+    if own.is_floating_point() and not own.is_meta:
+        random = torch.randn(own.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(own)
+        candidates = [own, random] if _holds_data(own) else [random, own]
+    ran: list[Tensor] = []
+    failures: list[Exception] = []
+    for samples in candidates:
+        with seeded(own.device):
+            try:
+                output = model(samples.clone())
+            except Exception as error:  # of whatever class: the model does not take them
+                failures.append(error)
+                continue
+        values = output[0] if isinstance(output, tuple | list) and output else output
+        if not isinstance(values, Tensor) or values.is_meta or bool(values.isfinite().all()):
+            return samples
+        ran.append(samples)
+    if ran:
+        return ran[0]
+    name, reason = type(model).__name__, first_line(failures[0])
+    if own.is_meta:
+        raise LocalGradError(
+            f"{name} does not run without data ({reason}), so its memory cannot be planned: measure a step with "
+            "localgrad.planning.step_peak, or give a real example"
+        ) from failures[0]
+    raise LocalGradError(
+        f"{name} does not run on the example of shape {tuple(example.shape)} and {example.dtype} ({reason}); give an "
+        "example of the size, dtype and device that the model takes"
+    ) from failures[0]
+
+
+def _holds_data(samples: Tensor) -> bool:
+    """Whether values look like data: not all equal, nor what uninitialised memory holds."""
+    sizes = samples.double().abs()
+    usual = (sizes == 0) | ((sizes > 1e-30) & (sizes < 1e9))
+    return bool(usual.all()) and bool((samples != samples.flatten()[0]).any())
+
+
+def _measured(
+    pieces: Sequence[Piece],
+    features: Tensor,
+    samples: int,
+    writes: Sequence[bool] | None,
+    channel_dim: int | Mapping[str, int] | None,
+    frozen: Frozen,
+) -> list[Unit]:
     """Run the pieces in evaluation mode and note what each gives; `writes` says which change their input in place."""
-    found = []
-    for position, (name, module) in enumerate(pieces):
-        following = pieces[position + 1][1] if position + 1 < len(pieces) else None
-        writes_input = _writes_input(module, features) if writes is None else writes[position]
-        taken, features = features.shape, module.eval()(features)
-        channel_dim = _channel_dim(features.shape, module, following)
-        found.append(Unit(name, module, features.shape, channel_dim, writes_input, taken, features.dtype))
+    told = _told_channel_dims([piece.name for piece in pieces], channel_dim)
+    modules = [piece.module for piece in pieces]
+    found: list[Unit] = []
+    for position, piece in enumerate(pieces):
+        writes_input = _writes_input(piece.module, features) if writes is None else writes[position]
+        taken, features = features, piece.module.eval()(features)
+        inputs, size = (torch.Size([samples, *each.shape[1:]]) for each in (taken, features))
+        last = len(size) - 1
+        dim = 1 if told[position] == 1 else last
+        if told[position] is None and position + 1 < len(pieces):
+            guess = channel_dim_of(features, modules[: position + 1], modules[position + 1 :])
+            dim = usual_channel_dim(len(size)) if guess is None else guess
+            if guess is None:
+                warnings.warn(
+                    f"nothing near the unit {piece.name!r} tells which dimension of its features {tuple(size)} holds "
+                    f"channels; {dim} is taken: give channel_dim={{{piece.name!r}: 1}} or -1 to say it",
+                    LocalGradWarning,
+                    stacklevel=4,
+                )
+        found.append(
+            Unit(piece.name, piece.module, size, dim, writes_input, inputs, features.dtype, piece.whole, frozen)
+        )
     return found
+
+
+def _told_channel_dims(names: Sequence[str], channel_dim: int | Mapping[str, int] | None) -> list[int | None]:
+    """What the user says of each unit."""
+    given = {"": channel_dim} if isinstance(channel_dim, int) else dict(channel_dim or {})
+    told: list[int | None] = [None] * len(names)
+    for key, dim in given.items():
+        inside = [i for i, name in enumerate(names) if not key or name == key or name.startswith(f"{key}.")]
+        if dim not in (1, -1) or not inside:
+            raise LocalGradError(
+                f"channel_dim is {channel_dim!r}: give 1 (first) or -1 (last), or a dictionary of these by unit; the "
+                f"units are {', '.join(names)}"
+            )
+        for i in inside:
+            told[i] = dim
+    return told
 
 
 def _writes_input(module: nn.Module, features: Tensor) -> bool:
     """Whether the unit changes its input in place while training; found by running it, on copies of its buffers."""
-    inputs = two_samples(features)
+    inputs = features.clone()
     version = inputs._version
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     with seeded(features.device):
@@ -109,31 +235,32 @@ def check_model(model: nn.Module) -> None:
 
 
 def check_example(example: Tensor) -> None:
-    """Refuse an example that is no batch of floating-point inputs."""
-    if not isinstance(example, Tensor) or not example.is_floating_point() or example.ndim < 2 or example.numel() == 0:
+    """Refuse an example that is no batch."""
+    if not isinstance(example, Tensor) or example.is_complex() or example.ndim < 2 or example.numel() == 0:
         given = (
             f"{tuple(example.shape)} {example.dtype}"
             if isinstance(example, Tensor)
             else " ".join(repr(example).split())[:80]
         )
         raise LocalGradError(
-            f"example is {given}: it must be a floating-point batch (N, ...), such as torch.empty(2, 3, 32, 32)"
+            f"example is {given}: it must be one batch (N, ...), such as torch.empty(2, 3, 32, 32); a model of several "
+            "inputs goes to localgrad.isolate"
         )
 
 
-@contextmanager
-def _left_as_it_is(model: nn.Module) -> Iterator[None]:
-    """Restore every training flag and every buffer on leaving."""
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+def check_arguments(model: nn.Module) -> None:
+    """Refuse a model whose forward pass needs more than one argument."""
+    kinds = inspect.Parameter
+    needed = [
+        argument.name
+        for argument in inspect.signature(model.forward).parameters.values()
+        if argument.default is kinds.empty and argument.kind not in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)
+    ]
+    if len(needed) > 1:
+        raise LocalGradError(
+            f"{type(model).__name__}.forward uses more than one argument ({', '.join(needed)}): units are cut for one "
+            "tensor; wrap the model so that it takes one, or use localgrad.isolate, which takes any arguments"
+        )
 
 
 def find_unit(found: Sequence[Unit], name: str) -> int:
@@ -142,12 +269,22 @@ def find_unit(found: Sequence[Unit], name: str) -> int:
     if not inside:
         raise LocalGradError(
             f"cut {name!r} is not a unit: the units are {', '.join(unit.name for unit in found)}; "
-            "see localgrad.units(model, example)"
+            f"see localgrad.units(model, example){why_whole(found)}"
         )
     return inside[-1]
 
 
-def _named(model: nn.Module, inputs: Tensor, names: Sequence[str]) -> list[tuple[str, nn.Module]]:
+def why_whole(found: Sequence[Unit]) -> str:
+    """Why units are not cut further, as the end of a message; nothing where all are layers or blocks."""
+    reasons = [f"{unit.name} holds together ({unit.whole[:160]})" for unit in found if unit.whole]
+    if not reasons:
+        return ""
+    more = f", and {len(reasons) - 2} more" if len(reasons) > 2 else ""
+    return f". {'; '.join(reasons[:2])}{more}; localgrad.isolate cuts at any module by name"
+
+
+def _named(model: nn.Module, samples: Tensor, names: Sequence[str]) -> list[Piece]:
+    """The submodules as pieces; those after which samples do not lie along the first dimension go with the next."""
     modules = dict(model.named_modules())
     unknown = [name for name in names if not name or name not in modules]
     if unknown or not names:
@@ -156,59 +293,29 @@ def _named(model: nn.Module, inputs: Tensor, names: Sequence[str]) -> list[tuple
             f"its children are {', '.join(name for name, _ in model.named_children())}; give dotted names, in order"
         )
     model.eval()
-    expected, features = model(inputs.clone()), inputs.clone()
+    expected, features = model(samples.clone()), samples.clone()
+    more = torch.cat([samples, samples[:1]])
+    ends: list[int] = []
     try:
-        for name in names:
-            features = modules[name](features)
+        for position, name in enumerate(names, start=1):
+            features, more = modules[name](features), modules[name](more)
+            if isinstance(features, Tensor) and features.ndim > 1 and (len(features), len(more)) == (2, 3):
+                ends.append(position)
     except Exception as error:
         raise LocalGradError(
             f"the submodules {', '.join(names)} do not run one after another on an example of shape "
-            f"{tuple(inputs.shape)} ({str(error).strip().splitlines()[0]}); each must take the output of the one before"
+            f"{tuple(samples.shape)} ({first_line(error)}); each must take the output of the one before"
         ) from error
     tensors = isinstance(features, Tensor) and isinstance(expected, Tensor)
-    if not tensors or not (features.shape == expected.shape if inputs.is_meta else torch.equal(features, expected)):
+    if not tensors or not (features.shape == expected.shape if samples.is_meta else torch.equal(features, expected)):
         raise LocalGradError(
             f"the submodules {', '.join(names)}, applied in order, do not give what {type(model).__name__} gives: name "
             "every submodule of its forward pass, and move what the forward pass does between them into a submodule"
         )
-    return [(name, modules[name]) for name in names]
-
-
-def _channel_dim(features: torch.Size, module: nn.Module, following: nn.Module | None) -> int:
-    """The dimension that holds channels: told by the first layer of the next unit that fixes their number."""
-    last = len(features) - 1
-    if len(features) == 5:
-        near = [layer for each in (module, following) if each for layer in each.modules()]
-        return 1 if any(isinstance(layer, nn.Conv3d | nn.BatchNorm3d) for layer in near) else last
-    if len(features) not in (3, 4):
-        return last
-    conv, norm = (nn.Conv1d, nn.BatchNorm1d) if len(features) == 3 else (nn.Conv2d, nn.BatchNorm2d)
-    near = [*module.modules(), *(following.modules() if following else ())]
-    if len(features) == 3 and not any(isinstance(layer, conv) for layer in near):
-        return last  # tokens, where no convolution tells otherwise
-    guess = None
-    for layer in following.modules() if following else ():
-        if isinstance(layer, conv):
-            channels, here = layer.in_channels, 1
-        elif isinstance(layer, norm):
-            channels, here = layer.num_features, 1
-        elif isinstance(layer, nn.Linear):  # of a sequence that is pooled, or of a map that may be
-            channels, here = layer.in_features, 1 if len(features) == 3 or _convolves(module) else last
-        elif isinstance(layer, nn.LayerNorm):
-            channels, here = layer.normalized_shape[-1], 1 if type(layer).__name__.endswith("2d") else last
-        else:
-            continue
-        dims = [dim for dim in (1, last) if features[dim] == channels]
-        if dims:
-            return here if here in dims else dims[0]
-        guess = guess or here
-    return 1 if guess is None or following is None or _flattens(features, following) else guess
-
-
-def _convolves(module: nn.Module) -> bool:
-    return any(isinstance(layer, nn.Conv2d | nn.BatchNorm2d) for layer in module.modules())
-
-
-def _flattens(features: torch.Size, following: nn.Module) -> bool:
-    """Whether the next unit is a linear layer on the flattened map, as in VGG."""
-    return any(isinstance(m, nn.Linear) and m.in_features == features[1:].numel() for m in following.modules())
+    ends = ends if ends and ends[-1] == len(names) else [*ends, len(names)]
+    pieces: list[Piece] = []
+    for start, stop in zip([0, *ends], ends, strict=False):
+        inside = [modules[name] for name in names[start:stop]]
+        whole = "" if len(inside) == 1 else "samples do not lie along the first dimension in between"
+        pieces.append(Piece(names[start], inside[0] if len(inside) == 1 else nn.Sequential(*inside), whole))
+    return pieces

@@ -18,9 +18,10 @@ MAX_PREFIX_TOKENS = 8
 class AsMap(nn.Module):
     """View features as a map `(N, C, H, W)`, whatever layout the site has.
 
-    Maps with channels last are permuted; a sequence `(N, C, L)` is a map of L x 1; tokens `(N, L, D)` are laid on the
-    grid of the image's patches, and class or register tokens before them are left out, or L x 1 where the input is no
-    image; a vector `(N, D)` is a map of 1x1.
+    Maps with channels last are permuted; videos and volumes, `(N, C, T, H, W)` or `(N, T, H, W, C)`, are averaged over
+    T; a sequence `(N, C, L)` is a map of L x 1; tokens `(N, L, D)` are laid on the grid of the image's patches, and
+    class or register tokens before them are left out, or L x 1 where the input is no image; a vector `(N, D)` is a map
+    of 1x1.
 
     Attributes:
         channels: C.
@@ -35,6 +36,8 @@ class AsMap(nn.Module):
         self.channels = shape[site.channel_dim]
         if len(shape) == 4:
             height, width = (shape[2], shape[3]) if site.channel_dim == 1 else (shape[1], shape[2])
+        elif len(shape) == 5:
+            height, width = (shape[3], shape[4]) if site.channel_dim == 1 else (shape[2], shape[3])
         elif len(shape) == 3 and site.channel_dim == 1:
             height, width = shape[2], 1
         elif len(shape) == 3:
@@ -45,16 +48,20 @@ class AsMap(nn.Module):
         else:
             raise CannotSitError(
                 f"{objective} cannot sit on features {tuple(shape)} (block {site.index}): it takes (N, C, H, W), "
-                "(N, H, W, C), (N, C, L), (N, L, D) or (N, D); cut elsewhere"
+                "(N, H, W, C), one dimension more, (N, C, L), (N, L, D) or (N, D); cut elsewhere"
             )
         self.size = (height, width)
 
     def forward(self, features: Tensor) -> Tensor:
         """Features of the site to `(N, C, H, W)`."""
-        if self.ndim == 4:
+        if self.ndim == 5:
+            features = features.mean(2 if self.channel_dim == 1 else 1)
+        if self.ndim > 3:
             return features if self.channel_dim == 1 else features.movedim(-1, 1)
         if self.ndim == 3 and self.channel_dim == 1:
             return features[..., None]
+        if self.ndim == 3 and self.size[1] == 1 and not self.prefix_tokens:
+            return features.transpose(1, 2)[..., None]  # of any length
         if self.ndim == 3:
             return features[:, self.prefix_tokens :].transpose(1, 2).unflatten(2, self.size)
         return features[:, :, None, None]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from localgrad.core.auxiliary import build_auxiliary
-from localgrad.core.costs import to_meta
+from localgrad.core.meta import to_meta
 from localgrad.core.momentum import Momentum
 from localgrad.core.recompute import recomputed
 from localgrad.core.site import Objective
@@ -48,7 +48,7 @@ def profile(
         known: what earlier calls have profiled, filled further; to be shared by calls that have parts in common.
     """
     simulation = Simulation(precision, example.device.type)
-    on_meta = [replace(unit, module=to_meta(unit.module)) for unit in found]
+    on_meta = [replace(unit, module=to_meta(unit.module).train()) for unit in found]
     with simulation.running():
         inputs = torch.empty(example.shape, dtype=example.dtype, device=simulation.device)
         targets = torch.zeros(len(example), dtype=torch.long, device=simulation.device)

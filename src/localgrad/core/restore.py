@@ -1,0 +1,61 @@
+"""Looking at a model by running it, with nothing left on it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """On leaving, also by an error, every module has the mode, the attributes and the buffers that it had before.
+
+    What a forward pass assigns to a module, or puts into its lists and dictionaries, is taken off again. A buffer that
+    it exchanged or resized comes back itself, with its values.
+
+    Yields:
+        A function that puts everything back at once, for the next run.
+    """
+    modules = [(vars(module), dict(vars(module))) for module in model.modules()]
+    containers = [
+        (value, value.copy())
+        for _, attributes in modules
+        for value in attributes.values()
+        if isinstance(value, dict | list | set)
+    ]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+
+    def put_back() -> None:
+        for attributes, before in modules:
+            _make_equal(attributes, before)
+        for container, before in containers:
+            if isinstance(container, dict):
+                _make_equal(cast(dict[Any, Any], container), cast(dict[Any, Any], before))
+            elif isinstance(container, list):
+                container[:] = before
+            else:
+                container.clear()
+                container.update(before)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                if buffer.shape != value.shape:
+                    buffer.resize_(value.shape)
+                buffer.copy_(value)
+
+    try:
+        yield put_back
+    finally:
+        put_back()
+
+
+def _make_equal(table: dict[Any, Any], before: dict[Any, Any]) -> None:
+    """Put the entries of `before` into the table, the same objects in the same order."""
+    if list(table) != list(before):
+        table.clear()
+        table.update(before)
+        return
+    for key, value in before.items():
+        if table[key] is not value:
+            table[key] = value
