@@ -5,14 +5,16 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
+from localgrad.core.trees import leaves
+
 Module = TypeVar("Module", bound=nn.Module)
 
 
 def to_meta(module: Module) -> Module:
-    """A copy on `meta`, in the mode of the module; no data is copied on the way."""
+    """A copy on `meta`, in the mode of the module; no data is copied on the way, nor graphs of tensors that it keeps."""
     memo: dict[int, Tensor] = {}
     for layer in module.modules():
-        for value in (*layer.parameters(recurse=False), *layer.buffers(recurse=False), *vars(layer).values()):
+        for value in leaves(vars(layer)):
             if isinstance(value, nn.Parameter):
                 memo[id(value)] = nn.Parameter(value.detach().to("meta"), value.requires_grad)
             elif isinstance(value, Tensor):

@@ -62,8 +62,8 @@ def split(
             again in the backward pass. Weights and running statistics come out the same, bit for bit.
         names: the units by name, for a model that cannot be traced.
         channel_dim: where features have their channels, for those who know better (see `units`).
-        targets: an example of the targets of `example`, which the auxiliary networks are counted with where `num_blocks`
-            is given; classes `(N,)` if None.
+        targets: an example of the targets of `example`, with which auxiliary networks are counted where `num_blocks` is
+            given; classes `(N,)` if None.
 
     Returns:
         K blocks in order. Auxiliary networks are made on the model's device in its dtype, from the global generator.
