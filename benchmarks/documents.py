@@ -196,10 +196,47 @@ def gpu_speed_table(path: Path) -> str:
     return "\n".join(lines)
 
 
+RIVALS = {
+    "e2e": "end-to-end",
+    "e2e-accumulate4": "end-to-end, accumulated in 4 parts",
+    "e2e-checkpointed": "end-to-end, checkpointed",
+    "e2e-accumulate4-checkpointed": "end-to-end, both",
+    "k4-dgl": "DGL",
+    "k8-dgl": "DGL",
+    "k16-dgl": "DGL",
+    "k16-dgl-reach2": "DGL, reach 2",
+    "k16-dgl-man-ema-only": "DGL + MAN, EMA only",
+    "k8-dgl-man": "DGL + MAN",
+    "k16-dgl-man": "DGL + MAN",
+    "k16-infopro": "InfoPro",
+    "k16-auglocal-d2": "AugLocal, depth 2",
+    "k16-auglocal-d2-reach2": "AugLocal, depth 2, reach 2",
+}
+
+
+def rivals_table(path: Path) -> str:
+    """Operations and peaks of `operations.json`, beside those of end-to-end training."""
+    rows = {row["row"]: row for row in json.loads(path.read_text())["rows"]}
+    lines = ["| training | blocks | operations | peak memory |", "|---|--:|--:|--:|"]
+    for name, label in RIVALS.items():
+        row = rows[name]
+        lines.append(f"| {label} | {row['blocks']} | {row['operations_to_e2e']:.2f} | {row['peak_to_e2e']:.2f} |")
+    return "\n".join(lines)
+
+
+def rivals_language_table(path: Path) -> str:
+    """Peaks of `language_memory.json`."""
+    lines = ["| training | blocks | peak of a step, GiB |", "|---|--:|--:|"]
+    lines += [f"| {r['row']} | {r['blocks']} | {r['peak_gib']:.1f} |" for r in json.loads(path.read_text())["rows"]]
+    return "\n".join(lines)
+
+
 DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 TABLES = {
     "runs": lambda: runs_table([ROOT / "results" / f"cifar10-{epochs}-epochs" for epochs in ("five", "ten")]),
     "imagenette": lambda: runs_table([ROOT / "results" / "imagenette-three-epochs"]),
+    "rivals": lambda: rivals_table(ROOT / "results" / "operations.json"),
+    "rivals-language": lambda: rivals_language_table(ROOT / "results" / "language_memory.json"),
     "imagenette64": lambda: long_runs_table(ROOT / "results" / "imagenette64-sixty-epochs"),
     "gpu-trainings": lambda: gpu_trainings_table(ROOT / "results" / "gpu" / "trainings.json"),
     "gpu-memory": lambda: gpu_memory_table(ROOT / "results" / "gpu" / "memory.json"),
