@@ -103,6 +103,7 @@ def _many_processes(
     return _state(model, blocks), losses
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize(
     ("momentum", "objective", "starts", "ahead"),
     [
@@ -228,6 +229,8 @@ def _fit(config: TrainConfig, run_dir: Path, interrupt_at: int, resume: bool) ->
     return fit(config, run_dir, quiet=True, resume=resume, images=eventful(config, events)).test_error
 
 
+@pytest.mark.ranks
+@pytest.mark.slow
 def test_a_run_on_two_ranks_is_that_of_one_process(tmp_path: Path) -> None:
     fit(LOCAL, tmp_path / "one", quiet=True)
     run_ranks(_fit, 2, BLOCKS, tmp_path / "two", 0, False)
@@ -238,6 +241,8 @@ def test_a_run_on_two_ranks_is_that_of_one_process(tmp_path: Path) -> None:
     assert_same_run(tmp_path / "one", tmp_path / "resumed")
 
 
+@pytest.mark.ranks
+@pytest.mark.slow
 def test_replicas_of_a_pipeline_are_data_parallel(tmp_path: Path) -> None:
     data = replace(LOCAL, devices=2)
     run_ranks(_fit, 2, data, tmp_path / "data", 0, False)
@@ -249,6 +254,8 @@ def test_replicas_of_a_pipeline_are_data_parallel(tmp_path: Path) -> None:
     assert_same_run(tmp_path / "data", tmp_path / "both")
 
 
+@pytest.mark.ranks
+@pytest.mark.slow
 def test_synchronised_norms_see_the_whole_batch(tmp_path: Path) -> None:
     """The last batch of 7 images gives one process 4 of them and the other 3."""
     config = replace(LOCAL, data=replace(LOCAL.data, train_limit=55))
@@ -262,6 +269,8 @@ def test_synchronised_norms_see_the_whole_batch(tmp_path: Path) -> None:
     assert not torch.allclose(weights(tmp_path / "apart")["fc.weight"], weights(tmp_path / "one")["fc.weight"], 1e-4)
 
 
+@pytest.mark.ranks
+@pytest.mark.slow
 def test_shards_of_the_weights_train_like_whole_ones(tmp_path: Path) -> None:
     """MAN++ has a parameter of a single number, which is in one of the shards."""
     local = replace(LOCAL, devices=2, momentum=MomentumConfig("manpp"))
@@ -283,6 +292,8 @@ def test_weights_outside_of_layers_are_not_lost_in_shards() -> None:
         shard(model, blocks, torch.device("cpu"), 2)
 
 
+@pytest.mark.ranks
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", [{}, {"parallel": "shards"}, {"parallel": "blocks", "devices": 4, "replicas": 2}])
 def test_the_network_that_is_tested_is_the_one_that_is_saved(shared: dict[str, Any], tmp_path: Path) -> None:
     """Each process has seen images of its own, and so has running statistics of its own."""
@@ -325,6 +336,8 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.ranks
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["blocks", "data"])
 def test_the_other_ranks_leave_when_one_dies(tmp_path: Path, parallel: str) -> None:
     (tmp_path / "script.py").write_text(DYING)
@@ -334,6 +347,8 @@ def test_the_other_ranks_leave_when_one_dies(tmp_path: Path, parallel: str) -> N
     assert "another process of this run has ended" in done.stderr
 
 
+@pytest.mark.ranks
+@pytest.mark.slow
 def test_torchrun_starts_again_where_the_run_was(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(DYING)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
@@ -347,6 +362,8 @@ def test_torchrun_starts_again_where_the_run_was(tmp_path: Path) -> None:
 # Starting and stopping together
 
 
+@pytest.mark.ranks
+@pytest.mark.slow
 def test_metrics_of_three_ranks_are_those_of_one_process(tmp_path: Path) -> None:
     fit(LOCAL, tmp_path / "one", quiet=True)
     three = replace(BLOCKS, devices=3)
@@ -370,6 +387,7 @@ def _losses_shown(config: TrainConfig, run_dir: Path) -> list[float]:
     return shown[: 2 * len(config.cuts or ()) + 2]
 
 
+@pytest.mark.ranks
 def test_losses_are_shown_as_they_are_on_several_ranks(tmp_path: Path) -> None:
     """What rank 0 shows after its first two batches are the losses of its own blocks."""
     (one,) = run_ranks(_losses_shown, 1, LOCAL, tmp_path / "one")
@@ -394,6 +412,7 @@ def _stop_with_a_slow_disk(config: TrainConfig, run_dir: Path) -> float:
     raise AssertionError("it was not interrupted")
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("config", [replace(LOCAL, devices=2), BLOCKS])
 def test_no_rank_ends_before_the_checkpoint_is_written(config: TrainConfig, tmp_path: Path) -> None:
     ended = run_ranks(_stop_with_a_slow_disk, 2, config, tmp_path / "run")
@@ -409,6 +428,7 @@ def _fit_apart(config: TrainConfig, folder: Path) -> str:
     return "trained"
 
 
+@pytest.mark.ranks
 def test_ranks_that_begin_at_other_steps_are_refused(tmp_path: Path) -> None:
     config = replace(LOCAL, devices=2)
     with pytest.raises(KeyboardInterrupt):
@@ -417,6 +437,7 @@ def test_ranks_that_begin_at_other_steps_are_refused(tmp_path: Path) -> None:
     assert all("the run folder" in each and "must be the same for all processes" in each for each in said)
 
 
+@pytest.mark.ranks
 def test_shares_are_cut_into_as_many_parts(tmp_path: Path) -> None:
     """The last batch leaves 16 images to one rank and 15 to the other, in five parts each."""
     optim = replace(LOCAL.optim, batch_size=40, accumulate=5, epochs=1)

@@ -253,6 +253,7 @@ def test_a_signal_saves_and_leaves_with_its_code(
     assert_same_run(straight, run_dir)
 
 
+@pytest.mark.slow
 def test_kills_at_random_moments_end_in_the_same_bits() -> None:
     script = Path(__file__).parents[2] / "benchmarks" / "kills.py"
     done = subprocess.run(

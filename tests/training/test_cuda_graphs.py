@@ -110,6 +110,7 @@ def test_a_step_is_recorded_once_a_shape_after_two_that_are_not(tapes: list[Tape
     assert len(tapes) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [LOCAL, SKIP, replace(LOCAL, step_each_block=True), replace(LOCAL, optim=ADAMW)],

@@ -183,6 +183,7 @@ def _fit_plainly(config: TrainConfig, run_dir: Path) -> None:
     fit(config, run_dir, quiet=True)
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 def test_ranks_stop_together_without_waiting_for_each_other_s_answer(tmp_path: Path) -> None:
     run_ranks(_fit_plainly, 2, TWO, tmp_path / "host")

@@ -69,6 +69,7 @@ def _fit_without_norms(config: TrainConfig, run_dir: Path) -> None:
     fit(config, run_dir, quiet=True, images=eventful(config, {}))
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 @pytest.mark.parametrize("changes", [{"reach": 2}, {"step_each_block": True}])
 def test_two_ranks_that_share_images_train_what_one_would(changes: dict[str, Any], tmp_path: Path) -> None:

@@ -433,6 +433,8 @@ fit(replace(NORM_FREE, devices=2, optim=replace(NORM_FREE.optim, accumulate=2)),
 """
 
 
+@pytest.mark.ranks
+@pytest.mark.slow
 def test_two_processes_train_what_one_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without BatchNorm, whose statistics are those of each process, a wrapper a block averages to the same weights."""
     (tmp_path / "script.py").write_text(TWO_PROCESSES)
