@@ -173,9 +173,9 @@ def test_each_block_at_once_stops_at_the_block_that_is_not_finite(tmp_path: Path
 TWO = replace(LOCAL, devices=2)
 
 
-def _fit_as_on_cuda(config: TrainConfig, run_dir: Path, interrupt_at: int, resume: bool, bad_at: int) -> int:
-    """Train on a rank; with a step to interrupt at on the first rank, or a bad one on the second."""
-    events = {interrupt_at: interrupt} if os.environ["RANK"] == "0" else {bad_at: spoil}
+def _fit_as_on_cuda(config: TrainConfig, run_dir: Path, interrupt_at: int, resume: bool) -> int:
+    """Train on a rank; with a step to interrupt at on the first rank."""
+    events = {interrupt_at: interrupt} if os.environ["RANK"] == "0" else {}
     return fit_as_on_cuda(config, run_dir, images=eventful(config, events), resume=resume).skipped
 
 
@@ -188,15 +188,21 @@ def _fit_plainly(config: TrainConfig, run_dir: Path) -> None:
 def test_ranks_stop_together_without_waiting_for_each_other_s_answer(tmp_path: Path) -> None:
     run_ranks(_fit_plainly, 2, TWO, tmp_path / "host")
     with pytest.raises(KeyboardInterrupt, match="after step 3; everything is saved"):
-        run_ranks(_fit_as_on_cuda, 2, TWO, tmp_path / "device", 2, False, 0)
-    run_ranks(_fit_as_on_cuda, 2, TWO, tmp_path / "device", 0, True, 0)
+        run_ranks(_fit_as_on_cuda, 2, TWO, tmp_path / "device", 2, False)
+    run_ranks(_fit_as_on_cuda, 2, TWO, tmp_path / "device", 0, True)
     assert_same_run(tmp_path / "host", tmp_path / "device")
 
 
+def _fit_with_a_bad_batch(config: TrainConfig, run_dir: Path, fit_so: Callable[..., Any]) -> int:
+    images = eventful(config, {3: spoil} if os.environ["RANK"] == "1" else {})
+    return fit_so(config, run_dir, images=images).skipped
+
+
 @pytest.mark.ranks
-def test_a_batch_that_is_bad_on_one_rank_is_skipped_by_all(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fit_so", [fit, fit_as_on_cuda])
+def test_a_batch_that_is_bad_on_one_rank_is_skipped_by_all(fit_so: Callable[..., Any], tmp_path: Path) -> None:
     config = replace(TWO, on_nonfinite="skip")
-    assert run_ranks(_fit_as_on_cuda, 2, config, tmp_path, 0, False, 3) == [1, 1]
+    assert run_ranks(_fit_with_a_bad_batch, 2, config, tmp_path, fit_so) == [1, 1]
     assert all(value.isfinite().all() for value in weights(tmp_path).values())
 
 
