@@ -1,21 +1,48 @@
 """Copies of modules, whatever their last forward pass left on them."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from localgrad.core.initialise import initialise
 from localgrad.core.trees import leaves
+from localgrad.core.units import Unit
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
-def deep_copy(module: nn.Module, shared: Iterable[nn.Parameter] = ()) -> nn.Module:
+def deep_copy(module: Module, shared: Iterable[nn.Parameter] = ()) -> Module:
     """A deep copy of a module, without the graphs of tensors that its modules keep (a balance loss, attention maps).
 
     Args:
         module: what to copy.
         shared: parameters that the copy shall hold themselves, not copies of them.
     """
-    memo: dict[int, object] = {id(parameter): parameter for parameter in shared}
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in shared}
     kept = [value for each in module.modules() for value in leaves(vars(each)) if isinstance(value, Tensor)]
     memo |= {id(tensor): tensor.detach() for tensor in kept if not tensor.is_leaf}
     return copy.deepcopy(module, memo)
+
+
+def copied(source: Sequence[Unit], initial: str, *, share_frozen: bool = False) -> nn.Module:
+    """A copy of units in a row; with `initial="random"` from draws of its own, wherever a layer can reset itself.
+
+    All of it is trainable; with `share_frozen` what the units do not train stays their own, frozen, in the copy.
+    """
+    whole = nn.ModuleList(unit.module for unit in source)
+    copies = deep_copy(whole, [p for p in whole.parameters() if not p.requires_grad] if share_frozen else ())
+    module = copies[0] if len(source) == 1 else nn.Sequential(*copies.children())
+    for parameter in () if share_frozen else module.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    if initial == "random":
+        own = [layer for layer in module.modules() if all(parameter.requires_grad for parameter in layer.parameters())]
+        for layer in own:  # what is shared stays as it is
+            reset: Any = getattr(layer, "reset_parameters", None) or getattr(layer, "_reset_parameters", None)
+            if callable(reset):
+                reset()
+        for layer in own:
+            if isinstance(layer, nn.Conv2d):
+                initialise(layer)
+    return module

@@ -1,15 +1,14 @@
 """Momentum auxiliary networks: what lets a block see its successor without a gradient."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from localgrad.core.copies import deep_copy
-from localgrad.core.initialise import initialise
+from localgrad.core.copies import copied
 from localgrad.core.recompute import recomputed
 from localgrad.core.units import Unit
 from localgrad.errors import CannotSitError, SettingsError
@@ -91,8 +90,8 @@ class MomentumAuxiliary(nn.Module):
         def run(features: Tensor) -> Tensor:
             if branch is self.bias and not self._bias_is_copy:
                 return branch(features)
-            for copied in branch.children() if self.depth > 1 else (branch,):
-                features = call(copied, features)
+            for unit in branch.children() if self.depth > 1 else (branch,):
+                features = call(unit, features)
             return features
 
         if self.recompute:
@@ -415,25 +414,3 @@ def _follower(source: Sequence[Unit], initial: str, decay: float) -> nn.Module:
             "weights in float32 and compute under autocast, or give decay=0"
         )
     return copied(source, initial, share_frozen=True)
-
-
-def copied(source: Sequence[Unit], initial: str, *, share_frozen: bool = False) -> nn.Module:
-    """A copy of units in a row; with `initial="random"` from draws of its own, wherever a layer can reset itself.
-
-    All of it is trainable; with `share_frozen` what the units do not train stays their own, frozen, in the copy.
-    """
-    whole = nn.ModuleList(unit.module for unit in source)
-    copies = deep_copy(whole, [p for p in whole.parameters() if not p.requires_grad] if share_frozen else ())
-    module = copies[0] if len(source) == 1 else nn.Sequential(*copies.children())
-    for parameter in () if share_frozen else module.parameters():
-        parameter.requires_grad_(parameter.is_floating_point())
-    if initial == "random":
-        own = [layer for layer in module.modules() if all(parameter.requires_grad for parameter in layer.parameters())]
-        for layer in own:  # what is shared stays as it is
-            reset: Any = getattr(layer, "reset_parameters", None) or getattr(layer, "_reset_parameters", None)
-            if callable(reset):
-                reset()
-        for layer in own:
-            if isinstance(layer, nn.Conv2d):
-                initialise(layer)
-    return module

@@ -41,8 +41,8 @@ def split(
     Block j minimises `L_j = objective(momentum(h_j), y, x)` with `h_j = body_j(stop_gradient(h_{j-1}))`, the last
     `criterion(model(x), y)`. The model is trained in place: the blocks hold its own modules, its `state_dict` keeps
     its keys, and there is nothing to unwrap. Move the model to its device and dtype first, and freeze, load, wrap or
-    adapt what is to be; `local_step` refuses blocks that are no longer the model's. Copy or pickle the list of blocks as
-    a whole, since each momentum reads the next block. A loss that a module keeps on itself (a balance loss) is not
+    adapt what is to be; `local_step` refuses blocks that are no longer the model's. Copy or pickle the list of blocks
+    as a whole, since each momentum reads the next block. A loss that a module keeps on itself (a balance loss) is not
     trained. A block of frozen layers alone gets no head, and None for an optimizer.
 
     Args:

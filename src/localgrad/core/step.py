@@ -156,13 +156,8 @@ def local_gradients(
     Returns:
         One detached scalar loss a block, not scaled.
     """
-    _check_batch(inputs, parts)
-    inputs = inputs.detach() if inputs.requires_grad else inputs
-    parts = min(parts, len(inputs))
-    batch = list(zip(inputs.tensor_split(parts), batch_parts(targets, len(inputs), parts), strict=True))
-    passed = list((inputs if features is None else features).tensor_split(parts))
-    if parts == 1:  # what was given itself, and not a view of it
-        batch, passed = [(inputs, targets)], [inputs if features is None else features]
+    inputs, batch, passed = _micro_batches(inputs, targets, features, parts)
+    parts = len(batch)
     spans = [Span(reach, len(blocks)) for _ in batch] if reach > 1 else []
     places, numbers = range(len(blocks)), range(parts)
     order = [(i, n) for i in places for n in numbers] if reach == 1 else [(i, n) for n in numbers for i in places]
@@ -221,24 +216,37 @@ def _pass(
     with context:
         output, loss, *leaf = block(passed[number], targets, inputs, **({} if span is None else {"cut_loss": True}))
     torch.clear_autocast_cache()  # under one autocast around the step, casts of all blocks' weights would add up
-    entry = None if span is None else passed[number]
+    waiting = None if span is None else (passed[number], output)
     passed[number] = output.detach()
     if on_output is not None:
         on_output(passed[number])
-    if span is None:
-        del output  # its graph goes with the backward pass
+    del output  # its graph goes with the backward pass, where no later loss reaches it
     _check_loss(loss, inner(block))
     if loss.requires_grad:
         backward(loss)
     kind = inputs.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         torch.clear_autocast_cache()  # one autocast around the step would keep the casts of all blocks' weights
-    if span is None or entry is None:
+    if span is None or waiting is None:
         return loss.detach(), None
     trained = [parameter for parameter in inner(block).body.parameters() if parameter.requires_grad]
-    done = span.add(trained, entry, output, leaf[0].grad)
+    done = span.add(trained, *waiting, leaf[0].grad)
     passed[number].requires_grad_(passed[number].is_floating_point())  # the next block's entry
     return loss.detach(), done
+
+
+def _micro_batches(
+    inputs: Any, targets: Any, features: Tensor | None, parts: int
+) -> tuple[Tensor, list[tuple[Tensor, Any]], list[Any]]:
+    """The detached inputs, the parts of inputs and targets, and those of what the first block takes."""
+    _check_batch(inputs, parts)
+    inputs = inputs.detach() if inputs.requires_grad else inputs
+    entry = inputs if features is None else features
+    parts = min(parts, len(inputs))
+    if parts == 1:  # what was given itself, and not a view of it
+        return inputs, [(inputs, targets)], [entry]
+    batch = zip(inputs.tensor_split(parts), batch_parts(targets, len(inputs), parts), strict=True)
+    return inputs, list(batch), list(entry.tensor_split(parts))
 
 
 def _check_batch(inputs: Any, parts: int) -> None:

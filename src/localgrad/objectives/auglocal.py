@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from localgrad.core.copies import copied
 from localgrad.core.initialise import initialise
-from localgrad.core.momentum import copied
 from localgrad.core.site import Criterion, Site
 from localgrad.errors import CannotSitError, SettingsError
 from localgrad.objectives.classifier import Classifier
