@@ -84,6 +84,11 @@ def _misfit(error: Exception, block: Block, index: int, inputs: Tensor, targets:
             f"inputs are {inputs.dtype} and the weights of block {index} {weights[0].dtype}: "
             f"give inputs.to({weights[0].dtype})"
         )
+    if first and dtypes and not inputs.is_floating_point() and not _body_fails(block, inputs.to(weights[0].dtype)):
+        return (
+            f"inputs are {inputs.dtype} and the weights of block {index} {weights[0].dtype}, which its first "
+            f"layer asks for: give inputs.to({weights[0].dtype})"
+        )
     if block.takes is not None and inputs.shape[1:] != block.takes and _is_of_shapes(error, block, inputs, first):
         return (
             f"inputs are {tuple(inputs.shape)} and the model was split for (N, {', '.join(map(str, block.takes))}): "
@@ -115,18 +120,21 @@ def _label_misfit(error: Exception, block: Block, index: int, inputs: Tensor, la
     return None
 
 
-@torch.no_grad()
 def _is_of_shapes(error: Exception, block: Block, inputs: Tensor, first: bool) -> bool:
     """Whether it is the shape that fails: of the inputs in the body of the first block, or of features in a head."""
     if isinstance(error, IndexError) or (isinstance(error, ValueError) and len(inputs) == 1):
         return False
-    if not first:
-        return True
+    return not first or block.objective is not None or _body_fails(block, inputs)
+
+
+@torch.no_grad()
+def _body_fails(block: Block, inputs: Tensor) -> bool:
+    """Whether it is the block's body that cannot take the inputs."""
     try:
         block.body(inputs)
     except Exception:  # the one that is being explained, whatever its class
         return True
-    return block.objective is not None
+    return False
 
 
 def of_another_process(error: Exception) -> bool:

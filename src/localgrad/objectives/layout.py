@@ -105,8 +105,9 @@ def full_precision(tensor: Tensor) -> AbstractContextManager[object]:
 def check_num_classes(num_classes: int, at_least: int = 2) -> None:
     """Refuse a number of classes that no head can have."""
     if not isinstance(num_classes, Integral) or num_classes < at_least:  # NumPy's integers too
+        given = repr(num_classes) if isinstance(num_classes, int | float | str) else f"a {type(num_classes).__name__}"
         raise SettingsError(
-            f"num_classes is {num_classes!r}: a local head gives a whole number of scores, {at_least} or more; "
+            f"num_classes is {given}: a local head gives a whole number of scores, {at_least} or more; "
             "a factory is called first, as objective=localgrad.dgl(num_classes=10)"
         )
 
