@@ -17,7 +17,9 @@ import pytest
 import torch
 
 from localgrad.commands.main import main
+from localgrad.commands.reproduce import _tell_failures
 from localgrad.config.saved import to_dict
+from localgrad.data.fingerprint import Fingerprint
 from localgrad.errors import LocalGradError
 from localgrad.recipes import recipe
 from localgrad.recipes.tables import TABLES, table
@@ -99,13 +101,14 @@ def _interrupt_when(condition: Callable[[], bool]) -> threading.Thread:
 def _assert_is_the_run_of(cell: Cell, tmp_path: Path) -> None:
     """Weights and errors are those of an uninterrupted training in this process, with as many threads."""
     own = tmp_path / "reference" / cell.name
-    expected = fit(cell.config, own, quiet=True)
+    fit(cell.config, own, quiet=True)
+    expected = json.loads((own / "result.json").read_text())
     assert cell.run.model.read_bytes() == (own / "model.safetensors").read_bytes()
     stored = json.loads(cell.result.read_text())
     lines = [json.loads(line) for line in (own / "metrics.jsonl").read_text().splitlines()]
     assert stored["test_errors"] == [line["test_error"] for line in lines]
     same = ("config", "test_error", "best_test_error", "best_epoch", "cuts", "num_blocks", "parameters", "versions")
-    assert {name: stored[name] for name in same} == {name: getattr(expected, name) for name in same}
+    assert {name: stored[name] for name in same} == {name: expected[name] for name in same}
     assert stored["command"] == f"localgrad {' '.join(cell.command)}"
     assert stored["device"] and stored["wall_seconds"] > 0 and stored["peak_memory_bytes"] > 0
 
@@ -368,7 +371,7 @@ def test_a_folder_of_other_settings_is_refused(tmp_path: Path) -> None:
         ("digits --seeds 1 1", "seeds are (1, 1): give one or more different ones"),
         ("digits --seeds -1", "seed is -1"),
         ("digits --epochs 0 --lr -1", "optim.lr is -1.0, it must be a finite number more than 0; optim.epochs is 0"),
-        ("digits --train-limit 0", "train_limit=0"),
+        ("digits --train-limit 0", "--data.train-limit 0"),
         ("digits --accelerator abacus", "accelerator is 'abacus'"),
         ("digits --jobs 0", "jobs is 0: it must be at least 1"),
         ("digits --output file", "file/runs cannot be made"),
@@ -449,3 +452,44 @@ def test_the_table_has_mean_deviation_number_and_the_papers_value(
 def test_mean_and_deviation_of_a_sample() -> None:
     assert mean_std([1.0, 2.0, 4.0]) == "2.33 ± 1.53"
     assert mean_std([5.0]) == "5.00"
+
+
+# What is said of a table
+
+
+def test_equal_failures_are_one_message_and_keep_all_its_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells = plan_cells("digits", seeds=(0, 1), changes={}, output=tmp_path)
+    cells[0].log.parent.mkdir(parents=True)
+    cells[0].log.write_text(
+        "epoch 1/8\nlocalgrad: 2 of 30 train images cannot be used\n  a.jpg (empty)\n  Repair them.\n"
+    )
+    reason = reproduce._reason(cells[0], 2)
+    assert reason == "2 of 30 train images cannot be used a.jpg (empty) Repair them. (exit code 2)"
+    _tell_failures({cell.name: reason for cell in cells})
+    said = capsys.readouterr().err
+    assert said == f"localgrad: {cells[0].name} and {len(cells) - 1} more failed: {reason}\n"
+
+
+def test_images_that_cannot_be_had_are_said_once_before_any_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(reproduce, "_start", pytest.fail)
+    cells = plan_cells("first", seeds=(0,), changes={"data.source": "owner/absent"}, output=tmp_path)
+    with pytest.raises(LocalGradError, match=r"^--data owner/absent: no such folder here, not in the cache"):
+        run_cells(cells)
+
+
+def test_rows_of_a_table_are_trained_on_the_same_images(tmp_path: Path) -> None:
+    one, other = plan_cells("digits", seeds=(0,), changes={}, output=tmp_path)[:2]
+    known = {reproduce._images_key(one): ("first", Fingerprint("train", 40, 10, "abc"))}
+    fit(replace(other.config, data=replace(other.config.data, train_limit=40), optim=replace(other.config.optim, epochs=1)),
+        other.run.path, quiet=True)  # fmt: skip
+    assert "its images are not those of first: 1,437 in 10 classes, not 40" in str(
+        reproduce._other_images(other, known)
+    )
+    assert reproduce._other_images(other, {}) is None
+    said = str(reproduce._prediction(other, [one, other], 1))
+    assert said.startswith("about ") and "to the end of the table" in said

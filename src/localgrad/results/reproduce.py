@@ -23,6 +23,8 @@ from localgrad.config.checks import validate
 from localgrad.config.methods import with_defaults
 from localgrad.config.saved import differences, from_dict, to_dict
 from localgrad.config.schema import TrainConfig
+from localgrad.data.fingerprint import Fingerprint
+from localgrad.data.sources import check_source
 from localgrad.errors import LocalGradError, closest
 from localgrad.recipes import recipe
 from localgrad.recipes.tables import table
@@ -33,6 +35,7 @@ from localgrad.runs.files import lock, make_folder, write_json
 from localgrad.runs.folder import RunFolder
 from localgrad.runs.result import Result, as_file
 from localgrad.training.interrupts import InterruptedRun, noted_interrupts
+from localgrad.training.outlook import HOUR, duration
 from localgrad.training.progress import TableDisplay
 
 POLL_SECONDS = 0.2
@@ -198,7 +201,9 @@ def run_cells(cells: Sequence[Cell], *, jobs: int = 1) -> dict[str, str]:
     waiting = [cell for cell in cells if cell.state != "done" and cell.name not in failures]
     if not waiting:
         return failures
-    jobs = min(jobs, len(waiting))
+    for data in {cell.config.data.source: cell.config.data for cell in waiting}.values():
+        check_source(data)  # once, before every run would find out by itself
+    jobs, images, predicted = min(jobs, len(waiting)), _images_of(cells), False
     running: dict[str, tuple[Cell, subprocess.Popen[bytes]]] = {}
     places: dict[str, int] = {}
     output, num_done = waiting[0].output, len(cells) - len(waiting) - len(failures)
@@ -217,10 +222,15 @@ def run_cells(cells: Sequence[Cell], *, jobs: int = 1) -> dict[str, str]:
                 for name, (cell, process) in list(running.items()):
                     if process.poll() is None:
                         display.progress(name, _test_errors_so_far(cell, {}))
+                        if not predicted and (said := _prediction(cell, cells, jobs)):
+                            display.message(said)
+                            predicted = True
                         continue
                     del running[name]
                     if process.returncode:
                         failures[name] = _reason(cell, process.returncode)
+                    elif problem := _other_images(cell, images):
+                        failures[name] = problem
                     else:
                         _collect(cell, failures)
                     if name in failures:
@@ -232,6 +242,46 @@ def run_cells(cells: Sequence[Cell], *, jobs: int = 1) -> dict[str, str]:
         if interrupted.is_set():
             raise InterruptedRun("interrupted; the same command goes on from there", interrupted.number)
     return failures
+
+
+def _images_key(cell: Cell) -> tuple[Any, ...]:
+    """Rows with the same of this are trained on the same images."""
+    data = recipe(cell.config.name).config.data
+    return data.source, data.subset, data.train_split, data.test_split
+
+
+def _images_of(cells: Sequence[Cell]) -> dict[tuple[Any, ...], tuple[str, Fingerprint]]:
+    """Name of a finished run, and the fingerprint of its training images, for each set of images."""
+    found: dict[tuple[Any, ...], tuple[str, Fingerprint]] = {}
+    for cell in cells:
+        images = _load(cell.result).train_images if cell.state == "done" else None
+        if images is not None:
+            found.setdefault(_images_key(cell), (cell.name, images))
+    return found
+
+
+def _other_images(cell: Cell, known: dict[tuple[Any, ...], tuple[str, Fingerprint]]) -> str | None:
+    """Why a finished run cannot stand in the table, where it had other training images than the runs before."""
+    images = _load(cell.run.result).train_images
+    if images is None:
+        return None
+    name, before = known.setdefault(_images_key(cell), (cell.name, images))
+    difference = images.difference(before)
+    return None if difference is None else f"its images are not those of {name}: {difference}"
+
+
+def _prediction(cell: Cell, cells: Sequence[Cell], jobs: int) -> str | None:
+    """How long the rest of the table takes, once a run has trained an epoch; a shorter one on a processor."""
+    done = len(_test_errors_so_far(cell, {}))
+    if not done:
+        return None
+    seconds = json.loads(cell.run.metrics.read_text().splitlines()[done - 1])["elapsed_seconds"] / done
+    left = [each.config.optim.epochs - len(_test_errors_so_far(each, {})) for each in cells if each.state != "done"]
+    total = seconds * sum(left) / jobs
+    said = f"about {duration(total)} to the end of the table, at {duration(seconds)} an epoch"
+    if total > HOUR and cell.config.accelerator in ("auto", "cpu"):
+        said += f"; a shorter table: --epochs {max(1, int(HOUR * jobs / (seconds * len(left))))} takes about an hour"
+    return said
 
 
 def environment(config: TrainConfig, place: int, jobs: int) -> dict[str, str]:
@@ -284,7 +334,8 @@ def _stop(processes: Sequence["subprocess.Popen[bytes]"]) -> None:
 
 def _reason(cell: Cell, code: int) -> str:
     said = [line.strip() for line in cell.log.read_text(errors="replace").splitlines() if line.strip()]
-    why = said[-1].removeprefix("localgrad: ") if said else "it said nothing"
+    errors = [number for number, line in enumerate(said) if line.startswith("localgrad: ")]
+    why = " ".join(said[errors[-1] if errors else -1 :]).removeprefix("localgrad: ") if said else "it said nothing"
     return f"ended by {signal.Signals(-code).name}" if code < 0 else f"{why} (exit code {code})"
 
 

@@ -106,8 +106,7 @@ def time_results(
         for label, training in _labelled(trainings, shared).items():
             try:
                 step, run = timed_step(_elsewhere(training.config, data, accelerator), held)
-                if data is not None:
-                    _check_images(training, run)
+                _check_images(training, run, other=data is not None)
             except LocalGradError as problem:
                 warn(f"left out: {training.row.runs[0].path}: {problem}")
             else:
@@ -191,9 +190,14 @@ def _elsewhere(config: TrainConfig, data: str | None, accelerator: str) -> Train
     return replace(config, data=images, accelerator=accelerator)
 
 
-def _check_images(training: Training, run: Run) -> None:
-    """Refuses other images that are fewer than a step takes."""
-    if len(run.train) < training.images:
+def _check_images(training: Training, run: Run, *, other: bool) -> None:
+    """Refuses images that are not the run's, or, where other ones were asked for, fewer than a step takes."""
+    before, now = training.row.runs[0].result.train_images, run.train.fingerprint
+    if not other and before is not None and now is not None and (difference := before.difference(now)):
+        raise LocalGradError(
+            f"it was trained with other images than those of {run.config.data.source}: {difference}; give --data"
+        )
+    if other and len(run.train) < training.images:
         raise LocalGradError(
             f"a step takes {training.images} images, and {run.config.data.source} has {len(run.train)}: give --data "
             "with more"

@@ -47,7 +47,9 @@ def load_run(run_dir: str | Path, *, best: bool = False) -> LoadedRun:
 
 
 def weights_metadata(config: TrainConfig, result: Result) -> dict[str, str]:
-    """What `model.safetensors` says of itself, so that the file alone can be used.
+    """What `model.safetensors` says of itself, as JSON under `localgrad`, so that the file alone can be used.
+
+    It is one text, for safetensors writes several in any order, and equal runs have equal files.
 
     Args:
         config: of the run.
@@ -55,6 +57,7 @@ def weights_metadata(config: TrainConfig, result: Result) -> dict[str, str]:
     """
     data = config.data
     said = {
+        "version": result.versions["localgrad"],
         "network": config.model.name,
         "depth": config.model.depth if config.model.name == "cifar_resnet" else None,
         "num_classes": result.num_classes,
@@ -64,6 +67,4 @@ def weights_metadata(config: TrainConfig, result: Result) -> dict[str, str]:
         "image_size": data.image_size,
         "resize": data.resize,
     }
-    known = {name: value if isinstance(value, str) else json.dumps(value) for name, value in said.items()}
-    known["localgrad"] = result.versions["localgrad"]
-    return {"format": "pt", **{name: text for name, text in known.items() if text != "null"}}
+    return {"localgrad": json.dumps({name: value for name, value in said.items() if value is not None})}

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from localgrad.config.schema import TrainConfig
 from localgrad.config.typed import parse
+from localgrad.data.fingerprint import Fingerprint
 from localgrad.errors import LocalGradError
 
 Content = TypeVar("Content")
@@ -82,6 +83,10 @@ class Result:
     """Their names in order, where the images have such."""
     chosen_on: str = "test"
     """Images that the best epoch is chosen on: `test`, or `validation` where the config names such a split."""
+    train_images: Fingerprint | None = None
+    """What tells the images apart that it was trained on."""
+    test_images: Fingerprint | None = None
+    """Likewise of those that it was tested on."""
     date: str | None = None
     """Day and time of the end, in UTC, by ISO 8601."""
     command: str | None = None

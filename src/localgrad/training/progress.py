@@ -143,6 +143,10 @@ class TableDisplay:
     def _print(self, text: str) -> None:
         self._progress.console.print(Text(text))
 
+    def message(self, text: str) -> None:
+        """Prints a line that stays."""
+        self._print(text)
+
     def started(self, name: str, epochs: int, done: int) -> None:
         """A run of so many epochs starts, or goes on where so many are done."""
         self._running[name] = self._progress.add_task(name, total=epochs, completed=done)

@@ -339,6 +339,8 @@ def _result(run: Run) -> Result:
         wall_seconds=state.elapsed_seconds,
         skipped=state.skipped,
         chosen_on=_chosen_on(run),
+        train_images=run.train.fingerprint,
+        test_images=run.test.fingerprint,
         num_classes=run.train.num_classes,
         class_names=None if run.train.class_names is None else list(run.train.class_names),
         precision=resolve_precision(run.config),
