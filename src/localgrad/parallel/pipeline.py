@@ -18,7 +18,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, cast
 
@@ -32,9 +31,10 @@ from localgrad.core.partition import cut_by_cost
 from localgrad.core.step import apply_updates, local_gradients
 from localgrad.core.trees import leaves, mapped
 from localgrad.errors import LocalGradError
+from localgrad.parallel.messages import Layout, check_targets, dense, flat, wait
 
 Layouts = Any
-"""What travels to the next rank, as a tree of `_Layout` in place of tensors."""
+"""What the next rank receives: a tree with a `Layout` in place of each tensor."""
 
 
 class Stage:
@@ -184,14 +184,14 @@ class Stage:
         if self._after is None:
             return
         inputs, targets = self._batch
-        batch = mapped(_dense, (output, inputs if self._inputs_go_on else None, targets))
+        batch = mapped(dense, (output, inputs if self._inputs_go_on else None, targets))
         if not self._announced:
-            _check_targets(targets, len(output))
-            dist.send_object_list([mapped(_Layout.of, batch)], self._after, group=self._control)
+            check_targets(targets, len(output))
+            dist.send_object_list([mapped(Layout.of, batch)], self._after, group=self._control)
             self._announced = True
         group = self._down[dist.get_rank(), self._after]
         for tensor in filter(torch.is_tensor, leaves(batch)):
-            self._sends.append((dist.isend(_flat(tensor), self._after, group=group), tensor))
+            self._sends.append((dist.isend(flat(tensor), self._after, group=group), tensor))
         flag = torch.tensor([self.is_last_batch])
         self._sends.append((dist.isend(flag, self._after, group=self._control), flag))
 
@@ -201,7 +201,7 @@ class Stage:
         if not followed:
             return
         work, received = self._weights or self._receive_weights(followed)
-        _wait(work)
+        wait(work)
         self._weights = None
         with torch.no_grad():
             start = 0
@@ -246,9 +246,9 @@ class Stage:
         if self._before is None or self._layouts is None:
             return None
         group = self._down[self._before, dist.get_rank()]
-        batch = mapped(lambda layout: layout.empty(size, self._device), self._layouts, _Layout)
+        batch = mapped(lambda layout: layout.empty(size, self._device), self._layouts, Layout)
         tensors = filter(torch.is_tensor, leaves(batch))
-        return [dist.irecv(_flat(tensor), self._before, group=group) for tensor in tensors], batch
+        return [dist.irecv(flat(tensor), self._before, group=group) for tensor in tensors], batch
 
     def _received(self, posted: tuple[list[dist.Work | None], Any] | None, size: int) -> tuple[Tensor, Any, Any]:
         """Features, inputs and targets, once they are there."""
@@ -260,7 +260,7 @@ class Stage:
             posted = self._post(size)
         assert posted is not None
         for work in posted[0]:
-            _wait(work)
+            wait(work)
         return posted[1]
 
     def _agreed(self, stop: bool) -> bool:
@@ -278,24 +278,8 @@ class Stage:
 
     def _wait_for_sends(self) -> None:
         for work, _ in self._sends:
-            _wait(work)
+            wait(work)
         self._sends.clear()
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """Shape, strides and type of a batch but for its number of samples."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> "_Layout":
-        return cls(tuple(tensor.shape[1:]), (tensor[0].numel(), *tensor.stride()[1:]), tensor.dtype)
-
-    def empty(self, size: int, device: torch.device) -> Tensor:
-        return torch.empty_strided((size, *self.shape), self.strides, dtype=self.dtype, device=device)
 
 
 def _check_stages(edges: Sequence[int], replicas: int) -> None:
@@ -313,41 +297,9 @@ def _check_stages(edges: Sequence[int], replicas: int) -> None:
         )
 
 
-def _check_targets(targets: Any, size: int) -> None:
-    wrong = [
-        leaf
-        for leaf in leaves(targets)
-        if leaf is not None and not (isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == size)
-    ]
-    if wrong:
-        given = f"a tensor {tuple(wrong[0].shape)}" if isinstance(wrong[0], Tensor) else f"a {type(wrong[0]).__name__}"
-        raise LocalGradError(
-            f"targets hold {given} with a batch of {size} samples: between ranks travel tensors (N, ...) and None; "
-            "give what is the same for all batches to the objective"
-        )
-
-
 def _reads_inputs(block: Block) -> bool:
     """Whether a block's loss reads the network's inputs; an objective that does not says `reads_inputs = False`."""
     return block.objective is not None and getattr(block.objective, "reads_inputs", True)
-
-
-def _wait(work: dist.Work | None) -> None:
-    if work is not None:
-        work.wait()
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    """The tensor, samples one after the other and without gaps, channels last where it is."""
-    formats = (torch.contiguous_format, *([torch.channels_last] if tensor.dim() == 4 else []))
-    if any(tensor.is_contiguous(memory_format=form) for form in formats):
-        return tensor
-    return tensor.contiguous()
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """One dimension over the memory of a dense tensor: what travels, whatever the order of the dimensions."""
-    return tensor.as_strided((tensor.numel(),), (1,))
 
 
 def _group(ranks: Sequence[int] | None = None, backend: str | None = None) -> Any:

@@ -1,4 +1,4 @@
-"""Processes of a run that end or are started again."""
+"""Ranks that fail, and ranks that torchrun has restarted."""
 
 import os
 from collections.abc import Generator
@@ -14,15 +14,18 @@ from localgrad.errors import LocalGradError
 
 
 def restarted() -> bool:
-    """Whether torchrun has started this process again, since one of the processes had failed."""
+    """Whether torchrun has restarted this process, after a rank had failed."""
     return dist.is_torchelastic_launched() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def join_again(accelerator: str) -> None:
-    """Makes the process group of processes that torchrun has restarted.
+    """Makes the process group of ranks that torchrun has restarted.
 
-    torchrun's store still has the addresses of the processes that were there before, and PyTorch would wait for them;
-    a prefix of its own for each attempt keeps them apart.
+    torchrun's store still holds the addresses of the ranks before the restart, and PyTorch would wait for them. A
+    prefix for each attempt keeps the attempts apart.
+
+    Args:
+        accelerator: as in the config; NCCL for `auto` and `cuda` where there is a CUDA device, else gloo.
     """
     store, rank, world_size = next(rendezvous("env://"))
     store = PrefixStore(f"attempt{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
@@ -34,10 +37,10 @@ def join_again(accelerator: str) -> None:
 
 @contextmanager
 def peer_failure_as_error() -> Generator[None]:
-    """Translates an error of torch.distributed (another rank has ended) into a LocalGradError.
+    """Context: translates an error of torch.distributed (another rank has died) into a LocalGradError.
 
     Raises:
-        LocalGradError: a process that this one waited for has ended.
+        LocalGradError: a rank that this one waited for has ended.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Weights in shards: each process keeps a part of every weight, and a block is whole only while it computes (FSDP2)."""
+"""Sharded weights (FSDP2): each rank keeps a shard of every weight; a block's are gathered while it computes."""
 
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
@@ -16,13 +16,21 @@ from localgrad.errors import LocalGradError
 
 
 def shard(model: nn.Module, blocks: Sequence[Block], device: torch.device, world_size: int) -> None:
-    """Give each process its part of the weights of every block, auxiliary networks included, in place.
+    """Shards the weights of every block over all ranks, auxiliary networks included, in place.
 
-    Parameters become DTensors, so optimizers are made afterwards. An EMA and the unit that it follows have the same
-    shapes, so the same shards, and the average needs no communication.
+    Parameters become DTensors, so make optimizers afterwards. An EMA and the unit that it follows have the same shapes,
+    hence the same shards: the average needs no communication.
+
+    Args:
+        model: the whole network.
+        blocks: its blocks; each becomes one FSDP unit.
+        device: of this rank.
+        world_size: number of ranks.
 
     Raises:
-        LocalGradError: a module that is in no unit holds parameters itself, which would stay as they are in the model.
+        LocalGradError: the model has parameters outside the units' layers, which would stay unsharded.
+
+    Source: https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
     """
     in_blocks = {module for block in blocks for module in block.modules()}
     outside = [
@@ -77,7 +85,7 @@ def sharded_as(values: Any, like: dict[str, Any]) -> Any:
 
 
 def shard_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
-    """Share out the state of a loaded optimizer as the parameters are."""
+    """Shards the state of a loaded optimizer as its parameters are."""
     for parameter, state in optimizer.state.items():
         if isinstance(parameter, DTensor):
             like = dict.fromkeys(state, parameter)

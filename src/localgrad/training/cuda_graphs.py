@@ -1,4 +1,4 @@
-"""CUDA graphs: a step recorded once and replayed, so that the host launches one thing instead of thousands."""
+"""CUDA graphs: a step is captured once and replayed, so that the host launches one graph instead of many kernels."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -12,12 +12,12 @@ Step = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 
 
 WARM_UPS = 2
-"""Batches of a shape before it is recorded: optimizers make their state, cuDNN tries its algorithms."""
+"""Steps of a shape before its capture: optimizers allocate their state, cuDNN times its algorithms."""
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """One recorded step, and the tensors that it reads and writes at each replay."""
+    """A captured step, with the tensors that each replay reads and writes."""
 
     graph: Any
     inputs: Tensor
@@ -26,15 +26,16 @@ class Recorded:
 
 
 class GraphedStep:
-    """Runs a step; from the third batch of a shape on as a CUDA graph of that shape.
+    """Runs a step, from the third batch of a shape on as a CUDA graph.
 
-    A replay does on the device what the recorded step did, on the batch that it is given: the same kernels, with the
-    same numbers wherever the step took a number from Python. So the step must not look at what a tensor holds, draw
-    from a seed of its own, or read a number that changes, such as a learning rate: that must be a tensor on the
-    device, written in place. Activations stay allocated between steps, in one pool for all shapes.
+    A replay launches the kernels of the captured step on a new batch. Python numbers stay those of the capture, so the
+    step must not read a tensor's values, seed a generator, or use a number that changes: a learning rate has to be a
+    tensor on the device, written in place. Activations stay allocated between steps, in one pool for all shapes.
 
     Args:
-        step: inputs and targets to tensors; what it changes it must change in place.
+        step: inputs and targets to a tuple of tensors; it changes weights and state in place.
+
+    Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
     """
 
     def __init__(self, step: Step) -> None:
@@ -44,7 +45,7 @@ class GraphedStep:
         self._pool: Any = None
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        """What the step gives for a batch, in tensors that no later step writes to."""
+        """What the step returns for a batch, in tensors that no later replay overwrites."""
         shape = (inputs.shape, inputs.dtype, inputs.stride(), targets.shape, targets.dtype)
         self._seen[shape] += 1
         if self._seen[shape] <= WARM_UPS:
@@ -62,7 +63,7 @@ class GraphedStep:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        # other threads, as one that pins the next batch's memory, may go on meanwhile
+        # other threads may call CUDA during the capture: a loader's pins the memory of the next batch
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             outputs = self._step(inputs, targets)
         return Recorded(graph, inputs, targets, outputs)

@@ -1,4 +1,4 @@
-"""The devices of a run: their Fabric and their precision."""
+"""The devices of a run and their precision, through Lightning Fabric."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 
 def as_launched(config: TrainConfig) -> TrainConfig:
-    """The config with as many devices as torchrun has started processes, where it has and the config names none.
+    """The config with torchrun's number of processes as its `devices`; unchanged without torchrun.
 
     Raises:
-        LocalGradError: the config names another number.
+        LocalGradError: `devices` is neither 1 nor that number.
     """
     started = int(os.environ.get("WORLD_SIZE", "1")) if dist.is_torchelastic_launched() else 1
     if started > 1 and config.devices not in (1, started):
@@ -37,7 +37,7 @@ def as_launched(config: TrainConfig) -> TrainConfig:
 
 
 def make_fabric(config: TrainConfig) -> Fabric:
-    """The Fabric of a config: its devices, with `auto` precision decided.
+    """Makes the Fabric of a config: its devices, its number of nodes, and the precision that `auto` stands for.
 
     Raises:
         LocalGradError: this machine does not have the accelerator, or not as many devices.
@@ -62,7 +62,7 @@ def make_fabric(config: TrainConfig) -> Fabric:
 
 
 def _precision_plugins(config: TrainConfig) -> list[Any]:
-    """What `precision` stands for, made here: Fabric would log a line about it."""
+    """The precision as a plugin; given as a string, Fabric would log a line about it."""
     from lightning.fabric.plugins import MixedPrecision, Precision
 
     if resolve_precision(config) == "32-true":
@@ -73,7 +73,7 @@ def _precision_plugins(config: TrainConfig) -> list[Any]:
 
 
 def resolve_precision(config: TrainConfig) -> Any:
-    """What `auto` stands for: bf16-mixed where the processor or GPU computes bfloat16 natively, else 32-true."""
+    """The precision of a config. `auto` is bf16-mixed where the CPU or GPU computes bfloat16 natively, else 32-true."""
     if config.precision != "auto":
         return config.precision
     if config.accelerator in ("auto", "cuda") and torch.cuda.is_available():
@@ -87,10 +87,10 @@ def resolve_precision(config: TrainConfig) -> Any:
 
 @contextmanager
 def fast_kernels(device: torch.device) -> Iterator[None]:
-    """Settings of the whole process under which training is fast; what can be put back is put back at the end.
+    """Context: settings of the whole process under which training is fast, restored at the end where that is possible.
 
-    On CUDA cuDNN times its algorithms for each shape. On a processor the C library keeps freed memory, also afterwards
-    (see `keep_freed_memory`). Torch's global random state, which training seeds, is what it was before.
+    On CUDA cuDNN times its algorithms for each shape. On a CPU the C library keeps freed memory; this setting stays
+    (see `keep_freed_memory`). Torch's global random state, which training seeds, is restored too.
     """
     benchmark = torch.backends.cudnn.benchmark
     if device.type == "cuda":
@@ -99,7 +99,7 @@ def fast_kernels(device: torch.device) -> Iterator[None]:
         keep_freed_memory()
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), warnings.catch_warnings():
-            # of AdamW, whose steps before a CUDA graph is recorded are not replayed
+            # AdamW warns in the steps that run before a CUDA graph is recorded
             warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")
             yield
     finally:
@@ -107,12 +107,13 @@ def fast_kernels(device: torch.device) -> Iterator[None]:
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep what is freed for the next allocation, instead of giving it back to the system.
+    """Makes glibc keep freed memory for the next allocation instead of returning it to the system.
 
-    A local step frees the activations of a block and allocates the next block's, over and over. With glibc's defaults
-    the heap may shrink and grow each time, at a page fault for every 4 KiB. The process keeps the peak of its tensors
-    of less than 32 MiB until it ends; larger ones go back to the system as before. Nothing happens where the C library
-    is another.
+    A local step frees a block's activations and allocates the next block's. With glibc's defaults the heap shrinks and
+    grows each time, and every 4 KiB cost a page fault. With this setting the process keeps the peak of its tensors
+    below 32 MiB until it ends; larger tensors are returned as before. Other C libraries are left alone.
+
+    Source: `man 3 mallopt` (https://man7.org/linux/man-pages/man3/mallopt.3.html).
     """
     trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None

@@ -27,7 +27,7 @@ class InterruptedRun(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def noted_interrupts() -> Iterator[Interrupts]:
-    """Turns the first Ctrl-C (or SIGTERM) into an event that is looked at between steps; a second one acts at once."""
+    """Context: a first Ctrl-C or SIGTERM sets an event, which training reads between steps; a second acts at once."""
     event = Interrupts()
     if threading.current_thread() is not threading.main_thread():
         yield event

@@ -1,4 +1,4 @@
-"""What to change in a run that does not fit into memory, in a sentence."""
+"""Advice for a run that is out of memory."""
 
 import torch
 
@@ -12,9 +12,9 @@ from localgrad.planning.step_peak import step_peak
 
 
 def memory_advice(config: TrainConfig, num_classes: int, cuts: list[str], capacity: int | None = None) -> str:
-    """What `plan` predicts for a step of a run as it is, and what it would choose instead.
+    """The peak that `plan` predicts for a step of a run, and the cuts that it would choose instead.
 
-    Computed on `meta` tensors, so that it takes no memory of the device.
+    Computed on `meta` tensors: it takes no memory of the device.
 
     Args:
         config: the run.

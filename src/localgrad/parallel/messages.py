@@ -1,0 +1,63 @@
+"""What travels between ranks in block-parallel training: batches of tensors whose layout is known beforehand."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from localgrad.core.trees import leaves
+from localgrad.errors import LocalGradError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shape, strides and type of a batch but for its number of samples."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Layout":
+        """Of a tensor `(N, ...)`."""
+        return cls(tuple(tensor.shape[1:]), (tensor[0].numel(), *tensor.stride()[1:]), tensor.dtype)
+
+    def empty(self, size: int, device: torch.device) -> Tensor:
+        """A tensor for a batch of `size` samples."""
+        return torch.empty_strided((size, *self.shape), self.strides, dtype=self.dtype, device=device)
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """The tensor, samples one after the other and without gaps, channels last where it is."""
+    formats = (torch.contiguous_format, *([torch.channels_last] if tensor.dim() == 4 else []))
+    if any(tensor.is_contiguous(memory_format=form) for form in formats):
+        return tensor
+    return tensor.contiguous()
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """One dimension over the memory of a dense tensor: what travels, whatever the order of the dimensions."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def check_targets(targets: Any, size: int) -> None:
+    """Refuses targets that hold something else than None and tensors of `size` samples, at any depth."""
+    wrong = [
+        leaf
+        for leaf in leaves(targets)
+        if leaf is not None and not (isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == size)
+    ]
+    if wrong:
+        given = f"a tensor {tuple(wrong[0].shape)}" if isinstance(wrong[0], Tensor) else f"a {type(wrong[0]).__name__}"
+        raise LocalGradError(
+            f"targets hold {given} with a batch of {size} samples: between ranks travel tensors (N, ...) and None; "
+            "give what is the same for all batches to the objective"
+        )
+
+
+def wait(work: dist.Work | None) -> None:
+    """Waits for a send or receive; torch.distributed gives None for one that is not this rank's."""
+    if work is not None:
+        work.wait()
