@@ -85,7 +85,7 @@ def _interrupt_when(condition: Callable[[], bool]) -> threading.Thread:
     """Sends this process a Ctrl-C once the condition holds."""
 
     def watch() -> None:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while not condition() and time.monotonic() < deadline:
             time.sleep(0.005)
         os.kill(os.getpid(), signal.SIGINT)

@@ -431,9 +431,9 @@ def test_a_run_that_another_one_has_begun_meanwhile_is_not_started(
     run_dir = tmp_path / "run"
     build = trainer.build_run
 
-    def meanwhile(*arguments: Any) -> Any:
+    def meanwhile(*arguments: Any, **options: Any) -> Any:
         RunFolder(run_dir).start(with_defaults(CONFIG), lines=0)
-        return build(*arguments)
+        return build(*arguments, **options)
 
     monkeypatch.setattr(trainer, "build_run", meanwhile)
     with pytest.raises(LocalGradError, match="holds this run, not finished; continue it with --resume"):
