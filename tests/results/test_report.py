@@ -93,6 +93,27 @@ def test_the_summary_says_what_was_run_when_and_on_what(tmp_path: Path) -> None:
     assert memory.startswith("0.15|2 MiB of 11 MiB")
 
 
+def test_memory_of_two_devices_is_not_compared(tmp_path: Path) -> None:
+    """The end-to-end run on the other device counts for errors, and for no share of memory."""
+    whole, local = make_config("cifar10-resnet32-e2e"), make_config("cifar10-resnet32-k16-dgl")
+    write_run(tmp_path / "whole.json", whole, 20.0, device="another")
+    for seed in (0, 1):
+        write_run(tmp_path / f"{seed}.json", replace(local, seed=seed), 30.0)
+    finding = next(row for row in Cells(page(read(tmp_path)[0], tmp_path)).rows if row[0].startswith("CIFAR-10"))
+    assert finding[1] == "20.00|n = 1"
+    assert finding[4] == "|2 MiB"
+
+
+def test_a_method_of_another_version_has_its_own_name(tmp_path: Path) -> None:
+    values = write_run(tmp_path / "one.json", make_config("cifar10-resnet32-k16-dgl"), 20.0)
+    for name in ("objective", "momentum"):
+        values["config"][name] = {"name": f"my {name}"}
+    (tmp_path / "one.json").write_text(json.dumps(values))
+    found, warnings = read(tmp_path)
+    assert warnings == []
+    assert "my objective + my momentum, 15 blocks" in page(found, tmp_path)
+
+
 def test_ids_are_there_once_and_links_lead_somewhere(text: str) -> None:
     ids = re.findall(r'\bid="([^"]*)"', text)
     assert len(ids) == len(set(ids)) > 50

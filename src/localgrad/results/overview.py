@@ -1,6 +1,6 @@
 """The report's first screens: what was run, when and on what, and what the tables show at a glance."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from localgrad.results.findings import Finding, Gain, finding
@@ -118,22 +118,23 @@ def _signed(number: float | str) -> str:
 
 
 def _memory(each: Finding) -> Cell:
-    memory: dict[int, float | None] = {p: row.mean("peak_memory_bytes") for p, row in enumerate(each.table.rows)}
+    """Of the best training; only runs on one device are compared."""
+    rows = each.table.on(each.table.main_device)
+    memory: dict[int, float | None] = {position: row.mean("peak_memory_bytes") for position, row in rows.items()}
     share, rival = each.to_end_to_end(each.best, memory), each.to_end_to_end(each.checkpointed, memory)
-    row = each.best or each.end_to_end
-    size = "" if row is None else f"{_size(row)}"
-    small = [f"{size} of {_size(each.end_to_end)}" if share and each.end_to_end else size]
+    sizes = [_size(each, row, memory) for row in (each.best, each.end_to_end)]
+    small = [" of ".join(filter(None, sizes if share else sizes[:1] if each.best else sizes[1:]))]
     small += [f"checkpointed end-to-end: {rival:.2f}"] if rival else []
     return Cell(strong="" if share is None else f"{share:.2f}", small=tuple(filter(None, small)))
 
 
-def _size(row: Row) -> str:
-    return f"{row.mean('peak_memory_bytes') / 2**20:,.0f} MiB"
+def _size(each: Finding, row: Row | None, memory: Mapping[int, float | None]) -> str:
+    size = None if row is None else memory.get(each.table.rows.index(row))
+    return "" if size is None else f"{size / 2**20:,.0f} MiB"
 
 
 def _time(each: Finding, found: Results) -> Cell:
-    device = max(each.table.devices, key=lambda name: len(each.table.on(name)))
-    seconds = seconds_of(each.table, device, found.speeds)
+    seconds = seconds_of(each.table, each.table.main_device, found.speeds)
     share = each.to_end_to_end(each.best, seconds.values)
     rival = each.to_end_to_end(each.checkpointed, seconds.values)
     row = each.best or each.end_to_end

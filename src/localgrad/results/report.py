@@ -70,7 +70,7 @@ def _front(found: Results, grouped: Sequence[Table], studio: Studio) -> list[Pic
     largest = sorted(grouped, key=lambda table: -len(table.rows))[:FRONT_PICTURES]
     pictures = []
     for table in largest:
-        device = max(table.devices, key=lambda name: len(table.on(name)))
+        device = table.main_device
         if len(table.on(device)) >= LEAST_ROWS:
             seconds = sections.seconds_of(table, device, found.speeds)
             pictures.append(sections.trade_off(table, device, seconds, studio))

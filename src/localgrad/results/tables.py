@@ -178,6 +178,12 @@ class Table:
     def devices(self) -> list[str]:
         return list(dict.fromkeys(run.result.device for row in self.rows for run in row.runs))
 
+    @property
+    def main_device(self) -> str:
+        """The device with the most rows, and of several such the one with the most runs."""
+        rows = {device: self.on(device).values() for device in self.devices}
+        return max(rows, key=lambda device: (len(rows[device]), sum(len(row.runs) for row in rows[device])))
+
     def on(self, device: str) -> dict[int, Row]:
         """The rows by position, with the runs on one device only: times and memory of two cannot be compared."""
         parts = {p: tuple(run for run in row.runs if run.result.device == device) for p, row in enumerate(self.rows)}
