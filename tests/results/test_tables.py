@@ -94,3 +94,14 @@ def test_what_does_not_change_the_weights_leaves_the_papers_figure(tmp_path: Pat
         ("DGL, 15 blocks", 2, 14.08),
         ("DGL (block by block), 15 blocks", 1, 14.08),
     ]
+
+
+@pytest.mark.parametrize(
+    ("source", "error"), [("uoft-cs/cifar10", 6.37), ("data/cifar-10-python", 6.37), ("photos", None)]
+)
+def test_own_images_get_no_figure_of_the_paper(source: str, error: float | None, tmp_path: Path) -> None:
+    config = make_config("cifar10-resnet32-e2e")
+    write_run(tmp_path / "one.json", replace(config, data=replace(config.data, source=source)), 5.0)
+    (table,) = tables(read(tmp_path)[0].runs)
+    assert table.rows[0].paper_error == error
+    assert ("images photos" in table.rows[0].changes) == (error is None)

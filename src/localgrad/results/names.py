@@ -96,8 +96,6 @@ def without_paths(command: str) -> str:
 
 
 def _without_folder(word: str) -> str:
-    return (
-        f"path/to/{last_part(word)}"
-        if PurePosixPath(word).is_absolute() or PureWindowsPath(word).is_absolute()
-        else word
-    )
+    """`path/to/NAME` for an absolute path of any system."""
+    absolute = PurePosixPath(word).is_absolute() or PureWindowsPath(word).is_absolute()
+    return f"path/to/{last_part(word)}" if absolute else word
