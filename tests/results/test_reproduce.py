@@ -466,7 +466,7 @@ def test_equal_failures_are_one_message_and_keep_all_its_lines(
         "epoch 1/8\nlocalgrad: 2 of 30 train images cannot be used\n  a.jpg (empty)\n  Repair them.\n"
     )
     reason = reproduce._reason(cells[0], 2)
-    assert reason == "2 of 30 train images cannot be used a.jpg (empty) Repair them. (exit code 2)"
+    assert reason == "2 of 30 train images cannot be used a.jpg (empty) Repair. (exit code 2)"
     _tell_failures({cell.name: reason for cell in cells})
     said = capsys.readouterr().err
     assert said == f"localgrad: {cells[0].name} and {len(cells) - 1} more failed: {reason}\n"
@@ -485,8 +485,8 @@ def test_images_that_cannot_be_had_are_said_once_before_any_run(
 def test_rows_of_a_table_are_trained_on_the_same_images(tmp_path: Path) -> None:
     one, other = plan_cells("digits", seeds=(0,), changes={}, output=tmp_path)[:2]
     known = {reproduce._images_key(one): ("first", Fingerprint("train", 40, 10, "abc"))}
-    fit(replace(other.config, data=replace(other.config.data, train_limit=40), optim=replace(other.config.optim, epochs=1)),
-        other.run.path, quiet=True)  # fmt: skip
+    data, optim = replace(other.config.data, train_limit=40), replace(other.config.optim, epochs=1)
+    fit(replace(other.config, data=data, optim=optim), other.run.path, quiet=True)
     assert "its images are not those of first: 1,437 in 10 classes, not 40" in str(
         reproduce._other_images(other, known)
     )
