@@ -196,6 +196,38 @@ def gpu_speed_table(path: Path) -> str:
     return "\n".join(lines)
 
 
+def three_table(results: Path) -> str:
+    """Memory, time and error of four trainings: the README's three figures."""
+    plan = json.loads((results / "plan-resnet101" / "plan.json").read_text())["rows"]
+    peaks = {
+        (row["training"], row["num_blocks"], row["recompute"]): row["peak"] / 2**30
+        for row in plan
+        if row.get("parts", 1) == 1
+    }
+    times = {
+        row["row"]: row["ratio_to_end_to_end"]
+        for row in json.loads((results / "speed-resnet50.json").read_text())["rows"]
+    }
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted((results / "cifar10-ten-epochs").glob("*-seed*.json")):
+        run = json.loads(path.read_text())
+        runs.setdefault(_command_name(run["config"]), []).append(run)
+    name = "cifar10-resnet32-"
+    memory = [peaks["no momentum", 1, False], peaks["no momentum", 1, True]]
+    memory += [peaks["no momentum", 4, False], peaks["man", 4, False]]
+    ratios = ("end-to-end", "end-to-end, every unit checkpointed", "DGL, 4 blocks", "DGL+MAN, 4 blocks")
+    errors = ("e2e", "e2e --recompute", "k16-dgl", "k16-dgl-man")
+    return "\n".join(
+        [
+            "| | end-to-end | checkpointed | DGL | DGL + MAN |",
+            "|---|--:|--:|--:|--:|",
+            f"| GiB of a step, ResNet-101, 4 blocks | {' | '.join(f'{value:.2f}' for value in memory)} |",
+            f"| seconds a step, ResNet-50, 4 blocks | {' | '.join(f'{times[row]:.2f}' for row in ratios)} |",
+            f"| test error, CIFAR-10, 15 blocks | {' | '.join(_errors(runs[name + row]) for row in errors)} |",
+        ]
+    )
+
+
 RIVALS = {
     "e2e": "end-to-end",
     "e2e-accumulate4": "end-to-end, accumulated in 4 parts",
@@ -235,6 +267,7 @@ DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROO
 TABLES = {
     "runs": lambda: runs_table([ROOT / "results" / f"cifar10-{epochs}-epochs" for epochs in ("five", "ten")]),
     "imagenette": lambda: runs_table([ROOT / "results" / "imagenette-three-epochs"]),
+    "three": lambda: three_table(ROOT / "results"),
     "rivals": lambda: rivals_table(ROOT / "results" / "operations.json"),
     "rivals-language": lambda: rivals_language_table(ROOT / "results" / "language_memory.json"),
     "imagenette64": lambda: long_runs_table(ROOT / "results" / "imagenette64-sixty-epochs"),
