@@ -1,5 +1,6 @@
 """Where an isolated model is cut: calls of modules, by name, or evenly along a chain of equal ones."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -93,9 +94,10 @@ def named_cuts(model: nn.Module, run: ForwardPass, names: Sequence[str]) -> list
 def even_cuts(run: ForwardPass, num_blocks: int) -> list[Call]:
     """K - 1 cuts that part the longest chain of equal modules evenly.
 
-    Of the modules with weights after which one tensor alone goes on, those of one class are a chain. Layers that
-    consist of several modules come before single ones, layers before the parts of them; if no class has K members, all
-    are taken together. Modules without weights (norms, activations, pooling) stay with what they follow.
+    Of the modules with weights after which one tensor alone goes on, those of one class are a chain, if they are at
+    least half of the class. Layers that consist of several modules come before single ones, and of two equally long
+    chains the outer one; if no class has K members, all are taken together. Modules without weights (norms,
+    activations, pooling) stay with what they follow.
 
     Raises:
         LocalGradError: there are not so many.
@@ -106,11 +108,14 @@ def even_cuts(run: ForwardPass, num_blocks: int) -> list[Call]:
     chains: dict[type, list[Call]] = {}
     for call in members:
         chains.setdefault(type(call.module), []).append(call)
-    of_layers = [chain for chain in chains.values() if any(True for _ in chain[0].module.children())]
-    enough = [_outermost(chain) for chain in of_layers if len(_outermost(chain)) >= num_blocks]
-    whole = [chain for chain in enough if not any(_consists_of_parts(chain, other) for other in enough)]
-    for group in (whole, list(chains.values()), [single]):
-        chain = max(group, key=len, default=[])
+    of_class = Counter(type(call.module) for call in run.calls)
+    of_layers = [
+        _outermost(chain)
+        for kind, chain in chains.items()
+        if 2 * len(chain) >= of_class[kind] and any(True for _ in chain[0].module.children())
+    ]
+    for group in (of_layers, list(chains.values()), [single]):
+        chain = max(group, key=lambda chain: (len(chain), sum(call.end - call.start for call in chain)), default=[])
         if len(chain) >= num_blocks:
             break
     else:
@@ -129,11 +134,6 @@ def even_cuts(run: ForwardPass, num_blocks: int) -> list[Call]:
 
 def _outermost(chain: Sequence[Call]) -> list[Call]:
     return [call for call in chain if not any(other.holds(call) for other in chain)]
-
-
-def _consists_of_parts(chain: Sequence[Call], other: Sequence[Call]) -> bool:
-    """Whether most of a chain's modules are inside those of the other."""
-    return 2 * sum(any(outer.holds(call) for outer in other) for call in chain) > len(chain)
 
 
 def _has_weights(module: nn.Module) -> bool:
