@@ -61,7 +61,7 @@ TIMM: dict[str, dict[str, Any]] = {
     "mvitv2_tiny": {"img_size": 64},
     "nest_tiny": {"img_size": 64},
     "levit_128s": {"img_size": 64},
-    "efficientformer_l1": {"img_size": 64},
+    "efficientformer_l1": {},
     "efficientformerv2_s0": {"img_size": 64},
     "fastvit_t8": {},
     "mobilevit_xxs": {},
@@ -105,7 +105,7 @@ TORCHVISION = (
     "swin_t",
     "maxvit_t",
 )
-SIZES = {"alexnet": 96, "crossvit_tiny_240": 240, "maxvit_t": 224, "densenet121": 64}
+SIZES = {"alexnet": 96, "efficientformer_l1": 224, "crossvit_tiny_240": 240, "maxvit_t": 224, "densenet121": 64}
 
 
 def network(name: str, library: str) -> tuple[nn.Module, int]:

@@ -12,18 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers.examples import FOLDER, example
+
 torch.set_num_threads(1)
-
-FOLDER = Path(__file__).parents[1] / "examples"
-
-
-def example(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"examples_{name}", FOLDER / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 language, segmentation, selfsupervised = map(example, ("language", "segmentation", "selfsupervised"))
 

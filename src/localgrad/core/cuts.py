@@ -82,6 +82,10 @@ def named_cuts(model: nn.Module, run: ForwardPass, names: Sequence[str]) -> list
                 f"cut {name!r} returns no floating-point tensor (nor a tuple, list or dict with one): cut at a module "
                 "that returns features"
             )
+        if call.source is not None and call.source in call.arguments:
+            raise LocalGradError(
+                f"cut {name!r} returns what it is given, which other modules may read as well: cut at the module before"
+            )
         if call.checkpointed:
             raise LocalGradError(
                 f"cut {name!r} is called inside the model's own activation checkpointing, which would run the cut "
@@ -126,8 +130,9 @@ def even_cuts(run: ForwardPass, num_blocks: int) -> list[Call]:
         )
     ends = []
     for index in cut_evenly(len(chain), num_blocks):
-        after = [call for call in places if chain[index].end <= call.end < chain[index + 1].start]
-        after = [call for call in after if call.start > chain[index].end and not _has_weights(call.module)]
+        begin = chain[index].end
+        until = min(call.start for call in members if call.start > begin)
+        after = [call for call in places if begin < call.start and call.end < until]
         ends.append(max([chain[index], *after], key=lambda call: call.end))
     return ends
 

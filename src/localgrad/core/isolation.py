@@ -107,8 +107,6 @@ class Isolation(nn.Module):
             return
         if model is not self._model[0]:
             raise LocalGradError("the isolated model runs in DataParallel: use DistributedDataParallel instead")
-        if torch.compiler.is_compiling():
-            raise LocalGradError("the isolated model is compiled as a whole: compile layers of it, layer.compile()")
         if not self._parts:
             self.build(args, kwargs)
         self._unchanged.check()

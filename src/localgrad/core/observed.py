@@ -268,15 +268,28 @@ def places_to_cut(run: ForwardPass) -> list[Call]:
     passing = dict(zip(moments, accumulate(change[moment] for moment in moments), strict=True))
 
     def alone(call: Call) -> bool:
-        if call.source not in readers:
+        if call.source not in readers or call.source in call.arguments:
             return False
         moment = max(node._sequence_nr() for node, _ in call.outputs if node in seen)
         own = sum(read > moment for edge in call.outputs for read in readers.get(edge, ()))
-        return passing[moment] == own > 0
+        return passing[moment] == own > 0 and _made_on_the_way(call)
 
     times = Counter(call.module for call in run.calls)
     once = [call for call in run.calls[1:] if times[call.module] == 1]
     return sorted((call for call in once if alone(call)), key=lambda call: call.end)
+
+
+def _made_on_the_way(call: Call) -> bool:
+    """Whether whatever else a call returned, such as a position bias, was needed for its features."""
+    others = {node for node, _ in call.outputs}
+    assert call.source is not None
+    seen, waiting = {call.source[0]}, [call.source[0]]
+    while waiting and not others <= seen:
+        for node, _ in waiting.pop().next_functions:
+            if node is not None and node not in seen:
+                seen.add(node)
+                waiting.append(node)
+    return others <= seen
 
 
 def derives_from(tensor: Tensor, leaf: Tensor) -> bool:

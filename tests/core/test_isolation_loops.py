@@ -1,0 +1,271 @@
+"""Isolation in the loops that people have: their trainers' weights against a plain loop's, on one process and two."""
+
+import shutil
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import localgrad
+from helpers.cases import IMAGE, NUM_CLASSES, batch
+from helpers.examples import example
+from helpers.processes import run_ranks
+from localgrad import LocalGradError, isolate, man
+from localgrad.models import cifar_resnet
+
+DGL = localgrad.dgl(NUM_CLASSES)
+EXAMPLE = torch.empty(2, 3, IMAGE, IMAGE)
+
+
+def isolated(normed: bool = True, **options: Any) -> tuple[nn.Module, localgrad.Isolation]:
+    torch.manual_seed(0)
+    model = cifar_resnet(8, NUM_CLASSES)
+    objective = DGL
+    if not normed:  # so that a batch in parts is the batch
+        for name, module in list(model.named_modules()):
+            if isinstance(module, nn.BatchNorm2d):
+                model.set_submodule(name, nn.GroupNorm(4, module.num_features))
+        objective = localgrad.classifier(NUM_CLASSES)
+        model.double()  # in float32 a sum in another order puts a value on the other side of a ReLU's kink
+        options |= {"example": EXAMPLE.double()}
+    given = {"objective": objective, "momentum": man(0.5), "example": EXAMPLE} | options
+    return model, isolate(model, ["layer1.0", "layer2.0"], **given)
+
+
+def state(model: nn.Module, isolation: localgrad.Isolation) -> dict[str, Tensor]:
+    pairs = (("model", model), ("isolation", isolation))
+    return {f"{of}.{name}": tensor.clone() for of, each in pairs for name, tensor in each.state_dict().items()}
+
+
+def loss_of(model: nn.Module, isolation: localgrad.Isolation, part: tuple[Tensor, Tensor]) -> Tensor:
+    inputs, isolation.targets = part
+    return F.cross_entropy(model(inputs), part[1])
+
+
+def plain(parts: int, steps: int = 2) -> dict[str, Tensor]:
+    """The state after steps of `parts` micro-batches of two in a plain loop."""
+    model, isolation = isolated()
+    isolation.backward = lambda loss: (loss / parts).backward()
+    optimizer = torch.optim.SGD(isolation.trainable_parameters(), 0.1, 0.9)
+    for step in range(steps):
+        for part in range(parts):
+            (loss_of(model, isolation, batch(step * parts + part)) / parts).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return state(model, isolation)
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor], tolerance: float = 0.0) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.allclose(tensor, other[name], rtol=0, atol=tolerance), name
+
+
+def test_accelerate_with_accumulation() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model, isolation = isolated()
+    isolation.backward = accelerator.backward
+    optimizer = torch.optim.SGD(isolation.trainable_parameters(), 0.1, 0.9)
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    for part in range(4):
+        with accelerator.accumulate(prepared):
+            accelerator.backward(loss_of(prepared, isolation, batch(part)))
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_same(plain(parts=2), state(model, isolation))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_with_accumulation_and_checkpoints(tmp_path: Path) -> None:
+    lightning = pytest.importorskip("lightning")
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.isolation = isolated()
+            self.isolation.backward = lambda loss: (loss / 2).backward()
+
+        def training_step(self, part: tuple[Tensor, Tensor], index: int) -> Tensor:
+            return loss_of(self.net, self.isolation, part)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.isolation.trainable_parameters(), 0.1, 0.9)
+
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    module = Module()
+    trainer = lightning.Trainer(
+        max_epochs=1, accumulate_grad_batches=2, default_root_dir=tmp_path, enable_checkpointing=False, **quiet
+    )
+    trainer.fit(module, torch.utils.data.DataLoader([batch(part) for part in range(4)], batch_size=None))
+    assert_same(plain(parts=2), state(module.net, module.isolation))
+    trainer.save_checkpoint(tmp_path / "all.ckpt")
+    kept = torch.load(tmp_path / "all.ckpt", weights_only=False)["state_dict"]
+    again = Module()
+    again.load_state_dict(kept)
+    assert_same(state(module.net, module.isolation), state(again.net, again.isolation))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_trainer_of_transformers_resumes_with_the_isolations_state(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    trainer = example("hf_trainer")
+    flags = ["--cpu", "--steps", "4", "--save-steps", "2", "--accumulate", "2", "--layers", "2", "--width", "16"]
+    whole = trainer.main(["--folder", str(tmp_path / "run"), *flags])
+    shutil.copytree(tmp_path / "run" / "checkpoint-2", tmp_path / "other" / "checkpoint-2")
+    resumed = trainer.main(["--folder", str(tmp_path / "other"), "--resume", *flags])
+    assert resumed.state.global_step == 4
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+    written = [torch.load(tmp_path / run / "checkpoint-4" / "isolation.pt") for run in ("run", "other")]
+    assert_same(*written)
+
+
+def test_a_gradient_scaler_scales_local_losses_and_skips_for_all() -> None:
+    model, isolation = isolated()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    isolation.backward = lambda loss: scaler.scale(loss).backward()
+    optimizer = torch.optim.SGD(isolation.trainable_parameters(), 0.1)
+    losses = []
+    for step in range(3):
+        with torch.autocast("cpu", torch.float16):
+            loss = loss_of(model, isolation, batch(0))
+        scaler.scale(loss).backward()
+        if step == 1:
+            model.conv1.weight.grad.fill_(float("inf"))
+        before = state(model, isolation)
+        scaler.step(optimizer)
+        weights = {name: tensor for name, tensor in state(model, isolation).items() if "running" not in name}
+        moved = [name for name, tensor in weights.items() if not torch.equal(tensor, before[name])]
+        assert bool(moved) == (step != 1)
+        scaler.update()
+        optimizer.zero_grad()
+        losses.append(torch.stack(isolation.losses))
+    assert (losses[2] < losses[0]).all()
+    assert scaler.get_scale() == 2.0**9
+    reference, other = isolated()
+    loss_of(reference, other, batch(0))
+    assert torch.allclose(losses[0], torch.stack(other.losses), rtol=0.01)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("whole", [True, False], ids=["the model", "its layers"])
+def test_compiled_layers_and_models_train_alike(whole: bool) -> None:
+    expected = plain(parts=1)
+    model, isolation = isolated()
+    for module in [model] if whole else [model.layer1[0], model.layer2[0], model.layer3[0]]:
+        module.compile(backend="eager")
+    optimizer = torch.optim.SGD(isolation.trainable_parameters(), 0.1, 0.9)
+    for step in range(2):
+        loss_of(model, isolation, batch(step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_same(expected, state(model, isolation), 1e-5)
+
+
+# Two processes.
+
+
+def _train_on_rank(no_sync: bool) -> tuple[dict[str, Tensor], list[Tensor]]:
+    rank = torch.distributed.get_rank()
+    torch.manual_seed(rank)  # what the processes draw differs, and DDP gives all of them the first one's
+    model, isolation = isolated(normed=False)
+    with torch.no_grad():
+        for parameter in (*model.parameters(), *isolation.parameters()):
+            parameter += rank
+    isolation.backward = lambda loss: (loss / 2).backward() if no_sync else loss.backward()
+    wrapped = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(isolation.trainable_parameters(), 0.1, 0.9)
+    for step in range(3):
+        inputs, targets = batch(step, 8)
+        inputs = inputs.double()
+        for part in range(2) if no_sync else (None,):
+            own = slice(rank, None, 2) if part is None else slice(2 * part + rank, None, 4)
+            waits = wrapped.no_sync() if part == 0 else nullcontext()
+            with waits:
+                isolation.targets = targets[own]
+                loss = F.cross_entropy(wrapped(inputs[own]), targets[own])
+                (loss / 2 if no_sync else loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return state(model, isolation), isolation.losses
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("no_sync", [False, True])
+def test_ddp_on_two_ranks_is_one_process(no_sync: bool) -> None:
+    model, isolation = isolated(normed=False)
+    isolation.backward = lambda loss: (loss / (2 if no_sync else 1)).backward()
+    optimizer = torch.optim.SGD(isolation.trainable_parameters(), 0.1, 0.9)
+    for step in range(3):
+        inputs, targets = batch(step, 8)
+        inputs = inputs.double()
+        parts = [[0, 1, 4, 5], [2, 3, 6, 7]] if no_sync else [slice(None)]  # an average moves after the first of them
+        for part in parts:
+            loss_of(model, isolation, (inputs[part], targets[part])).div(len(parts)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    (first, _), (second, _) = run_ranks(_train_on_rank, 2, no_sync)
+    assert_same(first, second)
+    assert_same(state(model, isolation), first, 1e-6)
+
+
+def _refusals_on_rank() -> list[str]:
+    found = []
+    torch.manual_seed(0)
+    model = cifar_resnet(8, NUM_CLASSES)
+    wrapped = DistributedDataParallel(model)
+    for given in (wrapped, model):  # the model inside is refused when it runs
+        try:
+            isolation = isolate(given, ["layer1"], objective=DGL, example=EXAMPLE)
+            isolation.targets = batch()[1]
+            wrapped(batch()[0])
+        except LocalGradError as error:
+            found.append(str(error))
+    model, isolation = isolated()
+    fully_shard(model)
+    try:
+        loss_of(model, isolation, batch())
+    except LocalGradError as error:
+        found.append(str(error))
+    model, isolation = isolated(reach=2)
+    try:
+        loss_of(DistributedDataParallel(model), isolation, batch())
+    except LocalGradError as error:
+        found.append(str(error))
+    return found
+
+
+@pytest.mark.ranks
+def test_what_several_processes_cannot_do_is_refused() -> None:
+    for found in run_ranks(_refusals_on_rank, 2):
+        wrapped, inside, sharded, reaching = found
+        assert "isolate the model itself, then wrap it" in wrapped
+        assert "call isolate(model, ...) first, then DistributedDataParallel(model)" in inside
+        assert "FSDP is not supported" in sharded
+        assert "reach is 2 under DDP" in reaching
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["plain_loop", "accelerate_loop", "lightning_trainer"])
+def test_the_examples_run(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip(
+        {"plain_loop": "sklearn", "accelerate_loop": "accelerate", "lightning_trainer": "lightning"}[name]
+    )
+    flags = {"plain_loop": ["--momentum"], "accelerate_loop": ["--cpu"], "lightning_trainer": ["--accelerator", "cpu"]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        example(name).main(["--epochs", "1", "--images", "200", *flags[name]])
+    assert "0." in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        example(name).main(["--help"])
+    assert "isolate" in capsys.readouterr().out
