@@ -109,7 +109,13 @@ class LocalPass:
         """Back-propagate the block's local loss, and move the EMA if what it follows has changed since."""
         objective: Any = self.objectives[block]
         version, kind = features._version, features.device.type
-        loss = objective(mixed, *self.batch)
+        try:
+            loss = objective(mixed, *self.batch)
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+            said = isinstance(error, LocalGradError) and self.batch[0] is not None
+            if said or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise LocalGradError(self._why(block, mixed, error)) from error
         if features._version != version:
             raise LocalGradError(
                 f"the objective of block {block + 1} changes its features in place, and the next block would get them "
@@ -127,6 +133,21 @@ class LocalPass:
         if momentum is not None:
             momentum.follow()
         return gradient
+
+    def _why(self, block: int, features: Tensor, error: Exception) -> str:
+        """What an objective failed on."""
+        targets = self.batch[0]
+        if targets is None:
+            return (
+                f"no targets for the objective of block {block + 1} ({type(error).__name__}): give "
+                'isolate(..., targets="labels"), the argument of forward that holds them, or set isolation.targets '
+                "before every call of the model"
+            )
+        shown = f"{targets.dtype} {tuple(targets.shape)}" if isinstance(targets, Tensor) else type(targets).__name__
+        return (
+            f"the objective of block {block + 1} fails on features {tuple(features.shape)} and targets {shown}: "
+            f"{' '.join(str(error).split())[:200]}"
+        )
 
     def _take_in(self, block: int, gradient: Tensor | None) -> None:
         """Keep the block's graph for the losses of later ones, if they reach it."""
