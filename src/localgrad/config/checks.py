@@ -51,6 +51,12 @@ def _number_problems(config: TrainConfig) -> list[str]:
         ("patience", config.patience, config.patience is None or config.patience >= 1, "1 or more, or None"),
     ]
     problems = [f"{name} is {value}, it must be {allowed}" for name, value, fits, allowed in ranges if not fits]
+    return [*problems, *_pair_problems(config), *_device_problems(config)]
+
+
+def _pair_problems(config: TrainConfig) -> list[str]:
+    """Settings that do not go together."""
+    optim, problems = config.optim, list[str]()
     if optim.nesterov and optim.momentum == 0:
         problems.append("optim.nesterov is on with optim.momentum 0, give a momentum, or --optim.no-nesterov")
     if optim.nesterov and optim.name == "adamw":
@@ -76,7 +82,7 @@ def _number_problems(config: TrainConfig) -> list[str]:
         )
     if config.cuda_graph and (config.recompute or config.momentum.recompute):
         problems.append("cuda_graph goes not with recompute, whose random state a graph cannot keep")
-    return [*problems, *_device_problems(config)]
+    return problems
 
 
 def _device_problems(config: TrainConfig) -> list[str]:
