@@ -12,7 +12,7 @@ from helpers.cases import IMAGE, MOMENTA, NUM_CLASSES, batch
 from localgrad import LocalGradError, local_step, man, manpp, split
 from localgrad.core.block import Block
 from localgrad.core.costs import unit_costs
-from localgrad.errors import CannotSitError
+from localgrad.errors import CannotSitError, LocalGradWarning
 from localgrad.models import cifar_resnet
 
 torch.set_num_threads(1)
@@ -141,7 +141,7 @@ def test_a_block_that_trains_nothing_has_no_head_and_no_graph() -> None:
     model = cifar_resnet(14, NUM_CLASSES)
     for part in (model.conv1, model.bn1, model.layer1):
         part.requires_grad_(False)
-    with pytest.warns(UserWarning, match=r"block 0 \(conv1 to layer1\.1\) trains nothing: .* None"):
+    with pytest.warns(LocalGradWarning, match=r"block 0 \(conv1 to layer1\.1\) trains nothing: .* None"):
         blocks = blocks_of(model, man(), cuts=("layer1", "layer2"))
     assert blocks[0].objective is blocks[0].momentum is blocks[0].criterion is None
     assert blocks[1].objective is not None

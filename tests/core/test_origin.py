@@ -12,6 +12,7 @@ import localgrad
 from helpers.cases import IMAGE, NUM_CLASSES, batch
 from localgrad import LocalGradError, local_step, man, split, units
 from localgrad.core.block import Block
+from localgrad.errors import LocalGradWarning
 from localgrad.models import cifar_resnet
 
 torch.set_num_threads(1)
@@ -209,11 +210,11 @@ def test_the_check_looks_at_each_tensor_once_and_walks_no_modules(monkeypatch: p
 def test_a_compiled_model_is_unwrapped_with_a_word() -> None:
     model = cifar_resnet(8, NUM_CLASSES)
     compiled: Any = torch.compile(model, backend="eager")
-    with pytest.warns(UserWarning, match=r"CifarResNet inside is used.*block\.compile\(\)"):
+    with pytest.warns(LocalGradWarning, match=r"CifarResNet inside is used.*block\.compile\(\)"):
         blocks = split(compiled, EXAMPLE, cuts=["layer1"], objective=localgrad.dgl(NUM_CLASSES))
     assert blocks[0].names[0] == "conv1"
     local_step(blocks, sgd(blocks), *batch())
-    with pytest.warns(UserWarning, match="compiled as a whole"):
+    with pytest.warns(LocalGradWarning, match="compiled as a whole"):
         assert units(compiled, EXAMPLE)[0].name == "conv1"
 
 

@@ -14,7 +14,7 @@ from helpers.cases import IMAGE, MOMENTA, NUM_CLASSES, batch
 from localgrad import LocalGradError, local_step, split
 from localgrad.core.block import Block
 from localgrad.core.step import apply_updates, local_gradients
-from localgrad.errors import SettingsError
+from localgrad.errors import LocalGradWarning, SettingsError
 from localgrad.models import cifar_resnet
 from localgrad.planning.measure import measure_peak
 
@@ -355,7 +355,7 @@ def test_gradients_that_somebody_left_count_and_are_said() -> None:
     blocks, plain = blocks_of(), blocks_of()
     extra = torch.ones_like(blocks[0].trainable_parameters()[0])
     blocks[0].trainable_parameters()[0].grad = extra.clone()
-    with pytest.warns(UserWarning, match=r"block 0 has gradients that no local step left.*zero_grad\(\) before"):
+    with pytest.warns(LocalGradWarning, match=r"block 0 has gradients that no local step left.*zero_grad\(\) before"):
         local_step(blocks, [torch.optim.SGD(b.trainable_parameters(), 0.1) for b in blocks], *batch())
     local_step(plain, [torch.optim.SGD(b.trainable_parameters(), 0.1) for b in plain], *batch())
     difference = plain[0].trainable_parameters()[0] - blocks[0].trainable_parameters()[0]

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from localgrad.core.block import Block
 from localgrad.core.origin import Origin, slots
-from localgrad.errors import LocalGradError, SettingsError
+from localgrad.errors import LocalGradError, LocalGradWarning, SettingsError
 
 Optimizers = Optimizer | Sequence[Optimizer] | None
 """What trains a block: an optimizer, several that share its parameters, or none where nothing is trained."""
@@ -75,6 +75,7 @@ def check_step(blocks: Sequence[nn.Module], optimizers: Sequence[Optimizers]) ->
             warnings.warn(
                 f"block {index} has gradients that no local step left, and this one adds to them: call "
                 "optimizer.zero_grad() before, if they are not meant to count",
+                LocalGradWarning,
                 stacklevel=3,
             )
 

@@ -16,7 +16,7 @@ from localgrad.core.partition import check_num_blocks, cut_by_cost, cut_evenly
 from localgrad.core.site import Criterion, Objective
 from localgrad.core.units import Unit, check_model, find_unit, match_mode, units, why_whole
 from localgrad.core.wrapped import unwrapped
-from localgrad.errors import LocalGradError, LocalGradWarning
+from localgrad.errors import LocalGradError, LocalGradWarning, SettingsError
 
 Balance = Literal["memory", "compute", "count"]
 
@@ -75,18 +75,7 @@ def split(
     Source: Nokland and Eidnes 2019 (arXiv 1901.06656), section 2; Belilovsky et al. 2020 (arXiv 1901.08164),
     Algorithm 1; Su et al. 2024 (arXiv 2407.05623) for the momentum.
     """
-    if (cuts is None) == (num_blocks is None):
-        raise LocalGradError(
-            f"cuts is {cuts!r} and num_blocks is {num_blocks!r}: give one of them, "
-            'such as cuts=["layer1", "layer2"] or num_blocks=4'
-        )
-    for name, given, example_of in (("objective", objective, "dgl(num_classes=10)"), ("momentum", momentum, "man()")):
-        if given is not None and (not callable(given) or isinstance(given, nn.Module)):
-            raise LocalGradError(f"{name} is {given!r}: it must be a factory, such as localgrad.{example_of}, or None")
-    if not callable(criterion):
-        raise LocalGradError(f"criterion is {criterion!r}: give a function of scores and targets, as F.cross_entropy")
-    if cuts is not None and not (isinstance(cuts, list | tuple) and all(isinstance(name, str) for name in cuts)):
-        raise LocalGradError(f'cuts is {cuts!r}: give a list of names, as ["layer1"]; `units` lists them')
+    _check_arguments(cuts, num_blocks, objective, momentum, criterion)
     check_model(model)
     model = unwrapped(model)
     found = units(model, example, names, channel_dim=channel_dim)
@@ -102,16 +91,10 @@ def split(
     edges = [0, *(end + 1 for end in ends), len(found)]
     runs = [found[start:stop] for start, stop in pairwise(edges)]
     _check_no_sharing(model, runs)
-    blocks = []
+    blocks: list[Block] = []
     for index, run in enumerate(runs[:-1]):
         assert objective is not None
-        trains = [parameter.requires_grad for unit in run for parameter in unit.module.parameters()]
-        if trains and not any(trains):  # a frozen body gets no gradient
-            warnings.warn(
-                f"block {index} ({run[0].name} to {run[-1].name}) trains nothing: it gets no head, and None for "
-                "an optimizer",
-                stacklevel=2,
-            )
+        if _is_frozen(index, run):
             blocks.append(Block(run, None, None, None, recompute))
             continue
         following = runs[index + 1]
@@ -129,6 +112,34 @@ def split(
         block.match_modes()
         block.origin, block.takes = origin, example.shape[1:]
     return blocks
+
+
+def _check_arguments(cuts: Any, num_blocks: Any, objective: Any, momentum: Any, criterion: Any) -> None:
+    if (cuts is None) == (num_blocks is None):
+        raise SettingsError(
+            f"cuts is {cuts!r} and num_blocks is {num_blocks!r}: give one of them, "
+            'such as cuts=["layer1", "layer2"] or num_blocks=4'
+        )
+    for name, given, example_of in (("objective", objective, "dgl(num_classes=10)"), ("momentum", momentum, "man()")):
+        if given is not None and (not callable(given) or isinstance(given, nn.Module)):
+            raise SettingsError(f"{name} is {given!r}: it must be a factory, such as localgrad.{example_of}, or None")
+    if not callable(criterion):
+        raise SettingsError(f"criterion is {criterion!r}: give a function of scores and targets, as F.cross_entropy")
+    if cuts is not None and not (isinstance(cuts, list | tuple) and all(isinstance(name, str) for name in cuts)):
+        raise SettingsError(f'cuts is {cuts!r}: give a list of names, as ["layer1"]; `units` lists them')
+
+
+def _is_frozen(index: int, run: Sequence[Unit]) -> bool:
+    """Whether a block has parameters and trains none of them: no gradient would come of a head."""
+    trains = [parameter.requires_grad for unit in run for parameter in unit.module.parameters()]
+    if not trains or any(trains):
+        return False
+    warnings.warn(
+        f"block {index} ({run[0].name} to {run[-1].name}) trains nothing: it gets no head, and None for an optimizer",
+        LocalGradWarning,
+        stacklevel=3,
+    )
+    return True
 
 
 def cut_positions(found: Sequence[Unit], cuts: Sequence[str]) -> list[int]:

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
-from localgrad.errors import LocalGradError
+from localgrad.errors import LocalGradError, LocalGradWarning
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -22,6 +22,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
         warnings.warn(
             f"the model is compiled as a whole: {type(compiled).__name__} inside is used, not compiled; compile the "
             "blocks instead, block.compile()",
+            LocalGradWarning,
             stacklevel=4,
         )
         return unwrapped(compiled)
