@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from localgrad.config.methods import MOMENTA, OBJECTIVES, Method, planned_objective
@@ -34,7 +35,8 @@ def build_blocks(config: TrainConfig, model: nn.Module, num_classes: int) -> lis
 
 def build_factories(config: TrainConfig, num_classes: int) -> tuple[Objective | None, Momentum | None]:
     """The objective and the momentum auxiliary network of a config, as `split` and `plan` take them."""
-    data = {"num_classes": num_classes, "mean": config.data.mean, "std": config.data.std}
+    # as released: heads without the label smoothing of the last block
+    data = {"num_classes": num_classes, "mean": config.data.mean, "std": config.data.std, "criterion": F.cross_entropy}
     return _make(config.objective, OBJECTIVES, data), _make(config.momentum, MOMENTA, {})
 
 

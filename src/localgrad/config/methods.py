@@ -55,7 +55,7 @@ DEFAULT_OBJECTIVE = "dgl"
 _CHOICES: dict[str, dict[str, Method]] = {"objective": OBJECTIVES, "momentum": MOMENTA}
 
 
-_FROM_DATA = ("num_classes", "mean", "std")
+_FROM_DATA = ("num_classes", "mean", "std", "criterion")
 
 
 def option_problems(kind: str, chosen: ObjectiveConfig | MomentumConfig) -> list[str]:
