@@ -9,6 +9,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import accuracy_tables
+import claims_table
 import task_tables
 from localgrad.results.tables import mean_std
 
@@ -58,6 +60,18 @@ def lean_table(path: Path) -> str:
         f"| {r['row']} | {r['seconds_per_step']:.2f} | {r['ratio_to_end_to_end']:.2f} | "
         f"{r['ratio_of_operations']:.2f} | {r['peak_mib']:.0f} MiB |"
         for r in rows
+    ]
+    return "\n".join(lines)
+
+
+def large_rivals_table(path: Path) -> str:
+    """Peak and operations of `rivals-resnet101.json` as a Markdown table, the largest peak first."""
+    lines = ["| ResNet-101 | peak, GiB | to end-to-end | operations |", "|---|--:|--:|--:|"]
+    rows = json.loads(path.read_text())["rows"]
+    lines += [
+        f"| {r['row']} | {r['peak_gib']:.2f} | {r['peak_gib'] / rows[0]['peak_gib']:.2f} | "
+        f"{r['operations_to_e2e']:.2f} |"
+        for r in sorted(rows, key=lambda row: -row["peak_gib"])
     ]
     return "\n".join(lines)
 
@@ -217,12 +231,13 @@ def three_table(results: Path) -> str:
     memory += [peaks["no momentum", 4, False], peaks["man", 4, False]]
     ratios = ("end-to-end", "end-to-end, every unit checkpointed", "DGL, 4 blocks", "DGL+MAN, 4 blocks")
     errors = ("e2e", "e2e --recompute", "k16-dgl", "k16-dgl-man")
+    seconds = " | ".join(f"{times[row]:.2f}" for row in ratios)
     return "\n".join(
         [
             "| | end-to-end | checkpointed | DGL | DGL + MAN |",
             "|---|--:|--:|--:|--:|",
             f"| GiB of a step, ResNet-101, 4 blocks | {' | '.join(f'{value:.2f}' for value in memory)} |",
-            f"| seconds of a step, to end-to-end's, ResNet-50, 4 blocks | {' | '.join(f'{times[row]:.2f}' for row in ratios)} |",
+            f"| seconds of a step, to end-to-end's, ResNet-50, 4 blocks | {seconds} |",
             f"| test error, CIFAR-10, 15 blocks | {' | '.join(_errors(runs[name + row]) for row in errors)} |",
         ]
     )
@@ -269,6 +284,7 @@ TABLES = {
     "imagenette": lambda: runs_table([ROOT / "results" / "imagenette-three-epochs"]),
     "three": lambda: three_table(ROOT / "results"),
     "rivals": lambda: rivals_table(ROOT / "results" / "operations.json"),
+    "rivals-resnet101": lambda: large_rivals_table(ROOT / "results" / "rivals-resnet101.json"),
     "rivals-language": lambda: rivals_language_table(ROOT / "results" / "language_memory.json"),
     "imagenette64": lambda: long_runs_table(ROOT / "results" / "imagenette64-sixty-epochs"),
     "gpu-trainings": lambda: gpu_trainings_table(ROOT / "results" / "gpu" / "trainings.json"),
@@ -283,6 +299,8 @@ TABLES = {
     "tried": lambda: tried_table(ROOT / "results" / "tried.json"),
     "block": lambda: block_table(ROOT / "results" / "scaling.json"),
     **task_tables.tables(ROOT),
+    **accuracy_tables.tables(ROOT),
+    **claims_table.tables(ROOT),
 }
 
 

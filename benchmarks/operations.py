@@ -22,7 +22,10 @@ from localgrad.core.step import local_gradients
 from localgrad.planning.step_peak import step_peak
 from report import print_table, write
 
-MORE = ("e2e-checkpointed", "e2e-accumulate4-checkpointed", "k16-dgl-manpp", "k16-infopro", "k16-infopro-man")
+MORE = (
+    *("e2e-checkpointed", "e2e-accumulate4-checkpointed", "k16-dgl-manpp", "k16-infopro", "k16-infopro-man"),
+    *("k16-predsim", "k16-predsim-man"),
+)
 
 
 def operations(config: TrainConfig, num_classes: int, batch_size: int) -> int:

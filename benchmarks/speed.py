@@ -1,15 +1,18 @@
-"""Seconds a step: local learning, end-to-end, and activation checkpointing, side by side.
+"""Seconds a step: local learning, end-to-end, activation checkpointing and accumulation, side by side.
 
 The rows take turns, a step each, so that whatever else the machine does hits all of them; a ratio is the median over
 the rounds of a row's time over the reference's time in the same round.
 
     python benchmarks/speed.py --data path/to/cifar10 --rounds 15 -o results/speed.json
     python benchmarks/speed.py --data path/to/cifar10 --rows localgrad --rounds 40 -o results/speed-loop.json
+    python benchmarks/speed.py --data path/to/cifar10 --rows localgrad rival "15 blocks" AugLocal --rounds 12 \\
+        -o results/speed-rivals.json
     python benchmarks/speed.py --network resnet50 --data path/to/imagenette --batch-size 32 \\
         -o results/speed-resnet50.json
 
-- resnet32, CIFAR-10: the papers' methods at MAN's K=16 cuts. Reference: a plain end-to-end loop of the same network in
-  float32, NCHW, written out below.
+- resnet32, CIFAR-10: the papers' methods at MAN's K=16 cuts, and their rivals: accumulation in four parts,
+  checkpointing, both, and fewer blocks. Reference: a plain end-to-end loop of the same network
+  in float32, NCHW, written out below.
 - resnet50, Imagenette at 128 px: DGL and DGL+MAN at the cuts that `plan` gives for this batch, with the peak memory of
   each row. Reference: end-to-end, as the trainer does it.
 """
@@ -45,7 +48,16 @@ ROWS = {
     "DGL+MAN, 15 blocks, EMA branch alone": "cifar10-resnet32-k16-dgl-man-ema-only",
     "InfoPro, 15 blocks": "cifar10-resnet32-k16-infopro",
     "InfoPro+MAN, 15 blocks": "cifar10-resnet32-k16-infopro-man",
+    "DGL, 15 blocks, reach 2": "cifar10-resnet32-k16-dgl-reach2",
+    "AugLocal, depth 2, 14 blocks": "cifar10-resnet32-k16-auglocal-d2",
+    "rival: end-to-end in 4 parts": "cifar10-resnet32-e2e-accumulate4",
+    "rival: end-to-end, checkpointed": "cifar10-resnet32-e2e-checkpointed",
+    "rival: end-to-end in 4 parts, checkpointed": "cifar10-resnet32-e2e-accumulate4-checkpointed",
+    "rival: DGL, 4 blocks": "cifar10-resnet32-k4-dgl",
+    "rival: DGL, 8 blocks": "cifar10-resnet32-k8-dgl",
+    "rival: DGL+MAN, 8 blocks": "cifar10-resnet32-k8-dgl-man",
 }
+"""Rivals are what saves memory without local losses, and fewer blocks."""
 LEAN = ("e2e", "k4-dgl", "k4-dgl-man")
 Measured = tuple[str, list[dict[str, Any]], dict[str, list[float]]]
 
@@ -162,6 +174,7 @@ def resnet32(options: argparse.Namespace, held: ExitStack) -> Measured:
 def resnet50(options: argparse.Namespace, held: ExitStack) -> Measured:
     """ResNet-50 on Imagenette: end-to-end, checkpointed, and DGL+MAN at the planned cuts."""
     whole, dgl, man = (of_recipe(f"imagenette-resnet50-{name}", options.batch_size, options.data) for name in LEAN)
+    parts = replace(whole, optim=replace(whole.optim, accumulate=4))
     lean, single, fused = (
         replace(man, momentum=replace(man.momentum, **option))
         for option in ({"recompute": True}, {"bias": False}, {"form": "fused"})
@@ -169,6 +182,8 @@ def resnet50(options: argparse.Namespace, held: ExitStack) -> Measured:
     configs = {
         "end-to-end": whole,
         "end-to-end, every unit checkpointed": replace(whole, recompute=True),
+        "end-to-end in 4 parts": parts,
+        "end-to-end in 4 parts, every unit checkpointed": replace(parts, recompute=True),
         "DGL, 4 blocks": planned(dgl, 4),
         "DGL, 8 blocks": planned(dgl, 8),
         "DGL+MAN, 4 blocks": planned(man, 4),

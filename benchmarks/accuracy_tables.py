@@ -1,0 +1,165 @@
+"""Error against operations, peak memory and seconds, from `results/`; `documents.py` writes the tables.
+
+A row is a recipe of ResNet-32 on CIFAR-10, by its name without the network's. Its errors are those of a schedule of ten
+epochs: on a processor to the end, on a GPU as far as the run got before it was cut off.
+"""
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from localgrad.results.tables import mean_std
+
+NETWORK = "cifar10-resnet32-"
+EPOCHS = 10
+"""Of the schedule; runs are compared at equal epochs of it."""
+COMPARED = 8
+"""The last epoch that most of the runs that were cut off have reached."""
+
+
+@dataclass
+class Row:
+    """What a row costs, beside end-to-end, and its test errors by epoch.
+
+    Attributes:
+        operations: of a step's forward and backward passes, to end-to-end's.
+        peak: memory of a float32 step of 128 images, to end-to-end's.
+        milliseconds: of a step on the GPU, by CUDA graph.
+        seconds: of a step on the processor, to end-to-end's.
+        processor: errors in percent after each epoch, a list a seed.
+        gpu: the same of the longest run on a GPU.
+    """
+
+    name: str
+    blocks: int
+    operations: float
+    peak: float
+    milliseconds: float | None = None
+    seconds: float | None = None
+    processor: list[list[float]] = field(default_factory=list)
+    gpu: list[float] = field(default_factory=list)
+
+    @property
+    def reach(self) -> int:
+        """How many blocks a local loss trains."""
+        before, _, number = self.name.partition("reach")
+        return int(number) if before != self.name else 1
+
+    def errors(self, epoch: int) -> list[float]:
+        """After so many epochs on the processor, a seed each."""
+        return [errors[epoch - 1] for errors in self.processor]
+
+    def error(self, epoch: int) -> float | None:
+        """The mean on the processor, or else what the GPU gave."""
+        if self.processor:
+            return statistics.mean(self.errors(epoch))
+        return self.gpu[epoch - 1] if len(self.gpu) >= epoch else None
+
+
+def rows(root: Path) -> list[Row]:
+    """Every row whose operations are counted, those with the smallest error first and those without any last."""
+    found = {
+        row["row"]: Row(row["row"], row["blocks"], row["operations_to_e2e"], row["peak_to_e2e"])
+        for row in _read(root / "results" / "operations.json")["rows"]
+    }
+    for row in _read(root / "results" / "gpu" / "speed.json")["rows"]:
+        if row["graph"] and row["row"].removeprefix(NETWORK) in found:
+            found[row["row"].removeprefix(NETWORK)].milliseconds = 1000 * row["seconds_per_step"]
+    folder = root / "results" / "cifar10-ten-epochs"
+    for row in _read(folder / "step-times.json")["rows"]:
+        found[_name(row["config"])].seconds = row["ratio_to_first"]
+    for path in sorted(folder.glob("*-seed*.json")):
+        run = _read(path)
+        found[_name(run["config"])].processor.append(run["test_errors"])
+    for run in cut_off(root, EPOCHS):
+        row = found[run["recipe"].removeprefix(NETWORK)]
+        row.gpu = max(row.gpu, run["test_errors"], key=len)
+    return sorted(found.values(), key=_order)
+
+
+def cut_off(root: Path, epochs: int) -> list[dict[str, Any]]:
+    """The runs on a GPU that were planned for so many epochs."""
+    runs = _read(root / "results" / "gpu" / "trainings.json")["rows"]
+    return [run for run in runs if run["epochs_planned"] == epochs]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def _name(config: dict[str, Any]) -> str:
+    """Of the row; a recipe with `--recompute` is the row that is checkpointed."""
+    return config["name"].removeprefix(NETWORK) + ("-checkpointed" if config.get("recompute") else "")
+
+
+def _order(row: Row) -> tuple[bool, float, float]:
+    """By error; a row that was not trained so far by operations, behind."""
+    error = row.error(COMPARED)
+    return not (row.processor or row.gpu), 100.0 if error is None else error, row.operations
+
+
+def front(every: Sequence[Row], cost: Callable[[Row], float]) -> list[Row]:
+    """The rows that no other has a smaller error and cost than, or the same of one and a smaller other."""
+    points = [(error, cost(row), row) for row in every if (error := row.error(COMPARED)) is not None]
+    return [
+        row
+        for error, price, row in points
+        if not any(e <= error and c <= price and (e, c) != (error, price) for e, c, _ in points)
+    ]
+
+
+def accuracy_table(root: Path) -> str:
+    """Costs and errors of the rows that were trained, and costs of the rivals that were not."""
+    every = [row for row in rows(root) if row.processor or row.gpu or row.name.startswith("e2e")]
+    fronts = {"peak": front(every, lambda row: row.peak), "operations": front(every, lambda row: row.operations)}
+    lines = [
+        "| row | blocks | reach | operations | peak | GPU, ms | processor | after 5 | 8 | 10 epochs | n "
+        "| GPU after 5 | 8 | front |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|",
+    ]
+    for row in every:
+        cells = [f"`{row.name}`", str(row.blocks), str(row.reach), f"{row.operations:.2f}", f"{row.peak:.2f}"]
+        cells += ["" if row.milliseconds is None else f"{row.milliseconds:.1f}"]
+        cells += ["" if row.seconds is None else f"{row.seconds:.2f}"]
+        cells += [mean_std(row.errors(epoch)) if row.processor else "" for epoch in (5, COMPARED, EPOCHS)]
+        cells += [str(len(row.processor) or "")]
+        cells += [f"{row.gpu[epoch - 1]:.2f}" if len(row.gpu) >= epoch else "" for epoch in (5, COMPARED)]
+        cells += [", ".join(name for name, best in fronts.items() if row in best)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def costs_table(root: Path) -> str:
+    """Costs of the rows that were not trained yet."""
+    lines = ["| row | blocks | reach | operations | peak | GPU, ms |", "|---|--:|--:|--:|--:|--:|"]
+    for row in rows(root):
+        if not (row.processor or row.gpu or row.name.startswith("e2e")):
+            time = "" if row.milliseconds is None else f"{row.milliseconds:.1f}"
+            cells = [f"`{row.name}`", str(row.blocks), str(row.reach), f"{row.operations:.2f}", f"{row.peak:.2f}", time]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def thirty_table(root: Path) -> str:
+    """Errors of the runs of thirty epochs, as far as they got."""
+    epochs = (2, 4, 6, 8)
+    heads = [f"after {number}" for number in epochs]
+    lines = [f"| row | blocks | epochs | {' | '.join(heads)} | last |", f"|---|{'--:|' * (len(epochs) + 3)}"]
+    for run in sorted(cut_off(root, 30), key=lambda run: run["test_errors"][5]):
+        errors = run["test_errors"]
+        cells = [f"`{run['recipe'].removeprefix(NETWORK)}`", str(run["num_blocks"]), str(len(errors))]
+        cells += [f"{errors[epoch - 1]:.2f}" if len(errors) >= epoch else "" for epoch in epochs]
+        lines.append(f"| {' | '.join([*cells, f'{errors[-1]:.2f}'])} |")
+    return "\n".join(lines)
+
+
+def tables(root: Path) -> dict[str, Callable[[], str]]:
+    """By the name of their marks in the documents."""
+    return {
+        "accuracy": lambda: accuracy_table(root),
+        "costs": lambda: costs_table(root),
+        "thirty": lambda: thirty_table(root),
+    }

@@ -1,0 +1,130 @@
+"""Draw the pictures of the documents from the files in `results/`; a test fails where they disagree.
+
+    python benchmarks/pictures.py
+
+They are SVG written by hand, so that the same results give the same file, and that letters follow the reader's light
+or dark theme.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from html import escape
+from pathlib import Path
+
+from accuracy_tables import COMPARED, Row, rows
+
+ROOT = Path(__file__).parents[1]
+PICTURES = ROOT / "docs" / "pictures"
+STYLE = """
+text { font: 12px sans-serif; fill: #1f2328; } .title { font-weight: bold; } .small { font-size: 11px; }
+line { stroke: #8c959f; stroke-width: 1; } .grid { stroke-opacity: 0.35; } .rival { stroke-dasharray: 4 3; }
+@media (prefers-color-scheme: dark) { text { fill: #e6edf3; } }
+"""
+COLORS = {"end-to-end": "#6e7781", "DGL": "#2f7ed8", "MAN": "#e0701a", "AugLocal": "#1fa187", "other": "#b05cc6"}
+"""By family; readable on white and on black."""
+LEFT, WIDTH, HEIGHT = 46, 350, 330
+
+
+def svg(width: int, height: int, description: str, body: Sequence[str]) -> str:
+    """A whole file."""
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
+    lines = [f'{head} role="img" aria-label="{escape(description)}">', f"<style>{STYLE}</style>", *body, "</svg>"]
+    return "\n".join(lines) + "\n"
+
+
+def text(x: float, y: float, words: str, anchor: str = "start", kind: str = "small") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}">{escape(words)}</text>'
+
+
+def line(x1: float, y1: float, x2: float, y2: float, kind: str = "") -> str:
+    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{kind}"/>'
+
+
+def family(name: str) -> str:
+    """Whose color a row has."""
+    if name.startswith("e2e"):
+        return "end-to-end"
+    if "auglocal" in name:
+        return "AugLocal"
+    if "infopro" in name or "predsim" in name:
+        return "other"
+    return "MAN" if "man" in name else "DGL"
+
+
+def accuracy() -> str:
+    """Error after so many of ten epochs against operations, and against peak memory: a numbered point a row."""
+    every = rows(ROOT)
+    trained = [row for row in every if row.error(COMPARED) is not None]
+    body = []
+    for row in every:
+        if row.name.startswith("e2e-accumulate4"):  # not trained: its peak alone is known
+            x = WIDTH + 30 + LEFT + row.peak / 1.1 * (WIDTH - LEFT)
+            body += [line(x, 34, x, HEIGHT - 4, "rival")]
+            body += [text(x + 3, HEIGHT - 14 - 20 * ("check" in row.name), row.name)]
+    body += _panel(0, "operations of a step, to end-to-end", trained, lambda row: row.operations, 3.6, 0.5)
+    body += _panel(WIDTH + 30, "peak memory of a step, to end-to-end", trained, lambda row: row.peak, 1.1, 0.2)
+    legend = HEIGHT + 58
+    for position, row in enumerate(trained):
+        x, y = 8 + 245 * (position % 3), legend + 18 * (position // 3)
+        runs = f"n = {len(row.processor)}" if row.processor else "GPU, n = 1"
+        body += [_point(x + 6, y - 4, position + 1, row), text(x + 20, y, f"{row.name} ({runs})")]
+    height = legend + 18 * ((len(trained) - 1) // 3) + 14
+    description = f"Test error after {COMPARED} of ten epochs against the operations and the peak memory of a step"
+    return svg(2 * WIDTH + 40, height, description, body)
+
+
+def _panel(
+    left: float, label: str, trained: Sequence[Row], cost: Callable[[Row], float], most: float, step: float
+) -> list[str]:
+    """Axes from nothing, and the points."""
+    top, bottom, worst = 34, HEIGHT - 4, 45.0
+    across, down = (WIDTH - LEFT) / most, (bottom - top) / worst
+    x, y = left + LEFT, bottom
+    body = [text(left + 8, 20, f"test error after {COMPARED} of 10 epochs, %", kind="title")]
+    for error in range(0, int(worst) + 1, 5):
+        body += [line(x, y - error * down, left + WIDTH, y - error * down, "grid")]
+        body += [text(x - 6, y - error * down + 4, str(error), "end")]
+    for tick in range(int(most / step + 1e-9) + 1):
+        body += [text(x + tick * step * across, y + 16, f"{tick * step:.1f}", "middle")]
+    body += [text(left + (LEFT + WIDTH) / 2, y + 34, label, "middle", "title")]
+    for position, row in reversed(list(enumerate(trained))):
+        error = row.error(COMPARED)
+        assert error is not None
+        body.append(_point(x + cost(row) * across, y - error * down, position + 1, row))
+    return body
+
+
+def _point(x: float, y: float, number: int, row: Row) -> str:
+    """Full where it ran on a processor, hollow where it ran on a GPU until it was cut off."""
+    color = COLORS[family(row.name)]
+    fill, letters = (color, "#ffffff") if row.processor else ("#ffffff", "#1f2328")
+    circle = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="8" fill="{fill}" stroke="{color}" stroke-width="2"/>'
+    digits = f'<text x="{x:.1f}" y="{y + 3.5:.1f}" text-anchor="middle" style="font-size:10px;fill:{letters}">'
+    return f"<g>{circle}{digits}{number}</text></g>"
+
+
+def memory() -> str:
+    """Peak memory of a step of ResNet-101, a bar a row, with its operations behind."""
+    found = json.loads((ROOT / "results" / "rivals-resnet101.json").read_text())["rows"]
+    found.sort(key=lambda row: -row["peak_gib"])
+    left, width, step = 250, 760, 25
+    scale = (width - left - 190) / max(row["peak_gib"] for row in found)
+    body = [text(8, 20, "ResNet-101, batch 128, 224 px, float32: peak memory of a training step", kind="title")]
+    for position, row in enumerate(found):
+        y = 34 + step * position
+        rival = row["blocks"] == 1
+        color = COLORS["end-to-end" if rival else "MAN" if row["momentum"] else "DGL"]
+        length = row["peak_gib"] * scale
+        body += [text(left - 8, y + 13, row["row"], "end", "")]
+        body += [f'<rect x="{left}" y="{y}" width="{length:.1f}" height="{step - 7}" fill="{color}"/>']
+        costs = f"{row['peak_gib']:.1f} GiB, {row['operations_to_e2e']:.2f} x the operations"
+        body += [text(left + length + 6, y + 13, costs)]
+    return svg(width, 34 + step * len(found) + 6, "Peak memory and operations of a training step of ResNet-101", body)
+
+
+DRAWN: dict[str, Callable[[], str]] = {"accuracy.svg": accuracy, "memory.svg": memory}
+
+
+if __name__ == "__main__":
+    for name, draw in DRAWN.items():
+        (PICTURES / name).write_text(draw())
