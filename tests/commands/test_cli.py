@@ -160,7 +160,7 @@ def test_an_interrupt_before_anything_is_written(
         (["train", "digits-dgl-mam"], "there is no recipe 'digits-dgl-mam' (did you mean digits-dgl-man"),
         (["train", "--epochs", "3"], "train takes the recipe first, as `localgrad train digits-dgl-man --epochs"),
         (["train", "digits-dgl", "--lr", "-1", "--seed", "-1"], "optim.lr is -1.0, it must be a finite number"),
-        (["train", "digits-dgl", "--cuts", "layer9.0", "--run-dir", "nowhere"], "layer9.0"),
+        (["train", "digits-dgl", "--quiet", "--cuts", "layer9.0", "--run-dir", "nowhere"], "layer9.0"),
         (["recipes", "imagnet"], "no recipe has imagnet in its name"),
         (["evaluate", "nowhere"], "nowhere is no run folder"),
     ],

@@ -24,7 +24,9 @@ from localgrad.errors import LocalGradError
 from localgrad.recipes import recipe
 from localgrad.recipes.tables import TABLES, table
 from localgrad.results import reproduce
-from localgrad.results.reproduce import Cell, plan_cells, run_cells, show_table
+from localgrad.results.cells import Cell, plan_cells
+from localgrad.results.reproduce import run_cells
+from localgrad.results.reproduce_table import show_table
 from localgrad.results.tables import mean_std
 from localgrad.runs.files import write_json
 from localgrad.runs.result import Result, as_file

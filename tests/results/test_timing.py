@@ -173,7 +173,7 @@ class _Made:
 
     def __init__(self, config: TrainConfig) -> None:
         self.config, self.blocks = config, [None]
-        self.train = type("Images", (), {"num_classes": 10})
+        self.train = type("Images", (), {"num_classes": 10, "fingerprint": None})
         self.fabric = type("Fabric", (), {"device": torch.device("cpu")})
 
 

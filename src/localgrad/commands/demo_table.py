@@ -10,9 +10,9 @@ from localgrad.config.saved import to_dict
 from localgrad.config.schema import TrainConfig
 from localgrad.errors import LocalGradError
 from localgrad.recipes import recipe
+from localgrad.results.cells import check_seeds
 from localgrad.results.names import network_label
 from localgrad.results.read import FinishedRun, read_results
-from localgrad.results.reproduce import check_seeds
 from localgrad.results.tables import Row, Table, mean_std, parameters_text, seconds_text, tables
 from localgrad.results.terminal import print_table
 from localgrad.runs.files import write_json

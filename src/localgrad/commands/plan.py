@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from tyro.conf import Positional
 
 from localgrad.commands.parse import Output, call, loading
+from localgrad.config.schema import Precision
 
 
 def plan(
@@ -24,7 +25,7 @@ def plan(
     depth: int = 32,
     objective: str | None = None,
     momentum: str = "man",
-    precision: str = "32-true",
+    precision: Precision = "32-true",
     step_each_block: bool = False,
     budget: str | None = None,
     num_blocks: tuple[int, ...] = (),

@@ -7,6 +7,7 @@ Examples:
 """
 
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,9 @@ def predict(
         json_lines: Print a line of JSON an image, with the probability of every class.
     """
     if not images:
-        raise LocalGradError(f"predict takes images: `localgrad predict {run_folder} cat.jpg`, or a folder of them")
+        raise LocalGradError(
+            f"predict takes images: `localgrad predict {shlex.quote(str(run_folder))} cat.jpg`, or a folder of them"
+        )
     if top < 1:
         raise LocalGradError(f"--top is {top}: give 1 or more")
     with loading():

@@ -68,7 +68,9 @@ def reproduce(
     if not table:
         return _list()
     with loading():
-        from localgrad.results.reproduce import plan_cells, run_cells, show_table
+        from localgrad.results.cells import plan_cells
+        from localgrad.results.reproduce import run_cells
+        from localgrad.results.reproduce_table import show_table
 
     changes = {
         "data.source": data,

@@ -25,7 +25,7 @@ from localgrad.config.schema import TrainConfig
 from localgrad.errors import LocalGradError
 from localgrad.recipes.images import OWN, own_images
 
-HELP = f"{__doc__.strip()}\n\nShort names: " + ", ".join(f"{short} for {full}" for short, full in SHORT.items())
+HELP = f"{(__doc__ or '').strip()}\n\nShort names: " + ", ".join(f"{short} for {full}" for short, full in SHORT.items())
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -105,7 +105,7 @@ def check_source(config: DataConfig) -> None:
 
 def check_hub(source: str) -> None:
     """Refuses a name that is no OWNER/NAME, or neither in the cache nor to be had without a network."""
-    import datasets
+    from datasets import config as settings
 
     if source[:1] in "./~" or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         parent = next(path for path in Path(source).expanduser().absolute().parents if path.is_dir())
@@ -116,9 +116,7 @@ def check_hub(source: str) -> None:
             "give a folder, or a hub name OWNER/NAME, as uoft-cs/cifar10"
         )
     owner, name = source.split("/")
-    cached = (
-        Path(datasets.config.HF_DATASETS_CACHE).expanduser().glob(f"{escape(owner)}___{escape(_snake(name))}/*/*/*")
-    )
+    cached = Path(settings.HF_DATASETS_CACHE).expanduser().glob(f"{escape(owner)}___{escape(_snake(name))}/*/*/*")
     if not any(path.is_dir() for path in cached) and not hub_answers():
         raise LocalGradError(
             f"--data {source}: no such folder here, not in the cache, and the Hugging Face hub cannot be reached: give "

@@ -9,31 +9,22 @@ import json
 import os
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from localgrad.config.checks import validate
-from localgrad.config.methods import with_defaults
-from localgrad.config.saved import differences, from_dict, to_dict
 from localgrad.config.schema import TrainConfig
 from localgrad.data.fingerprint import Fingerprint
 from localgrad.data.sources import check_source
-from localgrad.errors import LocalGradError, closest
+from localgrad.errors import LocalGradError
 from localgrad.recipes import recipe
-from localgrad.recipes.tables import table
-from localgrad.results.read import read_result
-from localgrad.results.tables import mean_std
-from localgrad.results.terminal import print_table
+from localgrad.results.cells import Cell, load_result
 from localgrad.runs.files import lock, make_folder, write_json
-from localgrad.runs.folder import RunFolder
-from localgrad.runs.result import Result, as_file
+from localgrad.runs.result import as_file
 from localgrad.training.interrupts import InterruptedRun, noted_interrupts
 from localgrad.training.outlook import HOUR, duration
 from localgrad.training.progress import TableDisplay
@@ -41,141 +32,6 @@ from localgrad.training.progress import TableDisplay
 POLL_SECONDS = 0.2
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One row with one seed."""
-
-    config: TrainConfig
-    """The complete run."""
-    flags: tuple[str, ...]
-    """What makes the row's recipe into that config, as flags of `localgrad train`."""
-    output: Path
-    """Folder of the whole table."""
-
-    @property
-    def name(self) -> str:
-        return f"{self.config.name}-seed{self.config.seed}"
-
-    @property
-    def result(self) -> Path:
-        return self.output / f"{self.name}.json"
-
-    @property
-    def run(self) -> RunFolder:
-        return RunFolder(self.output / "runs" / self.name)
-
-    @property
-    def log(self) -> Path:
-        return self.output / "runs" / f"{self.name}.log"
-
-    @property
-    def command(self) -> list[str]:
-        """Arguments of `localgrad` that run this cell from its beginning."""
-        return ["train", self.config.name, *self.flags]
-
-    @property
-    def state(self) -> str:
-        """`done`, `started` or `new`."""
-        if self.result.exists():
-            return "done"
-        return "started" if (self.run.path / "config.json").exists() else "new"
-
-
-def plan_cells(
-    name: str, *, seeds: Sequence[int], changes: dict[str, Any], output: Path, rows: Sequence[str] = ()
-) -> list[Cell]:
-    """The runs of a table, in the order in which they are done: all rows with the first seed first.
-
-    Args:
-        name: of the table.
-        seeds: one run each, of every row.
-        changes: fields of every row's config that are set, by their dotted names, as `{"optim.epochs": 10}`.
-        output: folder for results and runs.
-        rows: only these of the table; all if there are none.
-
-    Raises:
-        LocalGradError: there is no such table or row in it, a config cannot be used, or the folder holds runs of other
-            settings.
-    """
-    listed = table(name).rows
-    for row in rows:
-        if row not in listed:
-            raise LocalGradError(
-                f"table {name} has no row {row!r}{closest(row, listed)}; its rows: {', '.join(listed)}"
-            )
-    check_seeds(seeds)
-    cells = [_cell(row, seed, changes, output) for seed in seeds for row in listed if row in (rows or listed)]
-    _check_settings(name, changes, output)
-    return cells
-
-
-def check_seeds(seeds: Sequence[int]) -> None:
-    """Refuse none, or one twice."""
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise LocalGradError(f"seeds are {tuple(seeds)}: give one or more different ones, as --seeds 0 1 2")
-
-
-def _cell(row: str, seed: int, changes: dict[str, Any], output: Path) -> Cell:
-    changes = {"seed": seed, **changes}
-    values = to_dict(recipe(row).config)
-    flags: list[str] = []
-    for path, value in changes.items():
-        *parents, field = path.split(".")
-        part = values
-        for parent in parents:
-            part = part[parent]
-        part[field] = value
-        flag = "--" + path.replace("_", "-")
-        flags += [flag] if value is True else [flag, str(value)]
-    return Cell(with_defaults(validate(from_dict(values))), tuple(flags), output)
-
-
-def _check_settings(name: str, changes: dict[str, Any], output: Path) -> None:
-    """Refuses a folder with runs of the table, of any seed, that were made with other settings.
-
-    Finished runs may have found the same images in another place, on another machine.
-    """
-    for row in table(name).rows:
-        finished = {path: _load(path).config for path in _results(output, row)}
-        done = {path.stem for path in finished}
-        begun = sorted(output.glob(f"runs/{row}-seed*/config.json"))
-        started = {path: RunFolder(path.parent).config() for path in begun if path.parent.name not in done}
-        for path, before in {**finished, **started}.items():
-            made = _cell(row, before.seed, changes, output)
-            now = made.config
-            if path in finished and path != made.result:
-                raise LocalGradError(
-                    f"{path} holds the result of {before.name} with seed {before.seed}, which belongs into "
-                    f"{made.result.name}: move it away, or a seed counts twice"
-                )
-            if path in finished:
-                before = dataclasses.replace(before, data=dataclasses.replace(before.data, source=now.data.source))
-            changed = differences(before, now)
-            if changed:
-                raise LocalGradError(
-                    f"{output} holds runs of other settings ({path.relative_to(output)}, saved -> asked for: "
-                    f"{'; '.join(changed)}); give another --output, or the flags that it was started with"
-                )
-
-
-def _results(output: Path, row: str) -> list[Path]:
-    paths = [path for path in output.glob(f"{row}-seed*.json") if path.stem.removeprefix(f"{row}-seed").isdecimal()]
-    return sorted(paths, key=lambda path: int(path.stem.rpartition("seed")[2]))
-
-
-def _load(path: Path) -> Result:
-    """One result.
-
-    Raises:
-        LocalGradError: the file is damaged, or something else.
-    """
-    try:
-        return read_result(path)
-    except LocalGradError as problem:
-        raise LocalGradError(f"{problem}: move it away, or give another --output") from None
-
-
-# Run
 def run_cells(cells: Sequence[Cell], *, jobs: int = 1) -> dict[str, str]:
     """Run what is not done yet, each in a process of its own, and collect the results.
 
@@ -236,7 +92,7 @@ def run_cells(cells: Sequence[Cell], *, jobs: int = 1) -> dict[str, str]:
                     if name in failures:
                         display.ended(name, f"failed: {failures[name]}; see {cell.log}")
                     else:
-                        display.ended(name, f"test error {_load(cell.result).test_error:.2f}%")
+                        display.ended(name, f"test error {load_result(cell.result).test_error:.2f}%")
         finally:
             _stop([process for _, process in running.values()])
         if interrupted.is_set():
@@ -254,7 +110,7 @@ def _images_of(cells: Sequence[Cell]) -> dict[tuple[Any, ...], tuple[str, Finger
     """Name of a finished run, and the fingerprint of its training images, for each set of images."""
     found: dict[tuple[Any, ...], tuple[str, Fingerprint]] = {}
     for cell in cells:
-        images = _load(cell.result).train_images if cell.state == "done" else None
+        images = load_result(cell.result).train_images if cell.state == "done" else None
         if images is not None:
             found.setdefault(_images_key(cell), (cell.name, images))
     return found
@@ -262,7 +118,7 @@ def _images_of(cells: Sequence[Cell]) -> dict[tuple[Any, ...], tuple[str, Finger
 
 def _other_images(cell: Cell, known: dict[tuple[Any, ...], tuple[str, Fingerprint]]) -> str | None:
     """Why a finished run cannot stand in the table, where it had other training images than the runs before."""
-    images = _load(cell.run.result).train_images
+    images = load_result(cell.run.result).train_images
     if images is None:
         return None
     name, before = known.setdefault(_images_key(cell), (cell.name, images))
@@ -367,7 +223,7 @@ def collect(cell: Cell) -> None:
         LocalGradError: the run is not finished, its files are damaged, or the file cannot be written.
     """
     command = shlex.join(["localgrad", *cell.command])
-    result = dataclasses.replace(_load(cell.run.result), command=command, test_errors=_test_errors(cell))
+    result = dataclasses.replace(load_result(cell.run.result), command=command, test_errors=_test_errors(cell))
     write_json(cell.result, as_file("run", result))
 
 
@@ -396,51 +252,3 @@ def _test_errors_so_far(cell: Cell, failures: dict[str, str]) -> list[float | No
     except LocalGradError as error:
         failures[cell.name] = str(error)
         return []
-
-
-# Show
-def show_table(name: str, output: Path) -> None:
-    """Print the table of all results in the folder: mean ± standard deviation (number of seeds), beside the paper's.
-
-    Raises:
-        LocalGradError: a result file is damaged.
-    """
-    rows = {row: [_load(path) for path in _results(output, row)] for row in table(name).rows}
-    print_table(
-        ["row", "label", "blocks", "test error %", "best epoch's %", "paper's %", "MiB a step", "minutes"],
-        [_line(row, results) for row, results in rows.items()],
-        title=f"{table(name).title}; results in {output}",
-        narrow=[0, 3, 5],
-        width=100,
-    )
-    for changed in _changes(rows):
-        print(f"not as in the recipe: {changed}")
-
-
-def _line(row: str, results: Sequence[Result]) -> tuple[str, ...]:
-    made = recipe(row)
-    paper = "-" if made.paper_error is None else f"{made.paper_error:.2f}"
-    if not results:
-        return (row, made.label, str(made.num_blocks), "-", "-", paper, "-", "-")
-    count = f" ({len(results)})"
-    return (
-        row,
-        made.label,
-        str(results[0].num_blocks),
-        mean_std([result.test_error for result in results]) + count,
-        mean_std([result.best_test_error for result in results]) + count,
-        paper,
-        f"{statistics.fmean(result.peak_memory_bytes for result in results) / 2**20:.0f}",
-        f"{statistics.fmean(result.wall_seconds for result in results) / 60:.1f}",
-    )
-
-
-def _changes(rows: dict[str, list[Result]]) -> list[str]:
-    """In what the runs differ from their recipes, the seed left out; each change once."""
-    lines: dict[str, None] = {}
-    for row, results in rows.items():
-        intended = with_defaults(recipe(row).config)
-        for result in results:
-            seeded = dataclasses.replace(intended, seed=result.config.seed)
-            lines |= dict.fromkeys(differences(seeded, result.config))
-    return list(lines)
