@@ -468,7 +468,7 @@ def test_equal_failures_are_one_message_and_keep_all_its_lines(
         "epoch 1/8\nlocalgrad: 2 of 30 train images cannot be used\n  a.jpg (empty)\n  Repair them.\n"
     )
     reason = reproduce._reason(cells[0], 2)
-    assert reason == "2 of 30 train images cannot be used a.jpg (empty) Repair. (exit code 2)"
+    assert reason == "2 of 30 train images cannot be used a.jpg (empty) Repair them. (exit code 2)"
     _tell_failures({cell.name: reason for cell in cells})
     said = capsys.readouterr().err
     assert said == f"localgrad: {cells[0].name} and {len(cells) - 1} more failed: {reason}\n"
