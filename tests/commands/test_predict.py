@@ -164,6 +164,16 @@ def test_a_run_goes_on_from_another_ones_weights_and_with_frozen_modules(
     assert not torch.equal(before["layer3.0.conv1.weight"], after["layer3.0.conv1.weight"])
 
 
+@pytest.mark.filterwarnings("ignore:block 0 .* trains nothing")  # what `split` says of it
+def test_a_block_with_nothing_to_train_is_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--freeze", "conv1", "bn1", "layer1", "layer2", "--run-dir", str(tmp_path / "frozen")]
+    assert main(["train", str(run), *flags]) == 2
+    said = capsys.readouterr().err
+    assert "block 1 of 2 (conv1 to layer2.0) has nothing to train" in said and not (tmp_path / "frozen").exists()
+
+
 def test_a_network_in_a_file_trains_and_a_wrong_one_writes_nothing(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """The best epoch, patience, and going on after the end; how long it takes and what slows it."""
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 from localgrad.commands.main import main
@@ -16,6 +18,7 @@ from localgrad.runs.folder import RunFolder
 from localgrad.runs.load import load_run
 from localgrad.training import outlook, tensorboard, trainer
 from localgrad.training.outlook import crowded, duration, prediction
+from localgrad.training.progress import Display
 from localgrad.training.trainer import fit
 
 torch.set_num_threads(1)
@@ -138,6 +141,17 @@ def test_a_run_says_what_it_does_and_how_long_it_will_take(
     assert lines[0] == "reading the images of digits"
     assert "building and cutting cifar_resnet for 10 classes" in lines
     assert sum("to the end, at" in line for line in lines) == 1
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_bar_shows_epoch_step_and_time_left(terminal: bool) -> None:
+    file = io.StringIO()
+    display = Display(console=Console(file=file, force_terminal=terminal, width=90))
+    left = "40 s left of the epoch, 3.2 h of the run"
+    with display:
+        display.step(epoch="3/400", done=12, total=390, losses=[1.5, 1.2], images_per_second=210.0, left=left)
+    said = file.getvalue()
+    assert "3/400" in said and "12/390" in said and "1.50 1.20" in said and left in said
 
 
 def test_too_many_threads_are_said() -> None:

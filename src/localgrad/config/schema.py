@@ -39,7 +39,7 @@ class ModelConfig:
     """Weights to begin with: `default` or `imagenet`, or a name that torchvision or timm has for them, a file, or a run
     folder; None draws them at random. A head of other classes begins anew."""
     freeze: tuple[str, ...] = ()
-    """Modules that are not trained, by name, with all within them."""
+    """Modules that are not trained, by name, with all within them; their batch norms keep following the images."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from localgrad.config.build import build_blocks, build_model, build_optimizers
 from localgrad.config.networks import check_scores, is_own
 from localgrad.config.schema import TrainConfig
 from localgrad.config.weights import load_weights
+from localgrad.core.block import Block
 from localgrad.data.loading import load_images, load_validation
 from localgrad.data.sets import ImageSet
 from localgrad.errors import LocalGradError
@@ -74,6 +75,7 @@ def build_run(
     if fresh and (loaded := load_weights(model, config.model, train.num_classes)):
         say(loaded)
     blocks = build_blocks(config, model, train.num_classes)
+    _check_trained(config, blocks)
     if device.type == "cpu" and (busy := crowded_here()):
         say(busy)
     for module in (model, *blocks):
@@ -108,6 +110,17 @@ def _moved(images: ImageSet, device: torch.device) -> ImageSet:
             f"the {len(images):,} images of {images.config.image_size} x {images.config.image_size} pixels do not fit "
             f"into the memory of {device} beside what is there: decode them while training, --data.streaming"
         ) from error
+
+
+def _check_trained(config: TrainConfig, blocks: list[Block]) -> None:
+    """Refuses a block of frozen modules alone, which has nothing to step; the block after a cut would be the first."""
+    for number, block in enumerate(blocks, start=1):
+        if not block.trainable_parameters():
+            frozen = ", ".join(config.model.freeze)
+            raise LocalGradError(
+                f"block {number} of {len(blocks)} ({block.names[0]} to {block.names[-1]}) has nothing to train, with "
+                f"--freeze {frozen}: leave out the cut after {block.names[-1]}, or freeze less"
+            )
 
 
 def _check_batches(config: TrainConfig, model: nn.Module, images: ImageSet, world_size: int) -> None:
