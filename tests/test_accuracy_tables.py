@@ -75,7 +75,11 @@ def test_a_table_has_every_row_once(tables: Any, results: Path) -> None:
     for name in ("e2e", "e2e-checkpointed", "k16-dgl", "k16-dgl-reach2", "k8-dgl"):
         assert (f"| `{name}` |" in trained, f"| `{name}` |" in others) == (True, False)
     assert "| `k4-dgl` | 2 | 1 | 0.97 | 0.43 |  |" in others
-    assert "36.00 ± 2.83 | 22.00 ± 2.83 | 2 |" in trained
+    assert "36.00 ± 2.83 | 22.00 ± 2.83 | 2 | peak, operations |" in trained
+    assert "34.00 |  | 1, GPU |" in trained
+    by_epoch = tables.epochs_table(results)
+    assert "| `k8-dgl` | GPU | 1 | 83.0 | 76.0 | 69.0 |  |" in by_epoch
+    assert "`k16-dgl` |" not in by_epoch
     assert tables.thirty_table(results).count("`e2e`") == 1
 
 
