@@ -4,9 +4,12 @@ import importlib
 import io
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
-from localgrad.errors import LocalGradError, closest
+from localgrad.errors import LocalGradError, LocalGradWarning, closest
 
 COMMANDS = {
     "demo": ("", "see it work in minutes, on images that need no download"),
@@ -67,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"localgrad {version('localgrad')}")
         return 0
     try:
-        return _run(given[0], given[1:])
+        with _plain_warnings():
+            return _run(given[0], given[1:])
     except LocalGradError as error:
         print(f"localgrad: {error}", file=sys.stderr)
         return 2
@@ -77,6 +81,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of the output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Prints the library's own warnings as sentences, without the line of code that Python adds."""
+    before = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *rest: Any, **named: Any) -> None:
+        if issubclass(category, LocalGradWarning):
+            print(f"localgrad: {message}", file=sys.stderr)
+        else:
+            before(message, category, *rest, **named)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
 
 
 def _run(name: str, arguments: Sequence[str]) -> int:

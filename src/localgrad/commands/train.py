@@ -22,6 +22,7 @@ import tyro
 
 from localgrad.commands.parse import SHORT, call, full_flag, loading
 from localgrad.config.schema import TrainConfig
+from localgrad.data.sources import check_source
 from localgrad.errors import LocalGradError
 from localgrad.recipes.images import OWN, own_images
 
@@ -94,18 +95,18 @@ def _called(config: TrainConfig) -> str:
 
 
 def _train(config: TrainConfig, run_dir: Path, *, resume: bool, dry_run: bool, quiet: bool) -> int:
+    if not dry_run:
+        check_source(config.data)  # before anything takes long
     with loading(quiet):
         from localgrad.config.checks import validate
         from localgrad.config.methods import with_defaults
         from localgrad.config.saved import to_dict
-        from localgrad.data.sources import check_source
         from localgrad.training.devices import as_launched
 
     config = validate(as_launched(config))
     if dry_run:
         print(json.dumps(to_dict(with_defaults(config)), indent=2))
         return 0
-    check_source(config.data)
     from lightning.fabric.utilities.rank_zero import rank_zero_only
 
     from localgrad.training.trainer import fit

@@ -105,8 +105,6 @@ def check_source(config: DataConfig) -> None:
 
 def check_hub(source: str) -> None:
     """Refuses a name that is no OWNER/NAME, or neither in the cache nor to be had without a network."""
-    from datasets import config as settings
-
     if source[:1] in "./~" or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         parent = next(path for path in Path(source).expanduser().absolute().parents if path.is_dir())
         exists = sorted(path.name for path in parent.iterdir() if path.is_dir() and not is_hidden(path.name))
@@ -115,19 +113,20 @@ def check_hub(source: str) -> None:
             f"--data {source!r} is not a folder; {parent} has the folders {there or '(none)'}: "
             "give a folder, or a hub name OWNER/NAME, as uoft-cs/cifar10"
         )
-    owner, name = source.split("/")
-    cached = Path(settings.HF_DATASETS_CACHE).expanduser().glob(f"{escape(owner)}___{escape(_snake(name))}/*/*/*")
-    if not any(path.is_dir() for path in cached) and not hub_answers():
+    if not hub_answers() and not _is_cached(*source.split("/")):
         raise LocalGradError(
             f"--data {source}: no such folder here, not in the cache, and the Hugging Face hub cannot be reached: give "
             "--data FOLDER, or connect and try again"
         )
 
 
-def _snake(name: str) -> str:
+def _is_cached(owner: str, name: str) -> bool:
+    """Whether `datasets` has the set in its cache, under the name that it gives it there."""
+    from datasets import config as settings
     from datasets.naming import camelcase_to_snakecase
 
-    return camelcase_to_snakecase(name)
+    home = Path(settings.HF_DATASETS_CACHE).expanduser()
+    return any(path.is_dir() for path in home.glob(f"{escape(owner)}___{escape(camelcase_to_snakecase(name))}/*/*/*"))
 
 
 def hub_answers() -> bool:
