@@ -215,7 +215,7 @@ def _pass(
     passed, number = place
     with context:
         output, loss, *leaf = block(passed[number], targets, inputs, **({} if span is None else {"cut_loss": True}))
-    torch.clear_autocast_cache()  # under one autocast around the step, casts of all blocks' weights would add up
+    torch.clear_autocast_cache()  # one autocast around the step would keep the casts of all blocks' weights
     waiting = None if span is None else (passed[number], output)
     passed[number] = output.detach()
     if on_output is not None:
@@ -224,9 +224,6 @@ def _pass(
     _check_loss(loss, inner(block))
     if loss.requires_grad:
         backward(loss)
-    kind = inputs.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        torch.clear_autocast_cache()  # one autocast around the step would keep the casts of all blocks' weights
     if span is None or waiting is None:
         return loss.detach(), None
     trained = [parameter for parameter in inner(block).body.parameters() if parameter.requires_grad]

@@ -67,17 +67,12 @@ def build_run(
         say(f"reading the images of {config.data.source}")
         images = load_images(config.data, say=say)
     train, test = (_moved(each, device) for each in images)
-    torch.manual_seed(config.seed)
-    say(f"building and cutting {config.model.name} for {train.num_classes} classes")
-    model = build_model(config.model, train.num_classes)
-    if is_own(config.model):
-        check_scores(model, config.model.name, config.data.image_size, train.num_classes)
-    if fresh and (loaded := load_weights(model, config.model, train.num_classes)):
-        say(loaded)
-    blocks = build_blocks(config, model, train.num_classes)
-    _check_trained(config, blocks)
     if device.type == "cpu" and (busy := crowded_here()):
         say(busy)
+    torch.manual_seed(config.seed)
+    model = _network(config, train.num_classes, fresh, say)
+    blocks = build_blocks(config, model, train.num_classes)
+    _check_trained(config, blocks)
     for module in (model, *blocks):
         module.to(device)
         if config.channels_last:
@@ -96,6 +91,16 @@ def build_run(
         run.rate = torch.zeros((), device=device)
         run.update = recorded_update(run)
     return run
+
+
+def _network(config: TrainConfig, num_classes: int, fresh: bool, say: Callable[[str], None]) -> nn.Module:
+    say(f"building and cutting {config.model.name} for {num_classes} classes")
+    model = build_model(config.model, num_classes)
+    if is_own(config.model):
+        check_scores(model, config.model.name, config.data.image_size, num_classes)
+    if fresh and (loaded := load_weights(model, config.model, num_classes)):
+        say(loaded)
+    return model
 
 
 def _ignore(text: str) -> None:
