@@ -16,6 +16,7 @@ from localgrad import classifier, local_step, split
 from localgrad.errors import LocalGradError
 from localgrad.planning.measure import measure_peak
 from localgrad.training.build import build_run
+from localgrad.training.devices import make_fabric
 from localgrad.training.error_rates import error_rates, evaluation_mode
 from localgrad.training.nonfinite import HostCheck, Skips, choose_check, obeys_found_inf
 from localgrad.training.schedule import set_learning_rate
@@ -141,6 +142,7 @@ def test_casts_of_the_weights_end_with_their_block() -> None:
 
 
 def test_a_fit_puts_the_settings_of_the_process_back(tmp_path: Path) -> None:
+    make_fabric(LOCAL)  # Lightning's first import adds filters
     torch.manual_seed(5)
     state, filters, benchmark = torch.get_rng_state(), list(warnings.filters), torch.backends.cudnn.benchmark
     fit(replace(LOCAL, optim=replace(LOCAL.optim, epochs=1)), tmp_path / "run", quiet=True)
