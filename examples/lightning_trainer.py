@@ -10,6 +10,7 @@ module of the LightningModule, so that checkpoints hold the auxiliary networks.
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning
 import torch
@@ -36,6 +37,13 @@ class Digits(lightning.LightningModule):
         loss = F.cross_entropy(self.net(inputs), batch[1])
         self.log_dict({f"loss {i + 1}": each for i, each in enumerate([*self.isolation.losses, loss])}, prog_bar=True)
         return loss
+
+    def optimizer_zero_grad(self, *args: Any) -> None:  # added: Lightning would zero between forward and backward
+        pass
+
+    def optimizer_step(self, epoch: int, index: int, optimizer: Any, closure: Any = None) -> None:  # added
+        optimizer.step(closure=closure)
+        optimizer.zero_grad()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.isolation.trainable_parameters(), lr=0.05, momentum=0.9)  # changed

@@ -97,6 +97,13 @@ def test_lightning_with_accumulation_and_checkpoints(tmp_path: Path) -> None:
         def training_step(self, part: tuple[Tensor, Tensor], index: int) -> Tensor:
             return loss_of(self.net, self.isolation, part)
 
+        def optimizer_zero_grad(self, *args: Any) -> None:
+            pass
+
+        def optimizer_step(self, epoch: int, index: int, optimizer: Any, closure: Any = None) -> None:
+            optimizer.step(closure=closure)
+            optimizer.zero_grad()
+
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.isolation.trainable_parameters(), 0.1, 0.9)
 

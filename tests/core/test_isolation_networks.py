@@ -162,7 +162,7 @@ def test_t5_is_cut_at_its_encoder_too(momentum: Any) -> None:
     options = {"objective": NextToken, "momentum": momentum, "targets": "labels"}
     cuts = ["encoder.block.0", "encoder", "decoder.block.0"]
     train(lambda: transformers.T5ForConditionalGeneration(config), example, lambda o: o.loss, cuts=cuts, **options)
-    with pytest.raises(LocalGradError, match="add 'encoder.dropout' to cuts"), warnings.catch_warnings():
+    with pytest.raises(LocalGradError, match=r"add 'encoder.dropout' to cuts"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = transformers.T5ForConditionalGeneration(config)
         isolate(model, ["encoder.block.0", "decoder.block.0"], example=example, **options)

@@ -48,6 +48,7 @@ INPUTS, TARGETS = torch.randn(4, 8), torch.arange(4)
 def run(model: nn.Module, isolation: localgrad.Isolation, targets: Any = TARGETS) -> None:
     isolation.targets = targets
     F.cross_entropy(model(INPUTS), TARGETS).backward()
+    model.zero_grad()
 
 
 def refuse(match: str, model: nn.Module, *args: Any, **options: Any) -> None:
@@ -245,3 +246,18 @@ def test_after_a_failure_the_next_batch_trains() -> None:
     isolation.targets = targets
     F.cross_entropy(model(inputs), targets).backward()
     assert len(isolation.losses) == 1
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_gradients_that_are_zeroed_between_forward_and_backward(set_to_none: bool) -> None:
+    model = Net()
+    isolation = isolate(model, ["layers.0"], objective=CLASSIFIER, example=INPUTS)
+    isolation.targets = TARGETS
+    loss = F.cross_entropy(model(INPUTS), TARGETS)
+    model.zero_grad(set_to_none=set_to_none)
+    with pytest.raises(
+        LocalGradError, match=r"were zeroed before the backward pass: call optimizer.zero_grad"
+    ):
+        loss.backward()
+    model.zero_grad()
+    run(model, isolation)

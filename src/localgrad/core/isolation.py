@@ -188,6 +188,7 @@ class Isolation(nn.Module):
                 f"{missing!r} was not run in this forward pass, so a block was not trained: cut around modules that "
                 "run for every batch (switch layerdrop off)"
             )
+        done.watch(output)
 
     def _name(self, block: int) -> str:
         unit = self._parts[block].unit
@@ -300,7 +301,8 @@ def isolate(
     Raises:
         LocalGradError: a cut is no module, is not called once, or gives no features; a block reads a tensor from inside
             another one; there is no module for momentum to copy; the model is wrapped already. While training: no
-            targets; modules, parameters, dtype or hooks changed; a cut is not reached.
+            targets; gradients zeroed between forward and backward; modules, parameters, dtype or hooks changed; a cut
+            not reached.
 
     Source: as `split`; hooks and the waiting loss are this library's own.
     """

@@ -103,6 +103,26 @@ class LocalPass:
         leaf.requires_grad_(False)
         return tree_map_only(Tensor, lambda t: t.detach() if id(t) in inner and t is not leaf else t, (args, kwargs))
 
+    def watch(self, output: Any) -> None:
+        """Refuse to go on if the local gradients are gone when the gradient of the model's output comes."""
+        firsts = [next((p for p in part.parameters if p.grad is not None), None) for part in self.parts[:-1]]
+        kept = [(p, p.grad.data_ptr(), p.grad._version) for p in firsts if p is not None and p.grad is not None]
+
+        def check(gradient: Tensor) -> None:
+            seen = [(p, p.grad.data_ptr(), p.grad._version) if p.grad is not None else None for p, _, _ in kept]
+            if any(now is None or now[1:] != before[1:] for now, before in zip(seen, kept, strict=True)):
+                kept.clear()
+                raise LocalGradError(
+                    "gradients of local blocks, which come in the forward pass, were zeroed before the backward pass: "
+                    "call optimizer.zero_grad() after optimizer.step(), not between loss and backward (Lightning does: "
+                    "override optimizer_zero_grad with nothing, and zero at the end of optimizer_step)"
+                )
+            kept.clear()  # once a batch
+
+        for tensor in tensors_in(output):
+            if tensor.grad_fn is not None:
+                tensor.register_hook(check)
+
     def _train(
         self, block: int, features: Tensor, mixed: Tensor, reach_features: Callable[[], Tensor | None] = lambda: None
     ) -> Tensor | None:
