@@ -12,10 +12,13 @@ import pytest
 import torch
 from torch import nn
 
+from localgrad.config.methods import with_defaults
 from localgrad.config.schema import TrainConfig
 from localgrad.errors import LocalGradError
+from localgrad.recipes import recipe
 from localgrad.runs.folder import RunFolder, atomic_write
 from localgrad.runs.provenance import provenance
+from localgrad.training.state import state_of
 from localgrad.training.tensorboard import open_board
 
 CONFIG = TrainConfig(cuts=())
@@ -242,3 +245,27 @@ def test_provenance_names_versions_and_commit() -> None:
 def test_outside_a_repository_there_is_no_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert provenance(torch.device("cpu"))["commit"] is None
+
+
+@pytest.mark.parametrize("part", ["objective", "momentum"])
+def test_a_run_of_an_earlier_version_goes_on_with_the_options_that_it_did_not_know(tmp_path: Path, part: str) -> None:
+    """What its config does not say is what the later version does by default, so the run is the same."""
+    config = with_defaults(recipe("digits-dgl-man").config)
+    folder = RunFolder(tmp_path / "run")
+    folder.start(config, lines=0)
+    saved = json.loads((folder.path / "config.json").read_text())
+    given = [name for name, value in saved[part].items() if name != "name" and value is not None]
+    for name in given:
+        del saved[part][name]
+    (folder.path / "config.json").write_text(json.dumps(saved))
+    assert given
+    folder.check(config, resume=True)
+    assert folder.config() == config
+
+
+def test_the_state_of_a_checkpoint_of_the_first_version_is_read(tmp_path: Path) -> None:
+    first = {"sums": [1.5, 2.5, 16.0], "epoch": 2, "batch": 1, "step": 5, "lines": 1, "elapsed_seconds": 3.5}
+    first |= {"test_error": 90.0, "local_errors": None, "best_test_error": 80.0, "best_epoch": 1}
+    first |= {"peak_memory_bytes": 7, "seconds_per_step": 0.5, "skipped": 0, "skipped_in_a_row": 0}
+    state = state_of(first, 2, tmp_path / "checkpoint.pt")
+    assert {name: getattr(state, name) for name in first} == first

@@ -113,7 +113,7 @@ def _check_settings(name: str, changes: dict[str, Any], output: Path) -> None:
     Finished runs may have found the same images in another place, on another machine.
     """
     for row in table(name).rows:
-        finished = {path: load_result(path).config for path in result_files(output, row)}
+        finished = {path: with_defaults(load_result(path).config) for path in result_files(output, row)}
         done = {path.stem for path in finished}
         begun = sorted(output.glob(f"runs/{row}-seed*/config.json"))
         started = {path: RunFolder(path.parent).config() for path in begun if path.parent.name not in done}

@@ -58,5 +58,5 @@ def _changes(rows: dict[str, list[Result]]) -> list[str]:
         intended = with_defaults(recipe(row).config)
         for result in results:
             seeded = dataclasses.replace(intended, seed=result.config.seed)
-            lines |= dict.fromkeys(differences(seeded, result.config))
+            lines |= dict.fromkeys(differences(seeded, with_defaults(result.config)))
     return list(lines)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from localgrad.config.methods import with_defaults
 from localgrad.config.saved import differences, from_dict, to_dict
 from localgrad.config.schema import TrainConfig
 from localgrad.config.typed import parse
@@ -203,9 +204,9 @@ class RunFolder:
             file.writelines(kept)
 
     def config(self) -> TrainConfig:
-        """The saved config."""
+        """The saved config. Options of its methods that came with a later version have their defaults."""
         try:
-            return from_dict(read_json(self._config))
+            return with_defaults(from_dict(read_json(self._config)))
         except LocalGradError as problem:
             named = str(self._config) in str(problem)
             raise problem if named else LocalGradError(f"{self._config}: {problem}") from None
