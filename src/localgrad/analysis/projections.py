@@ -11,7 +11,7 @@ from localgrad.analysis.features import ROUNDING, device_of, frozen, pooled, uni
 from localgrad.core.site import Site
 from localgrad.core.units import Unit
 from localgrad.data.sets import ImageSet
-from localgrad.errors import LocalGradError
+from localgrad.errors import CannotSitError, LocalGradError
 from localgrad.objectives.layout import AsMap
 
 Projection = Literal["pca", "tsne"]
@@ -42,7 +42,7 @@ def _as_map(unit: Unit, features: Tensor, inputs: Tensor, index: int, count: int
         return None
     try:
         return AsMap(Site(features.shape, unit.channel_dim, inputs.shape, index, count), "activation_maps")
-    except LocalGradError:
+    except CannotSitError:
         return None  # tokens without a grid have no picture; the other units have theirs
 
 

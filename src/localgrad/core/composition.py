@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from localgrad.core.pieces import Piece
 from localgrad.core.restore import restored
-from localgrad.errors import LocalGradError
+from localgrad.errors import NotTraceableError
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,19 +65,19 @@ def check_composition(model: nn.Module, pieces: Sequence[Piece], samples: Tensor
         own, cut = (_outcome(model, run, modules, samples, training) for run in (model, composed))
         # auxiliary heads, which are left out, may draw too
         if own.output is not None and not (_alike(own, cut) and own.drawn == cut.drawn):
-            raise LocalGradError(
+            raise NotTraceableError(
                 f"{name}, cut into units, does not compute what it did in {_mode(training)}: its forward pass draws "
                 "random numbers, changes a buffer or branches outside of a torch.nn layer; move that into a submodule "
                 "of an nn.Sequential, name the submodules: units(model, example, names=[...]), or use localgrad.isolate"
             )
         if own.reentrant > cut.reentrant or (cut.kept > own.kept and own.reached == cut.reached):
-            raise LocalGradError(
+            raise NotTraceableError(
                 f"{name} checkpoints its activations itself, which cutting it takes away: switch that off (as "
                 "set_grad_checkpointing(False) or gradient_checkpointing_disable() do) and give split(recompute=True)"
             )
         if own.reached != cut.reached:
             names = [name for name, parameter in model.named_parameters() if id(parameter) in own.reached ^ cut.reached]
-            raise LocalGradError(
+            raise NotTraceableError(
                 f"{name}, cut into units, would train other parameters than it did "
                 f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}): its forward pass has torch.no_grad() "
                 "outside of a torch.nn layer, which tracing cannot see; give these parameters requires_grad_(False) "

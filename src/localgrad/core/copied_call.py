@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from localgrad.core.momentum import Call
 from localgrad.core.observed import first_floating
+from localgrad.core.trees import leaves, mapped
 
 PLAIN = (Tensor, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, nn.Module)
 
@@ -35,7 +35,7 @@ def as_called(
         def exchanged(tensor: Tensor) -> Tensor:
             return mixed if tensor is features else others.get(id(tensor), detached(tensor))
 
-        in_order, by_name = tree_map_only(Tensor, exchanged, given)
+        in_order, by_name = mapped(exchanged, given)
         output = first_floating(copied(*in_order, **by_name))
         assert output is not None
         return output
@@ -67,4 +67,4 @@ def _without_state(
 
 
 def _has_state(value: Any) -> bool:
-    return not all(leaf is None or isinstance(leaf, PLAIN) or callable(leaf) for leaf in tree_leaves(value))
+    return not all(leaf is None or isinstance(leaf, PLAIN) or callable(leaf) for leaf in leaves(value))

@@ -12,6 +12,7 @@ from localgrad.core.block import Block
 from localgrad.core.trees import leaves
 from localgrad.errors import DoesNotFitError, LocalGradError
 
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 DEVICE_ASSERT = 710
 """CUDA's code for a kernel that stopped at an assertion, such as a class that does not exist."""
 
@@ -106,7 +107,7 @@ def _label_misfit(error: Exception, block: Block, index: int, inputs: Tensor, la
             f"targets hold classes {low} to {high}, and one of them is not among the classes of block {index}: build "
             "model and objective with num_classes above every label, or give a criterion that ignores it"
         )
-    norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms = [module for module in block.modules() if isinstance(module, NORMS)]
     if isinstance(error, ValueError) and len(inputs) == 1 and any(norm.training for norm in norms):
         return (
             f"a batch of 1 leaves a batch norm of block {index} one value a channel: give at least two samples; "

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_map_only
 
 from localgrad.core.copied_call import as_called, detached
 from localgrad.core.observed import derives_from, first_floating, tensors_in
 from localgrad.core.parts import Part
 from localgrad.core.reach import Span
 from localgrad.core.replicas import average_gradients
+from localgrad.core.trees import mapped
 from localgrad.errors import LocalGradError
 
 
@@ -69,7 +69,7 @@ class LocalPass:
         else:
             self._take_in(block, None)
         passed = {id(features): self.leaf}
-        return tree_map_only(Tensor, lambda tensor: passed.get(id(tensor), detached(tensor)), output)
+        return mapped(lambda tensor: passed.get(id(tensor), detached(tensor)), output)
 
     def meet(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Train the waiting block on copies of `module`, which are called as it is, on features with their graph.
@@ -101,7 +101,7 @@ class LocalPass:
         if self.span is not None:
             return None
         leaf.requires_grad_(False)
-        return tree_map_only(Tensor, lambda t: t.detach() if id(t) in inner and t is not leaf else t, (args, kwargs))
+        return mapped(lambda t: t.detach() if id(t) in inner and t is not leaf else t, (args, kwargs))
 
     def watch(self, output: Any) -> None:
         """Refuse to go on if the local gradients are gone when the gradient of the model's output comes."""

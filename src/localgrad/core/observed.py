@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge, saved_tensors_hooks
-from torch.utils._pytree import tree_leaves
 
 from localgrad.core.tracing import CHAIN, is_stage
+from localgrad.core.trees import leaves
 from localgrad.errors import LocalGradError
 
 Edge = tuple[Node, int]
@@ -66,7 +66,7 @@ class ForwardPass:
 
 def tensors_in(tree: Any) -> list[Tensor]:
     """The tensors of nested tuples, lists and dicts, in order."""
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def first_floating(tree: Any) -> Tensor | None:

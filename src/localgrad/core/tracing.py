@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from localgrad.core.restore import restored
-from localgrad.errors import LocalGradError, LocalGradWarning
+from localgrad.errors import LocalGradError, LocalGradWarning, NotTraceableError
 
 CHAIN = (nn.Sequential, nn.ModuleList)
 _CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict, object)
@@ -144,7 +144,7 @@ def has_hooks(module: nn.Module) -> bool:
 def refuse_hooks(module: nn.Module, name: str) -> None:
     """Refuse hooks on a module that blocks do not call."""
     if has_hooks(module):
-        raise LocalGradError(
+        raise NotTraceableError(
             f"{name} itself has hooks, which blocks would not run: register them on a submodule, remove them, or use "
             "localgrad.isolate, which runs the model's own forward pass"
         )
@@ -199,7 +199,7 @@ def _trace(
             if tracer.failed and tracer.failed[0] not in whole:
                 whole[tracer.failed[0]] = f"it cannot be traced ({first_line(tracer.failed[1])})"
                 continue
-            raise LocalGradError(
+            raise NotTraceableError(
                 f"{type(model).__name__} cannot be traced by torch.fx ({type(error).__name__}: {first_line(error)}); "
                 + NAME_THEM
             ) from error
@@ -349,13 +349,13 @@ def _single_output(graph: fx.Graph, model: nn.Module) -> fx.Graph:
         )
         output.args = (value[0],)
     elif not isinstance(value, fx.Node):
-        raise LocalGradError(
+        raise NotTraceableError(
             f"{type(model).__name__} returns {type(value).__name__}: it must return one tensor, or a tuple that "
             "starts with it; wrap the model so that it does, or use localgrad.isolate"
         )
     graph.eliminate_dead_code(partial(has_effect, model=model))
     if len([node for node in graph.nodes if node.op == "placeholder" and node.users]) != 1:
-        raise LocalGradError(
+        raise NotTraceableError(
             f"{type(model).__name__}.forward uses more than one argument: it must take one tensor; wrap the model, or "
             "use localgrad.isolate"
         )

@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 
 def leaves(tree: Any) -> list[Any]:
     """What a tree holds, in order; a tensor or None is a tree of one leaf."""
-    return pytree.tree_leaves(tree, is_leaf=lambda value: value is None)
+    return pytree.tree_leaves(tree)
 
 
 def mapped(function: Callable[[Any], Any], tree: Any, kind: type[Any] = Tensor) -> Any:

@@ -14,7 +14,7 @@ from localgrad.core.pieces import Piece, pieces_of
 from localgrad.core.restore import restored
 from localgrad.core.tracing import Frozen, first_line, refuse_hooks, trace
 from localgrad.core.wrapped import unwrapped
-from localgrad.errors import LocalGradError, LocalGradWarning
+from localgrad.errors import LocalGradError, LocalGradWarning, NotTraceableError, SettingsError
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,7 +208,7 @@ def _told_channel_dims(names: Sequence[str], channel_dim: int | Mapping[str, int
     for key, dim in given.items():
         inside = [i for i, name in enumerate(names) if not key or name == key or name.startswith(f"{key}.")]
         if dim not in (1, -1) or not inside:
-            raise LocalGradError(
+            raise SettingsError(
                 f"channel_dim is {channel_dim!r}: give 1 (first) or -1 (last), or a dictionary of these by unit; the "
                 f"units are {', '.join(names)}"
             )
@@ -231,7 +231,7 @@ def check_model(model: nn.Module) -> None:
     """Refuse what is no module, or has no layer to cut at."""
     if not isinstance(model, nn.Module) or not any(True for _ in model.children()):
         given = f"a {type(model).__name__}" if isinstance(model, nn.Module) else " ".join(repr(model).split())[:80]
-        raise LocalGradError(f"model is {given}: give an instance of a network, such as torchvision.models.resnet18()")
+        raise SettingsError(f"model is {given}: give an instance of a network, such as torchvision.models.resnet18()")
 
 
 def check_example(example: Tensor) -> None:
@@ -242,7 +242,7 @@ def check_example(example: Tensor) -> None:
             if isinstance(example, Tensor)
             else " ".join(repr(example).split())[:80]
         )
-        raise LocalGradError(
+        raise SettingsError(
             f"example is {given}: it must be one batch (N, ...), such as torch.empty(2, 3, 32, 32); a model of several "
             "inputs goes to localgrad.isolate"
         )
@@ -257,7 +257,7 @@ def check_arguments(model: nn.Module) -> None:
         if argument.default is kinds.empty and argument.kind not in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)
     ]
     if len(needed) > 1:
-        raise LocalGradError(
+        raise NotTraceableError(
             f"{type(model).__name__}.forward uses more than one argument ({', '.join(needed)}): units are cut for one "
             "tensor; wrap the model so that it takes one, or use localgrad.isolate, which takes any arguments"
         )
@@ -267,7 +267,7 @@ def find_unit(found: Sequence[Unit], name: str) -> int:
     """Index of the unit called `name`, or of the last unit inside the submodule `name` ("layer1" is its last block)."""
     inside = [i for i, unit in enumerate(found) if unit.name == name or unit.name.startswith(f"{name}.")]
     if not inside:
-        raise LocalGradError(
+        raise SettingsError(
             f"cut {name!r} is not a unit: the units are {', '.join(unit.name for unit in found)}; "
             f"see localgrad.units(model, example){why_whole(found)}"
         )
@@ -288,7 +288,7 @@ def _named(model: nn.Module, samples: Tensor, names: Sequence[str]) -> list[Piec
     modules = dict(model.named_modules())
     unknown = [name for name in names if not name or name not in modules]
     if unknown or not names:
-        raise LocalGradError(
+        raise SettingsError(
             f"names {unknown or list(names)} are no submodules of {type(model).__name__}: "
             f"its children are {', '.join(name for name, _ in model.named_children())}; give dotted names, in order"
         )
@@ -302,13 +302,13 @@ def _named(model: nn.Module, samples: Tensor, names: Sequence[str]) -> list[Piec
             if isinstance(features, Tensor) and features.ndim > 1 and (len(features), len(more)) == (2, 3):
                 ends.append(position)
     except Exception as error:
-        raise LocalGradError(
+        raise NotTraceableError(
             f"the submodules {', '.join(names)} do not run one after another on an example of shape "
             f"{tuple(samples.shape)} ({first_line(error)}); each must take the output of the one before"
         ) from error
     tensors = isinstance(features, Tensor) and isinstance(expected, Tensor)
     if not tensors or not (features.shape == expected.shape if samples.is_meta else torch.equal(features, expected)):
-        raise LocalGradError(
+        raise NotTraceableError(
             f"the submodules {', '.join(names)}, applied in order, do not give what {type(model).__name__} gives: name "
             "every submodule of its forward pass, and move what the forward pass does between them into a submodule"
         )

@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from localgrad.core.trees import leaves
 
 Result = TypeVar("Result")
 
@@ -32,11 +33,11 @@ class PeakMemory(TorchDispatchMode):
         self._sizes = weakref.WeakKeyDictionary[torch.UntypedStorage, int]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for value in tree_leaves((args, kwargs)):
+        for value in leaves((args, kwargs)):
             if isinstance(value, Tensor):
                 self._sizes.setdefault(value.untyped_storage(), 0)  # was there before
         result = func(*args, **(kwargs or {}))
-        for value in tree_leaves(result):
+        for value in leaves(result):
             if isinstance(value, Tensor):
                 self._count(value.untyped_storage())
         return result

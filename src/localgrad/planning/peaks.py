@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from localgrad.core.partition import check_num_blocks
-from localgrad.errors import LocalGradError
+from localgrad.errors import CannotSitError
 
 INFINITE = float("inf")
 
@@ -214,7 +214,7 @@ class Profile:
                     longer[stop] = _pareto(choices)
             fronts = longer
         if last not in fronts:
-            raise LocalGradError(
+            raise CannotSitError(
                 f"num_blocks is {num_blocks}: the objective cannot sit after {num_blocks - 1} of the {last + 1} units; "
                 "ask for fewer blocks, or for another objective"
             )

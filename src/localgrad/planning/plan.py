@@ -13,7 +13,7 @@ from localgrad.core.momentum import Momentum
 from localgrad.core.partition import check_num_blocks
 from localgrad.core.site import Objective
 from localgrad.core.units import Unit, check_example, check_model, units
-from localgrad.errors import LocalGradError
+from localgrad.errors import CannotSitError, DoesNotFitError, SettingsError
 from localgrad.planning.peaks import Profile
 from localgrad.planning.profile import profile
 from localgrad.planning.simulation import Precision, check_precision
@@ -92,7 +92,7 @@ def plan(
         step_each_block=step_each_block,
     )
     if not any(row.fits for row in rows):
-        raise LocalGradError(refusal)
+        raise DoesNotFitError(refusal)
     return rows
 
 
@@ -111,11 +111,11 @@ def plan_rows(
 ) -> tuple[list[PlanRow], str]:
     """The rows of `plan`, whether one fits or not, and what to say where none does; `known` as in `profile`."""
     if budget is not None and (not isinstance(budget, int) or budget <= 0):
-        raise LocalGradError(f"budget is {budget!r}: give a whole number of bytes more than 0, such as 8 * 2**30")
+        raise SettingsError(f"budget is {budget!r}: give a whole number of bytes more than 0, such as 8 * 2**30")
     if not callable(objective):
-        raise LocalGradError(f"objective is {objective!r}: give a factory, such as localgrad.dgl(num_classes=10)")
+        raise SettingsError(f"objective is {objective!r}: give a factory, such as localgrad.dgl(num_classes=10)")
     if num_blocks is not None and not isinstance(num_blocks, Sequence):
-        raise LocalGradError(f"num_blocks is {num_blocks!r}: give the numbers to try, such as [2, 4, 8]")
+        raise SettingsError(f"num_blocks is {num_blocks!r}: give the numbers to try, such as [2, 4, 8]")
     check_model(model)
     check_example(example)
     check_precision(precision)
@@ -170,7 +170,7 @@ def _check_counts(counts: Sequence[int], found: Sequence[Unit], profiled: Profil
         if count > profiled.most_blocks:
             ends = profiled.ends[1][:-1]
             refused = {unit.name: end.refused for unit, end in zip(found, ends, strict=False) if end.refused}
-            raise LocalGradError(
+            raise CannotSitError(
                 f"num_blocks is {count}: momentum and objective cannot sit after {', '.join(refused)}, which leaves "
                 f"1 to {profiled.most_blocks} blocks; ask for fewer, or for another objective "
                 f"({'; '.join(dict.fromkeys(refused.values()))})"

@@ -17,7 +17,7 @@ from localgrad.core.momentum import Momentum
 from localgrad.core.recompute import recomputed
 from localgrad.core.site import Objective
 from localgrad.core.units import Unit
-from localgrad.errors import LocalGradError
+from localgrad.errors import CannotSitError, LocalGradError
 from localgrad.planning.measure import PeakMemory
 from localgrad.planning.peaks import INFINITE, EndProfile, Pass, Profile, UnitProfile
 from localgrad.planning.simulation import Precision, Simulation
@@ -229,7 +229,7 @@ def _auxiliary(
         return "there is no objective"
     try:
         branches, head = build_auxiliary(unit, following, rest, example, role, 4, objective, momentum)
-    except LocalGradError as error:
+    except CannotSitError as error:
         return str(error)
     return [head] if branches is None else [branches, head]
 

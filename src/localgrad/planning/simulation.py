@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
 
+from localgrad.core.trees import mapped
 from localgrad.errors import LocalGradError
 from localgrad.objectives.fast import simulated_device
 
@@ -37,7 +37,7 @@ class _CudaRules(TorchFunctionMode):
         kwargs = kwargs or {}
         if func not in _FLOAT32_ON_CUDA or not torch.is_autocast_enabled("cpu"):
             return func(*args, **kwargs)
-        args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.float, (args, kwargs))
+        args, kwargs = mapped(torch.Tensor.float, (args, kwargs))
         with torch.autocast("cpu", enabled=False):
             return func(*args, **kwargs)
 
