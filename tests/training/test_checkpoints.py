@@ -484,3 +484,14 @@ def test_the_config_says_how_many_are_kept(tmp_path: Path) -> None:
         steps = [torch.load(path)["state"]["step"] for path in versions(run_dir / "checkpoint.pt").values()]
         assert steps == [8, 6, 4][:keep]
     assert RunFolder(tmp_path / "1").newest_checkpoint()[1]["state"]["step"] == 8
+
+
+def test_a_run_of_a_version_with_fewer_options_goes_on(straight: Path, tmp_path: Path) -> None:
+    """Its config lacks what a later version has written out with its default."""
+    with pytest.raises(KeyboardInterrupt):
+        fit(CONFIG, tmp_path, quiet=True, images=eventful(CONFIG, {5: interrupt}))
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["momentum"]["pool"], config["objective"]["head"], config["reach"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    fit(CONFIG, tmp_path, resume=True, quiet=True)
+    assert_same_run(straight, tmp_path)

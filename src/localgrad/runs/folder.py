@@ -103,7 +103,7 @@ class RunFolder:
             if resume:
                 raise LocalGradError(f"{self.path} holds no run to resume; leave out --resume to start one there")
             return
-        before = self.config()
+        before = with_defaults(self.config())  # options that are newer than the folder have their defaults
         more = before.optim.epochs < config.optim.epochs
         if self.is_finished and not (resume and more):
             raise LocalGradError(
