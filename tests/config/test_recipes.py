@@ -180,6 +180,7 @@ def _blocks(name: str) -> list[localgrad.Block]:
         return build_blocks(row.config, build_model(row.config.model, classes), classes)
 
 
+@pytest.mark.filterwarnings("ignore:VisionTransformer is cut with the optional arguments")
 @pytest.mark.parametrize(
     ("name", "cuts"),
     [
@@ -226,6 +227,7 @@ def test_settings_of_imagenet_and_imagenette() -> None:
     assert recipe("imagenet-resnet152-k4-infopro").config.objective.task == (1, 1)
 
 
+@pytest.mark.filterwarnings("ignore:VisionTransformer is cut with the optional arguments")
 def test_transformers_are_trained_by_adamw() -> None:
     config = recipe("imagenet-vit-tiny-k4-classifier-manpp").config
     optimizers = build_optimizers(config.optim, _blocks(config.name))
@@ -268,8 +270,8 @@ def test_ablation_of_the_depth_really_copies_so_many_units(depth: int) -> None:
     blocks = _blocks(f"cifar10-resnet32-k4-dgl-man{row}")
     for block, following in pairwise(blocks):
         assert isinstance(block.momentum, MomentumAuxiliary)
-        assert block.momentum._source == tuple(following.body[:depth])
-        assert len(block.momentum._source) == depth
+        assert block.momentum._units == tuple(following.body[:depth])
+        assert block.momentum.depth == depth
 
 
 def test_ablations_change_one_setting_of_the_full_method() -> None:
