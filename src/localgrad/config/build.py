@@ -1,6 +1,7 @@
 """From a config to objects: the model, its blocks, the optimizers."""
 
 import inspect
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,22 +16,26 @@ from localgrad.core.block import Block
 from localgrad.core.momentum import Momentum
 from localgrad.core.site import Objective
 from localgrad.core.split import split
+from localgrad.errors import LocalGradWarning
 
 
 def build_blocks(config: TrainConfig, model: nn.Module, num_classes: int) -> list[Block]:
     """The blocks of a model, as the config cuts it; the last one's criterion is a cross-entropy."""
     objective, momentum = build_factories(config, num_classes)
-    return split(
-        model,
-        torch.zeros(2, 3, config.data.image_size, config.data.image_size),
-        cuts=None if config.cuts is None else list(config.cuts),
-        num_blocks=config.num_blocks,
-        balance=config.balance,
-        objective=objective,
-        momentum=momentum,
-        criterion=nn.CrossEntropyLoss(label_smoothing=config.optim.label_smoothing),
-        recompute=config.recompute,
-    )
+    with warnings.catch_warnings():
+        # the trainer gives the network images and nothing else
+        warnings.filterwarnings("ignore", message=".* optional arguments of its forward", category=LocalGradWarning)
+        return split(
+            model,
+            torch.zeros(2, 3, config.data.image_size, config.data.image_size),
+            cuts=None if config.cuts is None else list(config.cuts),
+            num_blocks=config.num_blocks,
+            balance=config.balance,
+            objective=objective,
+            momentum=momentum,
+            criterion=nn.CrossEntropyLoss(label_smoothing=config.optim.label_smoothing),
+            recompute=config.recompute,
+        )
 
 
 def build_factories(config: TrainConfig, num_classes: int) -> tuple[Objective | None, Momentum | None]:
