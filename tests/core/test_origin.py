@@ -218,9 +218,24 @@ def test_a_compiled_model_is_unwrapped_with_a_word() -> None:
         assert units(compiled, EXAMPLE)[0].name == "conv1"
 
 
+class Adapted(nn.Module):
+    """As peft wraps a network whose layers have adapters."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.base_model = model
+
+    def get_base_model(self) -> nn.Module:
+        return self.base_model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base_model(*args, **kwargs)
+
+
 @pytest.mark.parametrize(
     ("wrap", "message"),
     [
+        (Adapted, r"is a Adapted around .*model\.get_base_model\(\)"),
         (nn.DataParallel, r"is a DataParallel.*model\.module.*DistributedDataParallel\(block\)"),
         (torch.optim.swa_utils.AveragedModel, r"AveragedModel.*update_parameters"),
         (

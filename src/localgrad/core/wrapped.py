@@ -36,6 +36,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
             "model is an AveragedModel, whose weights are averages that nobody trains: give the model itself, and "
             "call update_parameters(model) after each step as before"
         )
+    if callable(getattr(model, "get_base_model", None)):
+        raise LocalGradError(
+            f"model is a {type(model).__name__} around a network with adapters: give model.get_base_model(), which has "
+            "them; `localgrad.isolate` takes it as it is"
+        )
     if isinstance(model, torch.jit.ScriptModule):
         raise LocalGradError(
             f"model is a {type(model).__name__}, which shows no forward pass to cut: give the module that it was "
