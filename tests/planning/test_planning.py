@@ -109,6 +109,7 @@ def test_a_planned_peak_is_that_of_the_real_step(family: str, objective: str, mo
     assert profiled.peak(cuts) == pytest.approx(measured, rel=0.01)
 
 
+@pytest.mark.filterwarnings("ignore:block . .* trains nothing")
 @pytest.mark.parametrize("options", OPTIONS[:3], ids=["float32", "bf16", "recompute"])
 @pytest.mark.parametrize(
     "frozen", ["first units", "all but norms and head", "all but the last unit", "every other unit"]
@@ -128,10 +129,13 @@ def test_frozen_layers_keep_what_they_really_keep(frozen: str, options: dict[str
     arguments = localgrad.dgl(NUM_CLASSES), momentum
     profiled = profile(found, REAL, *arguments, **options)
     for cuts in ([], [1], [2], [4], [1, 3], [0, 1, 2, 3, 4, 5]):
+        if profiled.peak(cuts) == float("inf"):  # nothing for the momentum to follow
+            continue
         measured = step_peak(model, REAL, [found[cut].name for cut in cuts], *arguments, **options)
         assert profiled.peak(cuts) == pytest.approx(measured, rel=0.01), cuts
 
 
+@pytest.mark.filterwarnings("ignore:block . .* trains nothing")
 @pytest.mark.parametrize("frozen", [(), (0, 1), (0, 1, 3, 4)])
 def test_units_whose_output_is_their_input(frozen: tuple[int, ...]) -> None:
     """A map that is changed in place, or looked at otherwise, is there once."""
@@ -236,20 +240,22 @@ def test_more_blocks_take_less_memory_and_the_model_stays_as_it_is() -> None:
     before = {key: value.clone() for key, value in model.state_dict().items()}
     example = torch.empty(64, 3, 32, 32, device="meta")
     rows = plan(model, example, objective=localgrad.dgl(10), num_blocks=[1, 2, 4])
-    assert [(row.num_blocks, row.recompute) for row in rows] == list(itertools.product([1, 2, 4], [False, True]))
+    ways = [(row.num_blocks, row.parts, row.recompute) for row in rows]
+    assert ways == list(itertools.product([1, 2, 4], [1, 4], [False, True]))
+    rows = [row for row in rows if row.parts == 1]
     assert [len(row.cuts) for row in rows] == [0, 0, 1, 1, 3, 3]
     assert rows[0].peak > rows[2].peak > rows[4].peak
     assert rows[0].peak > 2 * rows[1].peak
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     budget = (rows[2].peak + rows[4].peak) // 2
-    small = plan(model, example, objective=localgrad.dgl(10), num_blocks=[1, 2, 4], budget=budget)
+    small = plan(model, example, objective=localgrad.dgl(10), num_blocks=[1, 2, 4], parts=[1], budget=budget)
     assert [row.fits for row in small] == [row.peak <= budget for row in rows]
     assert not small[2].fits
     assert small[4].fits
 
 
 def test_powers_of_two_are_tried_up_to_the_most_that_there_can_be() -> None:
-    rows = plan(cifar_resnet(8), EXAMPLE, objective=localgrad.classifier(10))
+    rows = plan(cifar_resnet(8), EXAMPLE, objective=localgrad.classifier(10), parts=[1])
     assert [row.num_blocks for row in rows if not row.recompute] == [1, 2, 4, 5]
     rows = plan(cifar_resnet(8, NUM_CLASSES), EXAMPLE, objective=OBJECTIVES["infopro"], momentum=localgrad.man())
     assert rows[-1].num_blocks == 4  # after the last residual unit there is only `fc` to copy, which gives a vector
@@ -258,9 +264,9 @@ def test_powers_of_two_are_tried_up_to_the_most_that_there_can_be() -> None:
 def test_the_smallest_number_of_blocks_that_fits_is_among_the_rows() -> None:
     model, example = cifar_resnet(20), torch.empty(64, 3, 32, 32, device="meta")
     dgl = localgrad.dgl(10)
-    every = plan(model, example, objective=dgl, num_blocks=range(1, 6))
+    every = plan(model, example, objective=dgl, num_blocks=range(1, 6), parts=[1])
     budget = next(row.peak for row in every if row.num_blocks == 3 and not row.recompute)
-    rows = plan(model, example, objective=dgl, budget=budget)
+    rows = plan(model, example, objective=dgl, budget=budget, parts=[1])
     assert min(row.num_blocks for row in rows if row.fits and not row.recompute) == 3
     assert min(row.num_blocks for row in rows if row.fits) == min(row.num_blocks for row in every if row.peak <= budget)
 
@@ -284,7 +290,7 @@ def test_what_is_impossible_is_refused_with_what_would_fit() -> None:
         plan(model, EXAMPLE, objective=OBJECTIVES["infopro"], momentum=localgrad.man(), num_blocks=[5])
     with pytest.raises(LocalGradError, match="precision is 'bf16': it is one of '32-true', 'bf16-mixed'"):
         plan(model, EXAMPLE, objective=dgl, precision="bf16")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(LocalGradError, match="cannot be traced"):
+    with pytest.raises(LocalGradError, match="_Branching does not run without data"):
         plan(_Branching(), torch.empty(2, 4), objective=localgrad.classifier(3))
     for precision in ("32-true", "bf16-mixed"):
         with pytest.raises(LocalGradError, match="the objective after 'conv1' cannot be profiled without data"):

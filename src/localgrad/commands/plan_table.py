@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,7 +13,7 @@ from localgrad.config.methods import MOMENTA, OBJECTIVES
 from localgrad.config.schema import ModelConfig
 from localgrad.data.config import MAX_IMAGE_SIZE
 from localgrad.errors import LocalGradError, closest
-from localgrad.planning.plan import PlanRow, plan_rows
+from localgrad.planning.plan import Planner, PlanRow
 from localgrad.planning.simulation import Precision
 from localgrad.results.kinds import Plan, PlannedRow
 from localgrad.results.terminal import print_table
@@ -82,42 +83,46 @@ def plan_model(
     if momentum != "none":
         choices[momentum] = MOMENTA[momentum].factory()
         choices[f"{momentum}, recomputed"] = MOMENTA[momentum].factory(recompute=True)
-    sheets, refusals, known = [], [], {}
+    sheets: list[Sheet] = []
+    refusals: list[tuple[int, LocalGradError]] = []
+    known: dict[Any, Any] = {}
     for label, choice in choices.items():
-        rows, refusal = plan_rows(
+        planner = Planner(
             model,
             example,
+            known=known,
             objective=factory,
             momentum=choice,
-            budget=budget,
-            num_blocks=num_blocks,
-            names=None,
             precision=precision,
             step_each_block=step_each_block,
-            known=known,
         )
+        rows = planner.rows(num_blocks, budget)
         sheets.append(Sheet(label, rows))
-        refusals.append((min(row.peak for row in rows), refusal))
+        refusals.append((min(row.peak for row in rows), planner.nothing_fits(rows, budget or 0)))
     if not any(row.fits for sheet in sheets for row in sheet.rows):
-        raise LocalGradError(min(refusals)[1])
+        raise min(refusals, key=lambda refusal: refusal[0])[1]
     return sheets
 
 
 def show_sheets(title: str, sheets: Sequence[Sheet], budget: int | None) -> None:
-    """Print peaks by number of blocks, kept and checkpointed, and the cuts of the rows to choose from."""
+    """Print peaks by number of blocks and of micro-batches, kept and checkpointed, and the cuts to choose from."""
     size, unit = (2**30, "GiB") if max(row.peak for sheet in sheets for row in sheet.rows) >= 2**30 else (2**20, "MiB")
     lines = []
-    counts = sorted({row.num_blocks for sheet in sheets for row in sheet.rows})
-    for count in counts:
-        cells = []
+    ways = sorted({(row.num_blocks, row.parts) for sheet in sheets for row in sheet.rows})
+    for count, parts in ways:
+        cells: list[str] = []
         for number, sheet in enumerate(sheets):
-            rows = [row for row in sheet.rows if row.num_blocks == count and (count > 1 or number == 0)]
-            cells.append(" | ".join(f"{row.peak / size:.2f}{'*' if budget and row.fits else ''}" for row in rows))
-        lines.append(("end-to-end" if count == 1 else str(count), *cells))
+            rows = [row for row in sheet.rows if (row.num_blocks, row.parts) == (count, parts)]
+            figures = [
+                f"{row.peak / size:.2f}{'*' if budget and row.fits else ''} ({row.operations:.2f})" for row in rows
+            ]
+            cells.append(" | ".join(figures) if count > 1 or number == 0 else "")
+        blocks = "end-to-end" if count == 1 else str(count)
+        lines.append((f"{blocks}, {parts} parts" if parts > 1 else blocks, *cells))
     print_table(
         ["blocks", *(sheet.label for sheet in sheets)],
         lines,
-        title=f"{title}: peak {unit} of a step, activations kept | units checkpointed",
+        title=f"{title}: peak {unit} of a step (operations to end-to-end), activations kept | units checkpointed",
         left=(),
     )
     if budget:
@@ -132,7 +137,7 @@ def _choices(sheets: Sequence[Sheet], budget: int | None) -> dict[str, PlanRow]:
     """For each choice of momentum: the fewest blocks that fit, kept before checkpointed, or those of least memory."""
     choices = {}
     for sheet in sheets:
-        local = [row for row in sheet.rows if row.num_blocks > 1]
+        local = [row for row in sheet.rows if row.num_blocks > 1 and row.parts == 1]
         fitting = [row for row in local if row.fits]
         if budget and fitting:
             best = min(fitting, key=lambda row: (row.recompute, row.num_blocks))
@@ -153,7 +158,7 @@ def write_sheets(folder: Path, title: str, sheets: Sequence[Sheet], budget: int 
 
     make_folder(folder, "give another --output")
     rows = [
-        PlannedRow(sheet.label, row.num_blocks, row.recompute, row.peak, row.cuts, row.fits)
+        PlannedRow(sheet.label, row.num_blocks, row.recompute, row.peak, row.cuts, row.fits, row.parts, row.operations)
         for sheet in sheets
         for row in sheet.rows
     ]

@@ -136,7 +136,8 @@ def _samples(model: nn.Module, example: Tensor) -> Tensor:
     ran: list[Tensor] = []
     failures: list[Exception] = []
     for samples in candidates:
-        with seeded(own.device):
+        with seeded(own.device), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             try:
                 output = model(samples.clone())
             except Exception as error:  # of whatever class: the model does not take them

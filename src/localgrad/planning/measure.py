@@ -1,4 +1,4 @@
-"""Peak memory of a function, measured by its live tensor storages."""
+"""Peak memory of a function, measured by its live tensor storages, and its operations."""
 
 import weakref
 from collections.abc import Callable
@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from localgrad.core.trees import leaves
 
@@ -53,6 +54,33 @@ class PeakMemory(TorchDispatchMode):
 
     def _freed(self, size: int) -> None:
         self.current -= size
+
+
+class Operations(TorchDispatchMode):
+    """Counts the floating-point operations of matrix products, convolutions and attention; a multiply-add is two.
+
+    Attributes:
+        total: of what has run inside.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        kind = func._overloadpacket
+        formula = flop_registry.get(_SAME_FORMULA.get(kind, kind))
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+_ATEN = torch.ops.aten
+_SAME_FORMULA = {  # which torch's registry leaves out
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: _ATEN._scaled_dot_product_flash_attention,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _ATEN._scaled_dot_product_flash_attention_backward,
+}
 
 
 def measure_peak(function: Callable[[], Result], device: torch.device = CPU) -> tuple[Result, int]:

@@ -22,6 +22,7 @@ class Pass:
         forward: the most that is alive during its forward pass beyond the input.
         backward: the most that is alive during its backward pass, its own kept bytes included, beyond the input.
         backward_last: the same where it is the last of a block and its output stays.
+        operations: floating-point operations of both, with those of a second forward pass where it is recomputed.
     """
 
     kept: int
@@ -31,6 +32,7 @@ class Pass:
     forward: int
     backward: int
     backward_last: int
+    operations: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class EndProfile:
         forward_frozen: as `forward` where nothing before them is trained, so that the features need no gradient.
         backward_frozen: as `backward`, likewise.
         refused: why they cannot sit, where they cannot.
+        operations: floating-point operations of forward and backward pass.
     """
 
     lasting: float
@@ -73,6 +76,10 @@ class EndProfile:
     forward_frozen: int
     backward_frozen: int
     refused: str = ""
+    operations: int = 0
+
+
+NO_END = EndProfile(0, 0, 0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -85,12 +92,15 @@ class Profile:
             first, a middle and the last local block, since an objective may differ between them.
         batch: bytes of inputs and targets.
         step_each_block: whether a block's gradients are gone before the next block's forward pass.
+        parts: number of micro-batches, one of which was profiled. A block passes all of them, and adds up their
+            gradients, before the next block starts.
     """
 
     units: tuple[UnitProfile, ...]
     ends: tuple[tuple[EndProfile, ...], tuple[EndProfile, ...], tuple[EndProfile, ...]]
     batch: int
     step_each_block: bool = False
+    parts: int = 1
 
     def ends_of(self, index: int, num_blocks: int) -> tuple[EndProfile, ...]:
         """What a block with this index may end in."""
@@ -130,24 +140,35 @@ class Profile:
         backward: list[float] = []
         alive_input = 0
         for position, (here, after) in enumerate(zip(passes, [*passes[1:], None], strict=True), start=start):
-            unit, end = self.units[position], ends[position]
+            unit, end = self.units[position], self._end(ends, start, position)
             forward_peak = max(forward_peak, level + caller + casts + alive_input + here.forward)
             casts += here.casts
             last, before = level + here.backward_last, level + here.backward
             level += here.kept
             held = unit.output  # the block's own output stays alive while it is trained
             gradients = self._gradients_before[position + 1]
-            frozen = gradients == self._gradients_before[start]
+            own = gradients - self._gradients_before[start]
+            frozen = own == 0
             forward, back = (end.forward_frozen, end.backward_frozen) if frozen else (end.forward, end.backward)
             at_end = level + held + max(caller + casts + forward, back)
             earlier = (peak + held - self._gradients_before[start + 1 + i] for i, peak in enumerate(backward))
             worst = max([last - gradients, *earlier]) + gradients
+            peak = max(forward_peak, at_end, worst + end.gradients) + (self.parts - 1) * entry
+            if self.parts > 1:  # after the first part all gradients are there, and some parts have passed the block
+                worst = max([last, *(each + held for each in backward)])
+                others = max((self.parts - 1) * held, (self.parts - 2) * entry + held)
+                peak = max(peak, max(forward_peak, at_end, worst) + own + end.gradients + others)
+            peaks.append(peak)
             backward.append(before)
-            peaks.append(max(forward_peak, at_end, worst + end.gradients))
             kept = unit.output if here.keeps_output or (after is not None and after.keeps_input) else 0
             level += kept
             alive_input = unit.output - kept
         return peaks
+
+    def _end(self, ends: Sequence[EndProfile], start: int, stop: int) -> EndProfile:
+        """What a block of these units ends in: nothing where they train nothing and it is not the last."""
+        trains = self._gradients_before[stop + 1] > self._gradients_before[start]
+        return ends[stop] if trains or stop == len(self.units) - 1 else NO_END
 
     def _passes_from(self, start: int) -> list[Pass]:
         """Of each unit of a block from `start`: no gradient goes back beyond its first trained one."""
@@ -166,9 +187,19 @@ class Profile:
             peak = self.peaks_from(start, ends)[stop - start]
             worst = max(worst, gradients + self._waiting(start) + peak)
             if index < len(cuts):
-                lasting += ends[stop].lasting
-                gradients += 0 if self.step_each_block else ends[stop].gradients
+                end = self._end(ends, start, stop)
+                lasting += end.lasting
+                gradients += 0 if self.step_each_block else end.gradients
         return lasting + worst
+
+    def operations(self, cuts: Sequence[int]) -> int:
+        """Floating-point operations of a step with blocks that end after these units."""
+        starts, stops = [0, *(cut + 1 for cut in cuts)], [*cuts, len(self.units) - 1]
+        total = 0
+        for index, (start, stop) in enumerate(zip(starts, stops, strict=True)):
+            total += sum(each.operations for each in self._passes_from(start)[: stop - start + 1])
+            total += self._end(self.ends_of(index, len(stops)), start, stop).operations
+        return self.parts * total
 
     def best_cuts(self, num_blocks: int) -> list[int]:
         """The cuts into K blocks with the smallest peak.
@@ -195,21 +226,21 @@ class Profile:
             table = tables[ends]
             stops = [last] if blocks == num_blocks else range(blocks - 1, last)
             for stop in stops:
-                end = ends[stop] if stop < last else EndProfile(0, 0, 0, 0, 0, 0)
-                if end.lasting == INFINITE:
-                    continue
-                left = 0 if self.step_each_block else end.gradients
-                choices = [
-                    (
-                        lasting + end.lasting,
-                        waiting + left,
-                        max(worst, waiting + self._waiting(cut + 1) + table[cut + 1][stop - cut - 1]),
-                        (*cuts, stop),
-                    )
-                    for cut, front in fronts.items()
-                    if cut < stop
-                    for lasting, waiting, worst, cuts in front
-                ]
+                choices: list[tuple[float, int, float, tuple[int, ...]]] = []
+                for cut, front in fronts.items():
+                    end = self._end(ends, cut + 1, stop) if cut < stop < last else NO_END
+                    if cut >= stop or end.lasting == INFINITE:
+                        continue
+                    left = 0 if self.step_each_block else end.gradients
+                    choices += [
+                        (
+                            lasting + end.lasting,
+                            waiting + left,
+                            max(worst, waiting + self._waiting(cut + 1) + table[cut + 1][stop - cut - 1]),
+                            (*cuts, stop),
+                        )
+                        for lasting, waiting, worst, cuts in front
+                    ]
                 if choices:
                     longer[stop] = _pareto(choices)
             fronts = longer

@@ -1,27 +1,30 @@
 """The planner: the peak memory of a step for each number of blocks, with the cuts that make it smallest."""
 
-import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from localgrad.core.meta import to_meta
 from localgrad.core.momentum import Momentum
 from localgrad.core.partition import check_num_blocks
-from localgrad.core.site import Objective
-from localgrad.core.units import Unit, check_example, check_model, units
+from localgrad.core.site import Criterion, Objective
+from localgrad.core.units import check_example, check_model, units, why_whole
 from localgrad.errors import CannotSitError, DoesNotFitError, SettingsError
 from localgrad.planning.peaks import Profile
 from localgrad.planning.profile import profile
 from localgrad.planning.simulation import Precision, check_precision
 
+USUAL_PARTS = 4
+
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One way to train a model, and the memory that a step takes.
+    """One way to train a model, the memory that a step takes, and what it computes.
 
     Attributes:
         num_blocks: K; 1 is end-to-end.
@@ -29,6 +32,10 @@ class PlanRow:
         recompute: whether every unit is checkpointed, `split(recompute=True)`.
         peak: bytes of weights, gradients, optimizer state, activations, auxiliary networks and temporary tensors.
         fits: whether the peak is within the budget; True without one.
+        parts: number of micro-batches, `local_step(parts=...)`; 1 is the whole batch at once. With K = 1 it is
+            gradient accumulation as everybody knows it.
+        operations: floating-point operations of forward and backward passes, over those of end-to-end training with
+            the whole batch: about what the step takes of time, on a device that is busy.
     """
 
     num_blocks: int
@@ -36,6 +43,8 @@ class PlanRow:
     recompute: bool
     peak: int
     fits: bool
+    parts: int = 1
+    operations: float = 1.0
 
 
 def plan(
@@ -46,9 +55,13 @@ def plan(
     momentum: Momentum | None = None,
     budget: int | None = None,
     num_blocks: Sequence[int] | None = None,
+    parts: Sequence[int] | None = None,
     names: Sequence[str] | None = None,
     precision: Precision = "32-true",
     step_each_block: bool = False,
+    channel_dim: int | Mapping[str, int] | None = None,
+    targets: Any = None,
+    criterion: Criterion = F.cross_entropy,
 ) -> list[PlanRow]:
     """Predict the peak memory of a training step, and find the cuts that make it smallest, without running it.
 
@@ -57,8 +70,11 @@ def plan(
     follows by addition. Counted: weights, gradients, one buffer of optimizer state a parameter, activations, auxiliary
     networks, temporary tensors, the batch. Not counted: what a convolution takes as workspace, and fragmentation.
 
+    Beside local learning stand the ways to save memory that change no gradient: activation checkpointing, gradient
+    accumulation, and both. Where a batch may be parted, compare K blocks with these rows of K = 1.
+
     Args:
-        model: as for `split`; it is not changed.
+        model: as for `split`; it is not changed. A model that `isolate` cuts is measured by `isolated_peak`.
         example: a batch of the size to train with, such as `torch.empty(128, 3, 224, 224, device="meta")`. In bf16 its
             device decides whose autocast is meant: the processor's for an example on the CPU, else CUDA's.
         objective: the local objective.
@@ -66,130 +82,150 @@ def plan(
         budget: bytes that a step may take.
         num_blocks: the K to try; 1, 2, 4, 8, ... up to the most that there can be if not given, and the smallest that
             fits the budget. K = 1 is end-to-end.
+        parts: the numbers of micro-batches to try, as in `local_step`; 1 and 4 if not given, where each of four has two
+            samples. Losses of a whole batch (PredSim, contrast) and batch norm see a micro-batch.
         names: the units by name, for a model that cannot be traced.
         precision: `"32-true"`, or `"bf16-mixed"` for weights in float32 and each block's forward pass under bf16
             autocast, as the trainer runs it.
         step_each_block: as in `local_step`.
+        channel_dim: as in `split`.
+        targets: an example of what objective and criterion take; classes `(N,)` if None.
+        criterion: loss of the model's output, as in `split`.
 
     Returns:
-        Two rows a K, without and with `recompute`, in the order of `num_blocks`, else ascending, where the first row
-        that fits has the smallest K.
+        For each K, in the order of `num_blocks`, else ascending, a row for each of `parts` without and with
+        `recompute`. Without `num_blocks` the first row that fits has the smallest K.
 
     Raises:
         LocalGradError: the budget is not positive, or less than any row takes (the message names the largest unit and
             what would fit), a K is out of range, the precision is unknown, the model cannot be split, or a unit or
             objective cannot run on tensors without data.
     """
-    rows, refusal = plan_rows(
+    planner = Planner(
         model,
         example,
+        parts,
+        names,
+        channel_dim,
         objective=objective,
         momentum=momentum,
-        budget=budget,
-        num_blocks=num_blocks,
-        names=names,
         precision=precision,
         step_each_block=step_each_block,
+        targets=targets,
+        criterion=criterion,
     )
+    rows = planner.rows(num_blocks, budget)
     if not any(row.fits for row in rows):
-        raise DoesNotFitError(refusal)
+        raise planner.nothing_fits(rows, budget or 0)
     return rows
 
 
-def plan_rows(
-    model: nn.Module,
-    example: Tensor,
-    *,
-    objective: Objective,
-    momentum: Momentum | None,
-    budget: int | None,
-    num_blocks: Sequence[int] | None,
-    names: Sequence[str] | None,
-    precision: Precision,
-    step_each_block: bool,
-    known: dict[Any, Any] | None = None,
-) -> tuple[list[PlanRow], str]:
-    """The rows of `plan`, whether one fits or not, and what to say where none does; `known` as in `profile`."""
-    if budget is not None and (not isinstance(budget, int) or budget <= 0):
-        raise SettingsError(f"budget is {budget!r}: give a whole number of bytes more than 0, such as 8 * 2**30")
-    if not callable(objective):
-        raise SettingsError(f"objective is {objective!r}: give a factory, such as localgrad.dgl(num_classes=10)")
-    if num_blocks is not None and not isinstance(num_blocks, Sequence):
-        raise SettingsError(f"num_blocks is {num_blocks!r}: give the numbers to try, such as [2, 4, 8]")
-    check_model(model)
-    check_example(example)
-    check_precision(precision)
-    blueprint = copy.deepcopy(model).to("meta").train()
-    found = units(blueprint, torch.empty_like(example, device="meta"), names)
-    known = {} if known is None else known
-    profiles = [
-        profile(
-            found,
-            example,
-            objective,
-            momentum,
-            recompute=recompute,
-            precision=precision,
-            step_each_block=step_each_block,
-            known=known,
-        )
-        for recompute in (False, True)
-    ]
-    most = profiles[0].most_blocks
-    if num_blocks:
-        counts = num_blocks
-        _check_counts(counts, found, profiles[0])
-    else:
-        powers = (2**power for power in range(1, 12))
-        counts = sorted({1, *(power for power in powers if power < most), most, *_fewest(profiles, budget)})
-    rows = []
-    for count in counts:
-        for recompute, profiled in zip((False, True), profiles, strict=True):
-            ends = profiled.best_cuts(count)
-            peak = round(profiled.peak(ends))
-            cuts = tuple(found[end].name for end in ends)
-            rows.append(PlanRow(count, cuts, recompute, peak, budget is None or peak <= budget))
-    return rows, _refusal(budget or 0, rows, found, profiles, len(example))
+class Planner:
+    """A model profiled in every way that may be compared; rows follow by addition.
 
+    Args:
+        model: as for `plan`, like `example`, `parts`, `names`, `channel_dim`.
+        known: profiles of parts, to be shared by planners that have some in common.
+        settings: of `profile`.
+    """
 
-def _fewest(profiles: Sequence[Profile], budget: int | None) -> set[int]:
-    """The smallest number of blocks that fits, without and with `recompute`, where one does."""
-    if budget is None:
-        return set()
-    fitting = (
-        (count for count in range(1, profiled.most_blocks + 1) if profiled.peak(profiled.best_cuts(count)) <= budget)
-        for profiled in profiles
-    )
-    return {count for counts in fitting if (count := next(counts, None)) is not None}
-
-
-def _check_counts(counts: Sequence[int], found: Sequence[Unit], profiled: Profile) -> None:
-    """Refuse a number of blocks that the units, or the places where an objective may sit, do not make."""
-    for count in counts:
-        check_num_blocks(count, len(found))
-        if count > profiled.most_blocks:
-            ends = profiled.ends[1][:-1]
-            refused = {unit.name: end.refused for unit, end in zip(found, ends, strict=False) if end.refused}
-            raise CannotSitError(
-                f"num_blocks is {count}: momentum and objective cannot sit after {', '.join(refused)}, which leaves "
-                f"1 to {profiled.most_blocks} blocks; ask for fewer, or for another objective "
-                f"({'; '.join(dict.fromkeys(refused.values()))})"
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Tensor,
+        parts: Sequence[int] | None = None,
+        names: Sequence[str] | None = None,
+        channel_dim: int | Mapping[str, int] | None = None,
+        *,
+        known: dict[Any, Any] | None = None,
+        **settings: Any,
+    ) -> None:
+        if not callable(settings["objective"]):
+            raise SettingsError(
+                f"objective is {settings['objective']!r}: give a factory, such as localgrad.dgl(num_classes=10)"
             )
+        check_model(model)
+        check_example(example)
+        check_precision(settings["precision"])
+        if parts is None:
+            parts = (1, USUAL_PARTS) if len(example) >= 2 * USUAL_PARTS else (1,)
+        if not parts or any(type(number) is not int or not 1 <= number <= len(example) for number in parts):
+            raise SettingsError(
+                f"parts is {parts!r}: give numbers of micro-batches from 1 to {len(example)}, as [1, 4]"
+            )
+        blueprint = to_meta(model).train()
+        self.found = units(blueprint, torch.empty_like(example, device="meta"), names, channel_dim=channel_dim)
+        self.samples = len(example)
+        known = {} if known is None else known
 
+        def profiled(number: int, recompute: bool) -> Profile:
+            return profile(self.found, example, recompute=recompute, parts=number, known=known, **settings)
 
-def _refusal(
-    budget: int, rows: Sequence[PlanRow], found: Sequence[Unit], profiles: Sequence[Profile], batch: int
-) -> str:
-    least = min(rows, key=lambda row: row.peak)
-    profiled = profiles[least.recompute]
-    weights = sum(unit.lasting + unit.gradients for unit in profiled.units)
-    worst = max(range(len(found)), key=lambda position: profiled.units[position].first.backward_last)
-    return (
-        f"budget is {readable(budget)}, and {batch} samples a step take at least {readable(least.peak)} "
-        f"({least.num_blocks} blocks{', recomputed' if least.recompute else ''}): {readable(weights)} are "
-        f"weights, gradients and optimizer state, and the unit {found[worst].name!r} alone needs "
-        f"{readable(profiled.units[worst].first.backward_last)}; give {readable(least.peak)} or a smaller batch"
-    )
+        self.profiles = {(number, each): profiled(number, each) for number in parts for each in (False, True)}
+        self.plain = self.profiles[1, False] if 1 in parts else profiled(1, False)
+
+    def rows(self, num_blocks: Sequence[int] | None, budget: int | None) -> list[PlanRow]:
+        """The rows of `plan`, whether one fits or not."""
+        if budget is not None and (not isinstance(budget, int) or budget <= 0):
+            raise SettingsError(f"budget is {budget!r}: give a whole number of bytes more than 0, such as 8 * 2**30")
+        if num_blocks is not None and not isinstance(num_blocks, Sequence):
+            raise SettingsError(f"num_blocks is {num_blocks!r}: give the numbers to try, such as [2, 4, 8]")
+        most = self.plain.most_blocks
+        if num_blocks:
+            counts = num_blocks
+            self._check_counts(counts)
+        else:
+            powers = (2**power for power in range(1, 12))
+            counts = sorted({1, *(power for power in powers if power < most), most, *self._fewest(budget)})
+        rows: list[PlanRow] = []
+        end_to_end = self.plain.operations([])
+        for count in counts:
+            for (number, recompute), profiled in self.profiles.items():
+                ends = profiled.best_cuts(count)
+                peak = round(profiled.peak(ends))
+                cuts = tuple(self.found[end].name for end in ends)
+                operations = profiled.operations(ends) / end_to_end if end_to_end else 1.0
+                rows.append(PlanRow(count, cuts, recompute, peak, budget is None or peak <= budget, number, operations))
+        return rows
+
+    def _fewest(self, budget: int | None) -> set[int]:
+        """The smallest number of blocks that fits, each way, where one does."""
+        if budget is None:
+            return set()
+        fitting = (
+            (count for count in range(1, each.most_blocks + 1) if each.peak(each.best_cuts(count)) <= budget)
+            for each in self.profiles.values()
+        )
+        return {count for counts in fitting if (count := next(counts, None)) is not None}
+
+    def _check_counts(self, counts: Sequence[int]) -> None:
+        """Refuse a number of blocks that the units, or the places where an objective may sit, do not make."""
+        most = self.plain.most_blocks
+        for count in counts:
+            check_num_blocks(count, len(self.found), why_whole(self.found))
+            if count > most:
+                ends = self.plain.ends[1][:-1]
+                refused = {unit.name: end.refused for unit, end in zip(self.found, ends, strict=False) if end.refused}
+                raise CannotSitError(
+                    f"num_blocks is {count}: momentum and objective cannot sit after {', '.join(refused)}, which "
+                    f"leaves 1 to {most} blocks; ask for fewer, or for another objective "
+                    f"({'; '.join(dict.fromkeys(refused.values()))})"
+                )
+
+    def nothing_fits(self, rows: Sequence[PlanRow], budget: int) -> DoesNotFitError:
+        """What to say where no row fits."""
+        least = min(rows, key=lambda row: row.peak)
+        found = self.profiles[least.parts, least.recompute].units
+        weights = sum(unit.lasting + unit.gradients for unit in found)
+        worst = max(range(len(found)), key=lambda position: found[position].first.backward_last)
+        how = f"{least.num_blocks} blocks" if least.num_blocks > 1 else "end-to-end"
+        how += f", in {least.parts} parts" if least.parts > 1 else ""
+        return DoesNotFitError(
+            f"budget is {readable(budget)}, and {self.samples} samples a step take at least {readable(least.peak)} "
+            f"({how}{', recomputed' if least.recompute else ''}): {readable(weights)} are weights, gradients and "
+            f"optimizer state, and the unit {self.found[worst].name!r} alone needs "
+            f"{readable(found[worst].first.backward_last)}; give {readable(least.peak)} or a smaller batch"
+        )
 
 
 def readable(count: float) -> str:

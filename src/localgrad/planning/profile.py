@@ -12,13 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from localgrad.core.auxiliary import build_auxiliary
+from localgrad.core.costs import without_data
 from localgrad.core.meta import to_meta
 from localgrad.core.momentum import Momentum
 from localgrad.core.recompute import recomputed
-from localgrad.core.site import Objective
+from localgrad.core.site import Criterion, Objective
+from localgrad.core.trees import leaves
 from localgrad.core.units import Unit
 from localgrad.errors import CannotSitError, LocalGradError
-from localgrad.planning.measure import PeakMemory
+from localgrad.planning.measure import Operations, PeakMemory
 from localgrad.planning.peaks import INFINITE, EndProfile, Pass, Profile, UnitProfile
 from localgrad.planning.simulation import Precision, Simulation
 
@@ -32,6 +34,9 @@ def profile(
     recompute: bool = False,
     precision: Precision = "32-true",
     step_each_block: bool = False,
+    parts: int = 1,
+    targets: Any = None,
+    criterion: Criterion = F.cross_entropy,
     known: dict[Any, Any] | None = None,
 ) -> Profile:
     """Profile every unit, and every place where a block may end, on tensors without data: nothing is computed.
@@ -45,16 +50,27 @@ def profile(
         recompute: with activation checkpointing of each unit.
         precision: `"32-true"`, or `"bf16-mixed"` for each block's forward pass under bf16 autocast.
         step_each_block: as in `local_step`.
+        parts: likewise; the largest micro-batch is profiled.
+        targets: an example of what objective and criterion take; classes `(N,)` if None.
+        criterion: loss of the model's output.
         known: what earlier calls have profiled, filled further; to be shared by calls that have parts in common.
     """
     simulation = Simulation(precision, example.device.type)
     on_meta = [replace(unit, module=to_meta(unit.module).train()) for unit in found]
     with simulation.running():
-        inputs = torch.empty(example.shape, dtype=example.dtype, device=simulation.device)
-        targets = torch.zeros(len(example), dtype=torch.long, device=simulation.device)
-    setting = (precision, simulation.cuda_rules, example.shape, example.dtype)
+        samples = -(-len(example) // parts)
+        inputs = torch.empty((samples, *example.shape[1:]), dtype=example.dtype, device=simulation.device)
+        wanted = without_data(targets, len(example), samples, simulation.device)
+        whole = without_data(targets, len(example), len(example), torch.device("meta"))
+    part = torch.empty(inputs.shape, dtype=example.dtype, device="meta")
+    batch = example.nbytes + sum(leaf.nbytes for leaf in leaves(whole) if isinstance(leaf, Tensor))
+    model = found[0].frozen.model
+    model = None if model is None or objective is None else to_meta(model)
+    setting = (precision, simulation.cuda_rules, inputs.shape, example.dtype, parts > 1)
     known = {} if known is None else known
-    features, profiles = inputs, []
+    counted = {id(parameter) for unit in on_meta for parameter in unit.module.parameters()}
+    features = inputs
+    profiles: list[UnitProfile] = []
     ends: list[list[EndProfile]] = [[], [], []]
     for position, unit in enumerate(on_meta):
         shared = bool(profiles) and profiles[-1].inner.keeps_output  # the input stays for the unit before
@@ -63,7 +79,8 @@ def profile(
             module = copy.deepcopy(unit.module)  # the next block's first unit is copied from `meta`
             with simulation.running(), _explained(f"the unit {unit.name!r}"):
                 placed = simulation.place(module)
-                known[key] = _profile_unit(placed, features, recompute, shared, unit.writes_input, simulation)
+                run = partial(_run_unit, placed, features, recompute, unit.writes_input, parts > 1, simulation)
+                known[key] = _profile_unit(placed, features, shared, run, simulation)
         profiled, shape, dtype = known[key]
         with simulation.running():
             features = torch.empty(shape, dtype=dtype, device=simulation.device)
@@ -71,17 +88,21 @@ def profile(
         rest = on_meta[position + 1 :]
         following = rest[:-1] or rest
         for role in range(3):
-            modules = _auxiliary(unit, following, rest, example, role, objective, momentum) if following else []
+            modules: list[nn.Module] | str = []
+            if following:
+                modules = _auxiliary(unit, following, rest, part, role, objective, momentum, criterion, model)
             if isinstance(modules, str):
                 ends[role].append(EndProfile(INFINITE, 0, 0, 0, 0, 0, refused=modules))
                 continue
+            # what copies share with the unit that they follow is there once; before the module gets other tensors
+            shared = sum(p.nbytes for module in modules for p in module.parameters() if id(p) in counted)
             key = ("end", *setting, shape, dtype, *map(_signature, modules))
             if key not in known:
                 with simulation.running(), _explained(f"the objective after {unit.name!r}"):
-                    known[key] = _profile_end(modules, features, targets, inputs, simulation)
-            ends[role].append(known[key])
+                    known[key] = _profile_end(modules, features, wanted, inputs, criterion, parts > 1, simulation)
+            ends[role].append(replace(known[key], lasting=known[key].lasting - shared))
     first, middle, last = map(tuple, ends)
-    return Profile(tuple(profiles), (first, middle, last), inputs.nbytes + targets.nbytes, step_each_block)
+    return Profile(tuple(profiles), (first, middle, last), batch, step_each_block, parts)
 
 
 @contextmanager
@@ -98,7 +119,7 @@ def _explained(what: str) -> Iterator[None]:
             ) from error
         raise LocalGradError(
             f"{what} cannot be profiled without data ({str(error).strip().splitlines()[0]}): what a forward pass keeps "
-            "must follow from shapes alone; measure a real step with localgrad.memory.step_peak instead"
+            "must follow from shapes alone; measure a real step with localgrad.planning.step_peak instead"
         ) from error
 
 
@@ -147,12 +168,11 @@ class _After(torch.autograd.Function):
 
 
 def _profile_unit(
-    module: nn.Module, features: Tensor, recompute: bool, shared: bool, writes_input: bool, simulation: Simulation
+    module: nn.Module, features: Tensor, shared: bool, run: Callable[..., Pass], simulation: Simulation
 ) -> tuple[UnitProfile, torch.Size, torch.dtype]:
     """The profile, and the shape and dtype of the output."""
     with torch.no_grad(), simulation.forward_pass():
         result = module(features.clone())
-    run = partial(_run_unit, module, features, recompute, writes_input, simulation)
     output = result.untyped_storage().nbytes()
     inner, first = run(), run(first=True)
     if shared:
@@ -172,6 +192,7 @@ def _run_unit(
     features: Tensor,
     recompute: bool,
     writes_input: bool,
+    accumulates: bool,
     simulation: Simulation,
     *,
     first: bool = False,
@@ -182,10 +203,10 @@ def _run_unit(
 
     `first`: its input needs no gradient. `shared`: its input stays, for the unit before. `last`: its output stays.
     """
-    module.zero_grad(set_to_none=True)
+    _set_gradients(module, accumulates)
     anchor = torch.zeros((), device=features.device, requires_grad=True)
-    counter = PeakMemory()
-    with counter:
+    counter, operations = PeakMemory(), Operations()
+    with operations, counter:
         entry: Any = torch.empty_like(features) if first else _Before.apply(anchor, features)
         size = counter.current
         counter.peak = size
@@ -212,7 +233,13 @@ def _run_unit(
             rest.backward()
             backward = counter.peak - size * keeps_input
     del held
-    return Pass(kept, keeps_input, keeps_output, casts, forward, backward, backward_last=backward)
+    return Pass(kept, keeps_input, keeps_output, casts, forward, backward, backward, operations.total)
+
+
+def _set_gradients(module: nn.Module, accumulates: bool) -> None:
+    """None, or those of the micro-batches before."""
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter) if accumulates and parameter.requires_grad else None
 
 
 def _auxiliary(
@@ -223,39 +250,49 @@ def _auxiliary(
     role: int,
     objective: Objective | None,
     momentum: Momentum | None,
+    criterion: Criterion,
+    model: nn.Module | None,
 ) -> list[nn.Module] | str:
     """Momentum and objective of the first, a middle or the last local block; why not, if it cannot end here."""
     if objective is None:
         return "there is no objective"
     try:
-        branches, head = build_auxiliary(unit, following, rest, example, role, 4, objective, momentum)
+        branches, head = build_auxiliary(unit, following, rest, example, role, 4, objective, momentum, criterion, model)
     except CannotSitError as error:
         return str(error)
     return [head] if branches is None else [branches, head]
 
 
 def _profile_end(
-    modules: Sequence[nn.Module], features: Tensor, targets: Tensor, inputs: Tensor, simulation: Simulation
+    modules: Sequence[nn.Module],
+    features: Tensor,
+    targets: Any,
+    inputs: Tensor,
+    criterion: Criterion,
+    accumulates: bool,
+    simulation: Simulation,
 ) -> EndProfile:
-    """Of momentum and objective, or of the cross-entropy of the model's output where there are none."""
+    """Of momentum and objective, or of the criterion of the model's output where there are none."""
     modules = [simulation.place(module) for module in modules]
     trained = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
     passes: list[int] = []
+    total: list[int] = []
     for needs_gradient in (True, False):
-        for parameter in trained:
-            parameter.grad = None
+        for module in modules:
+            _set_gradients(module, accumulates)
         entry = torch.empty_like(features, requires_grad=needs_gradient)
-        counter = PeakMemory()
-        with counter:
+        counter, operations = PeakMemory(), Operations()
+        with operations, counter:
             with simulation.forward_pass():
                 mixed = modules[0](entry) if len(modules) == 2 else entry
-                loss = modules[-1](mixed, targets, inputs) if modules else F.cross_entropy(mixed, targets)
+                loss = modules[-1](mixed, targets, inputs) if modules else criterion(mixed, targets)
                 passes.append(counter.peak)
             del mixed
             counter.peak = counter.current
             if loss.requires_grad:
                 loss.backward()
         passes.append(counter.peak)
+        total.append(operations.total)
     forward, backward, forward_frozen, backward_frozen = passes
     return EndProfile(
         lasting=sum(map(_lasting, modules)),
@@ -264,6 +301,7 @@ def _profile_end(
         backward=backward,
         forward_frozen=forward_frozen,
         backward_frozen=backward_frozen,
+        operations=total[0],
     )
 
 

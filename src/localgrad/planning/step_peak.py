@@ -2,19 +2,22 @@
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from localgrad.core.costs import without_data
 from localgrad.core.momentum import Momentum
-from localgrad.core.site import Objective
+from localgrad.core.site import Criterion, Objective
 from localgrad.core.split import split
 from localgrad.core.step import local_step
+from localgrad.core.trees import leaves
 from localgrad.planning.measure import measure_peak
 from localgrad.planning.simulation import Precision
 
 
-# --- peak of a step --------------------------------------------------------------------------------------------------
 def step_peak(
     model: nn.Module,
     example: Tensor,
@@ -26,7 +29,10 @@ def step_peak(
     recompute: bool = False,
     precision: Precision = "32-true",
     step_each_block: bool = False,
+    parts: int = 1,
     reach: int = 1,
+    targets: Any = None,
+    criterion: Criterion = F.cross_entropy,
 ) -> int:
     """Peak bytes of a `local_step` of a copy of the model, with SGD and all that lives in it included.
 
@@ -39,7 +45,9 @@ def step_peak(
         cuts: as for `split`, like `objective`, `momentum`, `names` and `recompute`.
         precision: `"bf16-mixed"` runs each block's forward pass under autocast; `meta` has none.
         step_each_block: as in `local_step`.
-        reach: as in `local_step`.
+        parts: as in `local_step`, like `reach`.
+        targets: an example of what objective and criterion take, as many as `example`; classes `(N,)` if None.
+        criterion: loss of the model's output.
     """
     device = example.device
     blocks = split(
@@ -50,22 +58,26 @@ def step_peak(
         momentum=momentum,
         names=names,
         recompute=recompute,
+        criterion=criterion,
+        targets=targets,
     )
     if precision == "bf16-mixed":
         for block in blocks:
             block.forward = torch.autocast(device.type, torch.bfloat16)(block.forward)
+    trained = [block.trainable_parameters() for block in blocks]
     optimizers = [
-        torch.optim.SGD(block.trainable_parameters(), lr=0.01, momentum=0.9, fused=not example.is_meta)
-        for block in blocks
+        torch.optim.SGD(parameters, lr=0.01, momentum=0.9, fused=not example.is_meta) if parameters else None
+        for parameters in trained
     ]
-    inputs, targets = torch.zeros_like(example), torch.zeros(len(example), dtype=torch.long, device=device)
+    inputs, wanted = torch.zeros_like(example), without_data(targets, len(example), len(example), device)
 
     def step() -> None:
-        local_step(blocks, optimizers, inputs, targets, step_each_block=step_each_block, reach=reach)
+        local_step(blocks, optimizers, inputs, wanted, step_each_block=step_each_block, parts=parts, reach=reach)
 
     step()
     _, peak = measure_peak(step, device)
-    lasting = [inputs, targets, *(tensor for block in blocks for tensor in (*block.parameters(), *block.buffers()))]
-    for optimizer in optimizers:
+    given = [leaf for leaf in leaves(wanted) if isinstance(leaf, Tensor)]
+    lasting = [inputs, *given, *(tensor for block in blocks for tensor in (*block.parameters(), *block.buffers()))]
+    for optimizer in filter(None, optimizers):
         lasting += [value for state in optimizer.state.values() for value in state.values() if value is not None]
     return peak + sum({tensor.untyped_storage(): tensor.nbytes for tensor in lasting}.values())

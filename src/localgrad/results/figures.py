@@ -322,7 +322,9 @@ def planned_peaks(plan: Plan) -> Drawn:
     drawn: dict[str, dict[int, float]] = {}
     for position, training in enumerate(trainings):
         for recompute in (False, True):
-            rows = [row for row in plan.rows if row.training == training and row.recompute is recompute]
+            rows = [
+                row for row in plan.rows if row.training == training and row.recompute is recompute and row.parts == 1
+            ]
             if not rows:
                 continue
             label = training + (", units checkpointed" if recompute else "")

@@ -134,6 +134,10 @@ class PlannedRow:
     """Units after which gradients are isolated."""
     fits: bool = True
     """Whether the peak is within the budget."""
+    parts: int = 1
+    """Number of micro-batches."""
+    operations: float | None = None
+    """Floating-point operations, over those of end-to-end training with the whole batch."""
 
 
 @dataclass(frozen=True, kw_only=True)

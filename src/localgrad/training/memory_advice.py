@@ -48,7 +48,9 @@ def memory_advice(config: TrainConfig, num_classes: int, cuts: list[str], capaci
         most = len(units(model, example))
         counts = [count for count in (2, 4, 8, 16, 32) if count < most] + [most]
         local = objective or build_planned(DEFAULT_OBJECTIVE, num_classes, config.data.image_size)
-        rows = plan(model, example, objective=local, momentum=momentum, num_blocks=counts, step_each_block=each)
+        rows = plan(
+            model, example, objective=local, momentum=momentum, num_blocks=counts, parts=[1], step_each_block=each
+        )
     except (LocalGradError, RuntimeError) as error:
         return f"no plan could be made ({str(error).partition(chr(10))[0]}); {smaller}"
     rows = [row for row in rows if row.recompute is config.recompute]
