@@ -3,12 +3,14 @@
     python benchmarks/isolate.py -o results/isolate.json
 
 Both train the same cuts on the same batch, SGD with momentum, one optimizer a block; the end-to-end loop is a third
-row. The rows take turns, a step each, and a ratio is the median over the rounds of one time over the other of the same
-round. Peak memory is that of a step's live tensors, weights, gradients and optimizer state not counted.
+row. The rows take turns, a step each, on one thread, and a ratio is the median over the rounds of one time over the
+other of the same round. CPU seconds are those of the process, which other work on the machine disturbs less. Peak
+memory is that of the live tensors that a step makes.
 """
 
 import argparse
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ import torchvision
 
 import localgrad
 from localgrad.planning.measure import measure_peak
-from localgrad.results.step_times import ratio, take_turns
+from localgrad.results.step_times import ratio
 from report import environment, print_table, write
 
 CUTS = ["layer1.2", "layer2.3", "layer3.5"]
@@ -66,16 +68,28 @@ def steps(size: int, batch_size: int, momentum: Any, device: torch.device) -> di
 
 def measure(rows: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> list[dict[str, Any]]:
     """Seconds and peak memory of each row, and the ratios to `split`."""
-    seconds = take_turns(rows, rounds)
-    peaks = {name: measure_peak(step, device)[1] for name, step in rows.items()}
+    peaks = {name: measure_peak(step, device)[1] for name, step in rows.items()}  # warms up too
+    seconds: dict[str, list[float]] = {name: [] for name in rows}
+    of_process: dict[str, list[float]] = {name: [] for name in rows}
+    for _ in range(rounds):
+        for name, step in rows.items():
+            begun, begun_cpu = time.perf_counter(), time.process_time()
+            step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - begun)
+            of_process[name].append(time.process_time() - begun_cpu)
     return [
         {
             "row": name,
             "seconds": statistics.median(seconds[name]),
             "to split": ratio(seconds[name], seconds["split"]),
+            "CPU seconds": statistics.median(of_process[name]),
+            "CPU to split": ratio(of_process[name], of_process["split"]),
             "peak MiB": peaks[name] / 2**20,
             "peak to split": peaks[name] / peaks["split"],
             "every_round": [round(each, 4) for each in seconds[name]],
+            "every_round_cpu": [round(each, 4) for each in of_process[name]],
         }
         for name in rows
     ]
@@ -86,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--momenta", nargs="*", default=["none", "man"], choices=["none", "man"])
     parser.add_argument("-o", "--output", type=Path)
@@ -97,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         momentum = None if name == "none" else localgrad.man()
         rows = steps(options.size, options.batch_size, momentum, options.device)
         found[name] = measure(rows, options.rounds, options.device)
-        shown = [{key: value for key, value in row.items() if key != "every_round"} for row in found[name]]
+        shown = [{key: value for key, value in row.items() if not key.startswith("every")} for row in found[name]]
         print_table(f"ResNet-50, {options.size} px, batch {options.batch_size}, DGL, momentum {name}", shown)
     if options.output:
         write(options.output, found)

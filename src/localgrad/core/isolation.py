@@ -21,7 +21,12 @@ from localgrad.core.recompute import Recomputed
 from localgrad.core.replicas import active_ddp, begin_alike, leave_no_more, leave_to_isolation
 from localgrad.core.site import Objective
 from localgrad.core.unchanged import Unchanged
-from localgrad.errors import LocalGradError
+from localgrad.errors import LocalGradError, LocalGradWarning
+
+SUMMED = (
+    "gradients are accumulated over batches, and those of local losses are summed: divide these losses as you divide "
+    "your own, isolation.backward = lambda loss: (loss / n).backward()"
+)
 
 
 class Isolation(nn.Module):
@@ -59,15 +64,13 @@ class Isolation(nn.Module):
         self._tied: dict[nn.Parameter, int] = {}
         self._waiting: dict[nn.Parameter, int] = {}
         self._ddp: int | None = None
-        self._seen, self._observing = -1, False
+        self._observing = False
         self._pass: LocalPass | None = None
         self._losses: list[Tensor] = []
-        self._hooks: list[tuple[dict[int, Any], Any]] = []
-        self._hook(model._forward_pre_hooks, model.register_forward_pre_hook(self._begin, with_kwargs=True))
-        self._hook(model._forward_hooks, model.register_forward_hook(self._end, always_call=True))
-
-    def _hook(self, table: dict[int, Any], handle: Any) -> None:
-        self._hooks.append((table, handle))
+        self._hooks: list[tuple[dict[int, Any], Any]] = [
+            (model._forward_pre_hooks, model.register_forward_pre_hook(self._begin, with_kwargs=True)),
+            (model._forward_hooks, model.register_forward_hook(self._end, always_call=True)),
+        ]
 
     def build(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Run the model once, make the auxiliary networks and put hooks where the cuts are."""
@@ -91,11 +94,11 @@ class Isolation(nn.Module):
         for block, part in enumerate(self._parts[:-1]):
             assert part.unit is not None
             module = part.unit.module
-            self._hook(module._forward_hooks, module.register_forward_hook(partial(self._leave, block)))
+            self._hooks.append((module._forward_hooks, module.register_forward_hook(partial(self._leave, block))))
             if self.momenta[block] is not None:
                 module, meet = part.following[0].module, partial(self._meet, block + 1)
                 handle = module.register_forward_pre_hook(meet, prepend=True, with_kwargs=True)
-                self._hook(module._forward_pre_hooks, handle)
+                self._hooks.append((module._forward_pre_hooks, handle))
         for module in (module for part in self._parts if self._recompute for module in part.inner):
             module.forward = Recomputed(module)
         leave_to_isolation(model, self._local_parameters())
@@ -110,7 +113,9 @@ class Isolation(nn.Module):
         if not self._parts:
             self.build(args, kwargs)
         self._unchanged.check()
-        self._say_if_accumulating()
+        if self.backward is None and self._unchanged.accumulates():
+            warnings.warn(SUMMED, LocalGradWarning, stacklevel=3)
+            self.backward = Tensor.backward
         self._follow_model()
         ddp = active_ddp()
         if ddp is not None and id(ddp) != self._ddp:
@@ -135,19 +140,6 @@ class Isolation(nn.Module):
             if momentum is not None:
                 momentum.settle()
                 momentum.match_modes()
-
-    def _say_if_accumulating(self) -> None:
-        first = next((parameter for parameter in self._model[0].parameters() if parameter.requires_grad), None)
-        if first is None or self.backward is not None:
-            return
-        if first.grad is not None and first._version == self._seen:
-            warnings.warn(
-                "gradients are accumulated over batches, and those of local losses are summed: divide these losses as "
-                "you divide your own, isolation.backward = lambda loss: (loss / n).backward()",
-                stacklevel=4,
-            )
-            self.backward = Tensor.backward
-        self._seen = first._version
 
     def _leave(self, block: int, module: nn.Module, args: Any, output: Any) -> Any:
         """After a cut's module."""

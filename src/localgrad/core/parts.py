@@ -10,6 +10,7 @@ from torch import nn
 from localgrad.core.channels import channel_dim_of, usual_channel_dim
 from localgrad.core.observed import Call, ForwardPass, takes, trained_by_block, units_between
 from localgrad.core.units import Unit
+from localgrad.errors import LocalGradWarning
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +49,8 @@ def parts_of(model: nn.Module, run: ForwardPass, cuts: Sequence[Call]) -> tuple[
             warnings.warn(
                 f"{name} is used by blocks {', '.join(str(user + 1) for user in users)}: block {users[-1] + 1} alone "
                 "trains it, and the others use it as it is",
-                stacklevel=4,
+                LocalGradWarning,
+                stacklevel=5,
             )
     return [_part(run, cuts, block, owner) for block in range(len(cuts) + 1)], tied
 

@@ -20,6 +20,16 @@ class Unchanged:
                 self.held += [(f"{name}.{key}".strip("."), table, key, value) for key, value in table.items()]
         self.dtypes = [(name, parameter, parameter.dtype) for name, parameter in model.named_parameters()]
 
+        self.trained = next((parameter for parameter in model.parameters() if parameter.requires_grad), None)
+        self.version = -1
+
+    def accumulates(self) -> bool:
+        """Whether gradients of the batch before are still there, and its weights; asked once a batch."""
+        if self.trained is None:
+            return False
+        stands_still, self.version = self.trained._version == self.version, self.trained._version
+        return stands_still and self.trained.grad is not None
+
     def check(self) -> None:
         """Refuse to go on where the model is no longer what was isolated."""
         if any(handle.id not in table for table, handle in self.hooks):
