@@ -32,8 +32,7 @@ SUMMED = (
 class Isolation(nn.Module):
     """A model that trains by blocks; `isolate` makes it.
 
-    As a module it holds the auxiliary networks alone, for whatever saves, loads and moves modules. It may stand alone
-    too, and follows the model to another device.
+    As a module it holds the auxiliary networks alone, for whatever saves and loads modules. It follows the model's device.
 
     Attributes:
         objectives: auxiliary network and local loss of each local block, in order; None where nothing is trained.
@@ -61,6 +60,7 @@ class Isolation(nn.Module):
         self._cuts, self._make, self._recompute, self._reach = cuts, make, recompute, reach
         self._arguments = ForwardArguments(model, argument)
         self._parts: list[Part] = []
+        self._local: list[nn.Parameter] = []
         self._tied: dict[nn.Parameter, int] = {}
         self._waiting: dict[nn.Parameter, int] = {}
         self._ddp: int | None = None
@@ -82,11 +82,10 @@ class Isolation(nn.Module):
             self._observing = False
         cuts = even_cuts(run, self._cuts) if isinstance(self._cuts, int) else named_cuts(model, run, self._cuts)
         parts, self._tied = parts_of(model, run, cuts)
-        inputs = self._arguments.inputs(args, kwargs)
-        for momentum, objective in build_auxiliaries(model, parts, inputs, *self._make):
+        for momentum, objective in build_auxiliaries(model, parts, self._arguments.inputs(args, kwargs), *self._make):
             self.momenta.append(momentum)  # pyright: ignore[reportArgumentType]
             self.objectives.append(objective)  # pyright: ignore[reportArgumentType]
-        self._parts = parts
+        self._parts, self._local = parts, [parameter for part in parts[:-1] for parameter in part.parameters]
         self._install()
 
     def _install(self) -> None:
@@ -101,7 +100,7 @@ class Isolation(nn.Module):
                 self._hooks.append((module._forward_pre_hooks, handle))
         for module in (module for part in self._parts if self._recompute for module in part.inner):
             module.forward = Recomputed(module)
-        leave_to_isolation(model, self._local_parameters())
+        leave_to_isolation(model, self._local)
         self._unchanged = Unchanged(model, self._hooks)
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -119,11 +118,11 @@ class Isolation(nn.Module):
         self._follow_model()
         ddp = active_ddp()
         if ddp is not None and id(ddp) != self._ddp:
-            begin_alike(ddp, self._local_parameters(), self, self._reach)
+            begin_alike(ddp, self._local, self, self._reach)
             self._ddp = id(ddp)
-        if self._arguments.of_targets is not None:
-            self.targets = self._arguments.targets(args, kwargs)
-        batch, backward = (self.targets, self._arguments.inputs(args, kwargs)), self.backward or Tensor.backward
+        given = self._arguments.targets(args, kwargs)
+        batch = self.targets if given is None else given, self._arguments.inputs(args, kwargs)
+        backward = self.backward or Tensor.backward
         self._pass = LocalPass(self.objectives, self.momenta, self._parts, batch, backward, ddp, self._reach)
         self._waiting = {parameter: block for parameter, block in self._tied.items() if parameter.requires_grad}
         for parameter, block in self._waiting.items():
@@ -146,13 +145,13 @@ class Isolation(nn.Module):
         if self._pass is None:
             if not self._observing and torch.is_grad_enabled() and self._model[0].training:
                 raise LocalGradError(
-                    f"the cut {self._name(block)!r} is run outside of the isolated model's forward pass: call the "
+                    f"the cut {self._parts[block].name!r} is run outside of the isolated model's forward pass: call the "
                     "model as a whole; instead of its own checkpointing, which runs it once more, use recompute=True"
                 )
             return None
         if block != self._pass.reached or first_floating(output) is None or not torch.is_grad_enabled():
             raise LocalGradError(
-                f"the cut {self._name(block)!r} is run twice in a forward pass, in another order than at first, "
+                f"the cut {self._parts[block].name!r} is run twice in a forward pass, in another order than at first, "
                 "without gradients or without features: cut where every batch passes once, and use "
                 "isolate(..., recompute=True) instead of the model's own checkpointing"
             )
@@ -175,16 +174,14 @@ class Isolation(nn.Module):
         for parameter in self._waiting:
             parameter.requires_grad_(True)
         if output is not None and (done.is_waiting or done.reached < len(self._parts) - 1):
-            missing = self._parts[done.reached - 1].following[0].name if done.is_waiting else self._name(done.reached)
+            missing = (
+                self._parts[done.reached - 1].following[0].name if done.is_waiting else self._parts[done.reached].name
+            )
             raise LocalGradError(
                 f"{missing!r} was not run in this forward pass, so a block was not trained: cut around modules that "
                 "run for every batch (switch layerdrop off)"
             )
         done.watch(output)
-
-    def _name(self, block: int) -> str:
-        unit = self._parts[block].unit
-        return "the end" if unit is None else unit.name
 
     @property
     def losses(self) -> list[Tensor]:
@@ -224,11 +221,8 @@ class Isolation(nn.Module):
             handle.remove()
         for module in (module for part in self._parts if self._recompute for module in part.inner):
             del module.forward
-        leave_no_more(self._model[0], self._local_parameters())
+        leave_no_more(self._model[0], self._local)
         self._hooks.clear()
-
-    def _local_parameters(self) -> list[nn.Parameter]:
-        return [parameter for part in self._parts[:-1] for parameter in part.parameters]
 
     def __enter__(self) -> Self:
         return self

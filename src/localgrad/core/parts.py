@@ -31,6 +31,11 @@ class Part:
     parameters: tuple[nn.Parameter, ...]
     inner: tuple[nn.Module, ...]
 
+    @property
+    def name(self) -> str:
+        """Of the cut."""
+        return "the end" if self.unit is None else self.unit.name
+
 
 def parts_of(model: nn.Module, run: ForwardPass, cuts: Sequence[Call]) -> tuple[list[Part], dict[nn.Parameter, int]]:
     """The blocks between the cuts, and which block trains a parameter that several blocks use: the last of them.
@@ -102,7 +107,7 @@ def described(parts: Sequence[Part], networks: Sequence[tuple[nn.Module | None, 
     lines = []
     for index, part in enumerate(parts):
         trained = sum(parameter.numel() for parameter in part.parameters if parameter.requires_grad)
-        line = f"  {index + 1}  to {part.unit.name if part.unit else 'the end'}: trains {trained:,} parameters"
+        line = f"  {index + 1}  to {part.name}: trains {trained:,} parameters"
         for network in networks[index] if part.unit else ():
             if network is not None:
                 line += f"; {type(network).__name__} {sum(p.numel() for p in network.parameters()):,}"
