@@ -11,6 +11,7 @@ from typing import Any
 
 from accuracy_tables import COMPARED, NETWORK, Row, cut_off, rows
 from localgrad.results.tables import mean_std
+from pictures import planned
 
 HOLDS, NOT_SEEN, FAILS, OPEN = "holds", "not seen", "does not hold", "not tested yet"
 TEN = "CIFAR-10, ResNet-32, 15 blocks, ten epochs, processor"
@@ -314,10 +315,10 @@ def _memory(root: Path) -> dict[str, float]:
     }
     measured = {row["row"]: row["measured_gib"] for row in _read(root / "results" / "gpu" / "memory.json")["rows"]}
     values = {f"{name}_gib": measured[f"torchvision:resnet50, {row}, 32-true"] for name, row in named.items()}
-    large = {row["row"]: row["peak_gib"] for row in _read(root / "results" / "rivals-resnet101.json")["rows"]}
     rivals = {"e2e": "end-to-end", "checkpointed": "end-to-end, checkpointed", "parts": "end-to-end, in 4 parts"}
     rivals |= {"dgl": "DGL, 4 blocks", "man": "DGL+MAN, 4 blocks"}
-    values |= {f"large_{name}": large[row] for name, row in rivals.items()}
+    large = dict(planned(root / "results" / "plan-resnet101" / "plan.json"))
+    values |= {f"large_{name}": large[row]["peak"] / 2**30 for name, row in rivals.items()}
     ranks = {
         row["row"]: row["times_one_rank"] for row in _read(root / "results" / "pipeline.json")["measured"][0]["rows"]
     }

@@ -11,6 +11,7 @@ from typing import Any
 
 import accuracy_tables
 import claims_table
+import pictures
 import task_tables
 from localgrad.results.tables import mean_std
 
@@ -18,8 +19,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def plan_table(path: Path) -> str:
-    """The peaks of `plan.json` as a Markdown table."""
-    rows = json.loads(path.read_text())["rows"]
+    """The peaks of `plan.json` as a Markdown table, the whole batch at once."""
+    rows = [row for row in json.loads(path.read_text())["rows"] if row["parts"] == 1]
     labels = list(dict.fromkeys(row["training"] for row in rows))
     titles = {"no momentum": "DGL", "man": "DGL+MAN", "man, recomputed": "DGL+MAN, recomputed"}
     lines = [
@@ -34,6 +35,18 @@ def plan_table(path: Path) -> str:
             if row["training"] == label and row["num_blocks"] == count
         ]
         lines.append(f"| {'end-to-end' if count == 1 else count} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plan_rivals_table(path: Path) -> str:
+    """Peaks and operations of some rows of `plan.json` as a Markdown table, the largest peak first."""
+    rows = pictures.planned(path)
+    whole = max(row["peak"] for _, row in rows)
+    lines = ["| ResNet-101 | peak, GiB | to end-to-end | operations |", "|---|--:|--:|--:|"]
+    lines += [
+        f"| {label} | {row['peak'] / 2**30:.2f} | {row['peak'] / whole:.2f} | {row['operations']:.2f} |"
+        for label, row in rows
+    ]
     return "\n".join(lines)
 
 
@@ -60,18 +73,6 @@ def lean_table(path: Path) -> str:
         f"| {r['row']} | {r['seconds_per_step']:.2f} | {r['ratio_to_end_to_end']:.2f} | "
         f"{r['ratio_of_operations']:.2f} | {r['peak_mib']:.0f} MiB |"
         for r in rows
-    ]
-    return "\n".join(lines)
-
-
-def large_rivals_table(path: Path) -> str:
-    """Peak and operations of `rivals-resnet101.json` as a Markdown table, the largest peak first."""
-    lines = ["| ResNet-101 | peak, GiB | to end-to-end | operations |", "|---|--:|--:|--:|"]
-    rows = json.loads(path.read_text())["rows"]
-    lines += [
-        f"| {r['row']} | {r['peak_gib']:.2f} | {r['peak_gib'] / rows[0]['peak_gib']:.2f} | "
-        f"{r['operations_to_e2e']:.2f} |"
-        for r in sorted(rows, key=lambda row: -row["peak_gib"])
     ]
     return "\n".join(lines)
 
@@ -284,7 +285,7 @@ TABLES = {
     "imagenette": lambda: runs_table([ROOT / "results" / "imagenette-three-epochs"]),
     "three": lambda: three_table(ROOT / "results"),
     "rivals": lambda: rivals_table(ROOT / "results" / "operations.json"),
-    "rivals-resnet101": lambda: large_rivals_table(ROOT / "results" / "rivals-resnet101.json"),
+    "plan-rivals": lambda: plan_rivals_table(ROOT / "results" / "plan-resnet101" / "plan.json"),
     "rivals-language": lambda: rivals_language_table(ROOT / "results" / "language_memory.json"),
     "imagenette64": lambda: long_runs_table(ROOT / "results" / "imagenette64-sixty-epochs"),
     "gpu-trainings": lambda: gpu_trainings_table(ROOT / "results" / "gpu" / "trainings.json"),

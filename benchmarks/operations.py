@@ -45,9 +45,9 @@ def peak(config: TrainConfig, num_classes: int, batch_size: int) -> int:
     objective, momentum = build_factories(config, num_classes)
     model = build_model(config.model, num_classes).to("meta")
     size = config.data.image_size
-    example = torch.empty(batch_size // config.optim.accumulate, 3, size, size, device="meta")
-    cuts = list(config.cuts or ())
-    return step_peak(model, example, cuts, objective, momentum, recompute=config.recompute, reach=config.reach)
+    example = torch.empty(batch_size, 3, size, size, device="meta")
+    ways: dict[str, Any] = {"recompute": config.recompute, "parts": config.optim.accumulate, "reach": config.reach}
+    return step_peak(model, example, list(config.cuts or ()), objective, momentum, **ways)
 
 
 def measure(name: str, batch_size: int) -> dict[str, Any]:

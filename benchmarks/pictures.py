@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from accuracy_tables import COMPARED, Row, rows
 
@@ -23,6 +24,12 @@ line { stroke: #8c959f; stroke-width: 1; } .grid { stroke-opacity: 0.35; } .riva
 COLORS = {"end-to-end": "#6e7781", "DGL": "#2f7ed8", "MAN": "#e0701a", "AugLocal": "#1fa187", "other": "#b05cc6"}
 """By family; readable on white and on black."""
 LEFT, WIDTH, HEIGHT = 46, 350, 330
+PLANNED = (
+    *((1, checkpointed, parts) for checkpointed in (False, True) for parts in (1, 4)),
+    *((blocks, False, 1) for blocks in (2, 4, 8, 16)),
+    *((4, checkpointed, 4) for checkpointed in (False, True)),
+)
+"""Rows without momentum that are drawn: blocks, whether units are checkpointed, parts of the batch."""
 
 
 def svg(width: int, height: int, description: str, body: Sequence[str]) -> str:
@@ -103,21 +110,33 @@ def _point(x: float, y: float, number: int, row: Row) -> str:
     return f"<g>{circle}{digits}{number}</text></g>"
 
 
+def planned(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """End-to-end training and its rivals, and local rows of some numbers of blocks, the largest peak first."""
+    kinds = {
+        ("no momentum", blocks, checkpointed, parts): f"{'end-to-end' if blocks == 1 else f'DGL, {blocks} blocks'}"
+        f"{', checkpointed' * checkpointed}{f', in {parts} parts' * (parts > 1)}"
+        for blocks, checkpointed, parts in PLANNED
+    }
+    kinds |= {("man", blocks, False, 1): f"DGL+MAN, {blocks} blocks" for blocks in (2, 4, 8, 16)}
+    rows = json.loads(path.read_text())["rows"]
+    kind = [(row["training"], row["num_blocks"], row["recompute"], row["parts"]) for row in rows]
+    found = [(kinds[key], row) for key, row in zip(kind, rows, strict=True) if key in kinds]
+    return sorted(found, key=lambda labelled: -labelled[1]["peak"])
+
+
 def memory() -> str:
     """Peak memory of a step of ResNet-101, a bar a row, with its operations behind."""
-    found = json.loads((ROOT / "results" / "rivals-resnet101.json").read_text())["rows"]
-    found.sort(key=lambda row: -row["peak_gib"])
+    found = planned(ROOT / "results" / "plan-resnet101" / "plan.json")
     left, width, step = 250, 760, 25
-    scale = (width - left - 190) / max(row["peak_gib"] for row in found)
+    scale = (width - left - 190) / found[0][1]["peak"]
     body = [text(8, 20, "ResNet-101, batch 128, 224 px, float32: peak memory of a training step", kind="title")]
-    for position, row in enumerate(found):
+    for position, (label, row) in enumerate(found):
         y = 34 + step * position
-        rival = row["blocks"] == 1
-        color = COLORS["end-to-end" if rival else "MAN" if row["momentum"] else "DGL"]
-        length = row["peak_gib"] * scale
-        body += [text(left - 8, y + 13, row["row"], "end", "")]
+        length = row["peak"] * scale
+        color = COLORS["end-to-end" if row["num_blocks"] == 1 else "MAN" if row["training"] == "man" else "DGL"]
+        body += [text(left - 8, y + 13, label, "end", "")]
         body += [f'<rect x="{left}" y="{y}" width="{length:.1f}" height="{step - 7}" fill="{color}"/>']
-        costs = f"{row['peak_gib']:.1f} GiB, {row['operations_to_e2e']:.2f} x the operations"
+        costs = f"{row['peak'] / 2**30:.1f} GiB, {row['operations']:.2f} x the operations"
         body += [text(left + length + 6, y + 13, costs)]
     return svg(width, 34 + step * len(found) + 6, "Peak memory and operations of a training step of ResNet-101", body)
 
