@@ -32,7 +32,7 @@ SUMMED = (
 class Isolation(nn.Module):
     """A model that trains by blocks; `isolate` makes it.
 
-    As a module it holds the auxiliary networks alone, for whatever saves and loads modules. It follows the model's device.
+    As a module it holds the auxiliary networks alone. They follow the model to another device.
 
     Attributes:
         objectives: auxiliary network and local loss of each local block, in order; None where nothing is trained.
@@ -91,8 +91,7 @@ class Isolation(nn.Module):
     def _install(self) -> None:
         (model,) = self._model
         for block, part in enumerate(self._parts[:-1]):
-            assert part.unit is not None
-            module = part.unit.module
+            module = model.get_submodule(part.name)
             self._hooks.append((module._forward_hooks, module.register_forward_hook(partial(self._leave, block))))
             if self.momenta[block] is not None:
                 module, meet = part.following[0].module, partial(self._meet, block + 1)
@@ -145,8 +144,8 @@ class Isolation(nn.Module):
         if self._pass is None:
             if not self._observing and torch.is_grad_enabled() and self._model[0].training:
                 raise LocalGradError(
-                    f"the cut {self._parts[block].name!r} is run outside of the isolated model's forward pass: call the "
-                    "model as a whole; instead of its own checkpointing, which runs it once more, use recompute=True"
+                    f"the cut {self._parts[block].name!r} is run outside of the isolated model's forward pass: call "
+                    "the model as a whole; instead of its own checkpointing, which runs it again, use recompute=True"
                 )
             return None
         if block != self._pass.reached or first_floating(output) is None or not torch.is_grad_enabled():
@@ -174,12 +173,11 @@ class Isolation(nn.Module):
         for parameter in self._waiting:
             parameter.requires_grad_(True)
         if output is not None and (done.is_waiting or done.reached < len(self._parts) - 1):
-            missing = (
-                self._parts[done.reached - 1].following[0].name if done.is_waiting else self._parts[done.reached].name
-            )
+            part = self._parts[done.reached - done.is_waiting]
+            missing = part.following[0] if done.is_waiting else part
             raise LocalGradError(
-                f"{missing!r} was not run in this forward pass, so a block was not trained: cut around modules that "
-                "run for every batch (switch layerdrop off)"
+                f"{missing.name!r} was not run in this forward pass, so a block was not trained: cut around modules "
+                "that run for every batch (switch layerdrop off)"
             )
         done.watch(output)
 
@@ -197,10 +195,7 @@ class Isolation(nn.Module):
             block: from 0 to K - 1, for one optimizer a block.
         """
         if not self._parts:
-            raise LocalGradError(
-                "the blocks are not known before the first batch: give isolate(..., example=batch), or call the model "
-                "once before this"
-            )
+            raise LocalGradError("the blocks are not known before the first batch: give isolate(..., example=batch)")
         found: list[nn.Parameter] = []
         for index, part in enumerate(self._parts):
             if block in (None, index):
@@ -274,8 +269,7 @@ def isolate(
         targets: the argument of the model's forward pass that holds the targets, as "labels"; without it set
             `isolation.targets` before each call.
         example: a batch: a tensor, a tuple of the arguments of forward or a dict of them. The model is run on it once,
-            and left as it was. Without it the first training batch serves, before which there are no parameters for an
-            optimizer.
+            and left as it was. Without it the first training batch serves, and the optimizer is made after that.
         recompute: keep only what is between the layers of a block, and compute each again in the backward pass.
         backward: back-propagates a local loss: `lambda loss: scaler.scale(loss / n).backward()` for a GradScaler and n
             micro-batches, `accelerator.backward`, `fabric.backward`. Weigh them as you weigh your own loss.

@@ -272,16 +272,16 @@ def places_to_cut(run: ForwardPass) -> list[Call]:
             return False
         moment = max(node._sequence_nr() for node, _ in call.outputs if node in seen)
         own = sum(read > moment for edge in call.outputs for read in readers.get(edge, ()))
-        return passing[moment] == own > 0 and _made_on_the_way(call)
+        used = {node for node, output in call.outputs if (node, output) in readers}
+        return passing[moment] == own > 0 and _made_on_the_way(call, used)
 
     times = Counter(call.module for call in run.calls)
     once = [call for call in run.calls[1:] if times[call.module] == 1]
     return sorted((call for call in once if alone(call)), key=lambda call: call.end)
 
 
-def _made_on_the_way(call: Call) -> bool:
-    """Whether whatever else a call returned, such as a position bias, was needed for its features."""
-    others = {node for node, _ in call.outputs}
+def _made_on_the_way(call: Call, others: set[Node]) -> bool:
+    """Whether what else is used of a call's output, such as a position bias, was needed for its features."""
     assert call.source is not None
     seen, waiting = {call.source[0]}, [call.source[0]]
     while waiting and not others <= seen:
