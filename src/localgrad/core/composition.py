@@ -1,7 +1,7 @@
 """Whether pieces are the model that they were cut from: run side by side, in both modes."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -141,7 +141,7 @@ def _reached(output: Any) -> tuple[set[int], int]:
 
 
 @contextmanager
-def seeded(device: torch.device) -> Iterator[None]:
+def seeded(device: torch.device) -> Generator[None, None, None]:
     """Every generator that a forward pass may draw from, seeded with 0; all of them come back as they were."""
     python, arrays = random.getstate(), np.random.get_state()
     on_cpu = device.type in ("cpu", "meta")

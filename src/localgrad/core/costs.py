@@ -1,7 +1,7 @@
 """Cost of each unit, counted on `meta` tensors."""
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -78,7 +78,7 @@ def unit_costs(
     on_meta = [replace(unit, module=to_meta(unit.module).train()) for unit in found]
     model = found[0].frozen.model
     model = None if model is None or objective is None else to_meta(model)
-    costs = []
+    costs: list[UnitCost] = []
     for position, unit in enumerate(on_meta):
         with _counting(f"the unit {unit.name!r}"):
             result, kept, flops = _forward_cost(unit.module, features)
@@ -137,7 +137,7 @@ class CannotCountError(LocalGradError):
 
 
 @contextmanager
-def _counting(what: str) -> Iterator[None]:
+def _counting(what: str) -> Generator[None, None, None]:
     """Say which part does not run on tensors without data."""
     try:
         yield

@@ -1,6 +1,6 @@
 """Looking at a model by running it, with nothing left on it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -9,7 +9,7 @@ from torch import nn
 
 
 @contextmanager
-def restored(model: nn.Module) -> Iterator[Callable[[], None]]:
+def restored(model: nn.Module) -> Generator[Callable[[], None], None, None]:
     """On leaving, also by an error, every module has the mode, the attributes and the buffers that it had before.
 
     What a forward pass assigns to a module, or puts into its lists and dictionaries, is taken off again. A buffer that

@@ -4,7 +4,7 @@ import copy
 import inspect
 import operator
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
+from localgrad.core.modules import named_children, named_modules
 from localgrad.core.restore import restored
 from localgrad.errors import LocalGradError, LocalGradWarning, NotTraceableError
 
@@ -124,7 +125,7 @@ def trace(model: nn.Module) -> Traced:
         LocalGradError: it cannot be traced, has hooks of its own, or does not take and return one tensor.
     """
     refuse_hooks(model, type(model).__name__)
-    whole = {name: "it has hooks" for name, module in model.named_modules() if has_hooks(module)}
+    whole = {name: "it has hooks" for name, module in named_modules(model) if has_hooks(module)}
     with restored(model) as put_back:
         while True:
             known, through, reads = len(whole), {"": model}, dict[str, Read]()
@@ -249,9 +250,9 @@ def first_line(error: Exception) -> str:
 
 
 @contextmanager
-def _noted(model: nn.Module, reads: dict[str, Read]) -> Iterator[None]:
+def _noted(model: nn.Module, reads: dict[str, Read]) -> Generator[None, None, None]:
     """Note which plain attributes of the model's modules are read, and of objects that they hold, such as a config."""
-    names = {id(module): name for name, module in model.named_modules()}
+    names = {id(module): name for name, module in named_modules(model)}
 
     def note(module: nn.Module, attribute: str) -> Any:
         value = object.__getattribute__(module, attribute)
@@ -262,7 +263,7 @@ def _noted(model: nn.Module, reads: dict[str, Read]) -> Iterator[None]:
         if _is_plain(value):
             reads.setdefault(path, (module, attribute, copy.copy(value)))
         elif _is_record(value):
-            for key, item in vars(value).items():
+            for key, item in cast(dict[str, Any], vars(value)).items():
                 if _is_plain(item):
                     reads.setdefault(f"{path}.{key}", (value, key, copy.copy(item)))
         return value
@@ -307,8 +308,8 @@ def _layers(model: nn.Module) -> set[str]:
     `self.training`, which tracing would freeze), and the children of chains.
     """
     layers = set[str]()
-    for name, module in model.named_modules():
-        for child_name, child in module.named_children():
+    for name, module in named_modules(model):
+        for child_name, child in named_children(module):
             path = f"{name}.{child_name}" if name else child_name
             plain_chain = type(child) in (*CHAIN, nn.ModuleDict)
             is_layer = any(c.__module__.startswith("torch.nn") for c in type(child).__mro__ if c not in _CONTAINERS)

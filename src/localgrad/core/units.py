@@ -4,12 +4,14 @@ import inspect
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from localgrad.core.channels import channel_dim_of, usual_channel_dim
 from localgrad.core.composition import check_composition, seeded, two_samples
+from localgrad.core.modules import named_children, named_modules
 from localgrad.core.pieces import Piece, pieces_of
 from localgrad.core.restore import restored
 from localgrad.core.tracing import Frozen, first_line, refuse_hooks, trace
@@ -103,7 +105,7 @@ def units(
         else:
             pieces = _named(model, samples, names)
             inside = {module for piece in pieces for module in piece.module.modules()}
-            uncalled = {name: module for name, module in model.named_modules() if module not in inside}
+            uncalled = {name: module for name, module in named_modules(model) if module not in inside}
             for name, module in uncalled.items():
                 refuse_hooks(module, name or type(model).__name__)
             frozen = Frozen(model, None, uncalled)
@@ -143,7 +145,7 @@ def _samples(model: nn.Module, example: Tensor) -> Tensor:
             except Exception as error:  # of whatever class: the model does not take them
                 failures.append(error)
                 continue
-        values = output[0] if isinstance(output, tuple | list) and output else output
+        values = cast(Any, output)[0] if isinstance(output, tuple | list) and output else output
         if not isinstance(values, Tensor) or values.is_meta or bool(values.isfinite().all()):
             return samples
         ran.append(samples)
@@ -286,12 +288,12 @@ def why_whole(found: Sequence[Unit]) -> str:
 
 def _named(model: nn.Module, samples: Tensor, names: Sequence[str]) -> list[Piece]:
     """The submodules as pieces; those after which samples do not lie along the first dimension go with the next."""
-    modules = dict(model.named_modules())
+    modules = dict(named_modules(model))
     unknown = [name for name in names if not name or name not in modules]
     if unknown or not names:
         raise SettingsError(
             f"names {unknown or list(names)} are no submodules of {type(model).__name__}: "
-            f"its children are {', '.join(name for name, _ in model.named_children())}; give dotted names, in order"
+            f"its children are {', '.join(name for name, _ in named_children(model))}; give dotted names, in order"
         )
     model.eval()
     expected, features = model(samples.clone()), samples.clone()

@@ -1,7 +1,7 @@
 """Profiles: what each unit and each auxiliary network does to memory in a step."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from localgrad.core.auxiliary import build_auxiliary
 from localgrad.core.costs import without_data
 from localgrad.core.meta import to_meta
+from localgrad.core.modules import named_modules
 from localgrad.core.momentum import Momentum
 from localgrad.core.recompute import recomputed
 from localgrad.core.site import Criterion, Objective
@@ -106,7 +107,7 @@ def profile(
 
 
 @contextmanager
-def _explained(what: str) -> Iterator[None]:
+def _explained(what: str) -> Generator[None, None, None]:
     """Say which part it is that needs values to run."""
     try:
         yield
@@ -126,7 +127,7 @@ def _explained(what: str) -> Iterator[None]:
 def _signature(module: nn.Module) -> tuple[object, ...]:
     """What the memory behaviour of a module depends on: types, settings and shapes; equal modules are profiled once."""
     parts: list[object] = []
-    for name, layer in module.named_modules():
+    for name, layer in named_modules(module):
         settings = [
             (key, repr(value))
             for key, value in sorted(vars(layer).items())
@@ -134,7 +135,8 @@ def _signature(module: nn.Module) -> tuple[object, ...]:
         ]
         tensors = [
             (key, tensor.shape, tensor.dtype, tensor.requires_grad)
-            for key, tensor in layer.named_parameters(recurse=False)
+            for key, tensor in layer._parameters.items()
+            if tensor is not None
         ]
         code = layer.code if isinstance(layer, fx.GraphModule) else ""
         parts.append((name, type(layer), tuple(settings), tuple(tensors), code))
