@@ -141,3 +141,20 @@ def test_pairs_in_the_wrong_order_are_counted_where_they_differ(monkeypatch: pyt
     peaks = [(1.0, 1.0), (2.0, 2.0), (3.0, 2.001), (4.0, 1.5)]
     rows = [{"row": "m", "precision": "p", "predicted_mib": p, "measured_mib": m} for p, m in peaks]
     assert memory.order(rows) == {"pairs": 5, "wrong": 2}
+
+
+@pytest.mark.slow
+def test_the_benchmarks_of_isolate_measure_and_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    pytest.importorskip("timm")
+    import isolate
+    import isolate_sweep
+
+    output = tmp_path / "isolate.json"
+    isolate.main(["--size", "32", "--batch-size", "2", "--rounds", "1", "--momenta", "none", "-o", str(output)])
+    rows = {row["row"]: row for row in json.loads(output.read_text())["none"]}
+    assert rows["isolate"]["peak to split"] < 1.05
+    isolate_sweep.main(["vit_tiny_patch16_224", "crossvit_tiny_240"])
+    assert "man: 1 of 2 train in four blocks" in capfd.readouterr().out
