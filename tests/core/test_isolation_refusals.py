@@ -255,9 +255,7 @@ def test_gradients_that_are_zeroed_between_forward_and_backward(set_to_none: boo
     isolation.targets = TARGETS
     loss = F.cross_entropy(model(INPUTS), TARGETS)
     model.zero_grad(set_to_none=set_to_none)
-    with pytest.raises(
-        LocalGradError, match=r"were zeroed before the backward pass: call optimizer.zero_grad"
-    ):
+    with pytest.raises(LocalGradError, match=r"were zeroed before the backward pass: call optimizer.zero_grad"):
         loss.backward()
     model.zero_grad()
     run(model, isolation)

@@ -239,6 +239,9 @@ def test_token_ids_and_pictures_of_bytes() -> None:
     blocks = split(net, pictures, num_blocks=2, objective=dgl(5))
     optimizers = [torch.optim.SGD(block.trainable_parameters(), lr=0.1) for block in blocks]
     assert len(local_step(blocks, optimizers, pictures.random_(0, 255), torch.tensor([0, 1]))) == 2
+    with pytest.raises(LocalGradError, match=r"targets .*classes") as refused:  # not the fault of the bytes
+        local_step(blocks, optimizers, pictures, torch.tensor([0, 5]))
+    assert "uint8" not in str(refused.value)
 
 
 class Log(Chain):

@@ -85,7 +85,8 @@ def _misfit(error: Exception, block: Block, index: int, inputs: Tensor, targets:
             f"inputs are {inputs.dtype} and the weights of block {index} {weights[0].dtype}: "
             f"give inputs.to({weights[0].dtype})"
         )
-    if first and dtypes and not inputs.is_floating_point() and not _body_fails(block, inputs.to(weights[0].dtype)):
+    integers = first and bool(dtypes) and not inputs.is_floating_point() and _body_fails(block, inputs)
+    if integers and not _body_fails(block, inputs.to(weights[0].dtype)):
         return (
             f"inputs are {inputs.dtype} and the weights of block {index} {weights[0].dtype}, which its first "
             f"layer asks for: give inputs.to({weights[0].dtype})"
