@@ -283,3 +283,16 @@ def test_num_blocks_parts_the_chain_of_residual_units() -> None:
     model = cifar_resnet(14, NUM_CLASSES)
     isolation = isolate(model, num_blocks=3, objective=DGL, example=EXAMPLE)
     assert [part.unit and part.unit.name for part in isolation._parts] == ["layer1.1", "layer2.1", None]
+
+
+def test_zeroing_the_models_gradients_zeroes_those_of_the_auxiliary_networks() -> None:
+    states = []
+    for whole in (True, False):
+        model, isolation = _isolated(momentum=man())
+        optimizer = torch.optim.SGD(isolation.trainable_parameters(), 0.1, 0.9)
+        for step in range(3):
+            _loss(model, isolation, step).backward()
+            optimizer.step()
+            optimizer.zero_grad() if whole else model.zero_grad()
+        states.append(isolation.state_dict())
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())

@@ -128,6 +128,11 @@ class LocalPass:
     ) -> Tensor | None:
         """Back-propagate the block's local loss, and move the EMA if what it follows has changed since."""
         objective: Any = self.objectives[block]
+        networks = [network for network in (objective, self.momenta[block]) if network is not None]
+        auxiliary = [parameter for network in networks for parameter in network.parameters()]
+        if all(parameter.grad is None for parameter in self.parts[block].parameters):
+            for parameter in auxiliary:  # model.zero_grad(), as the Trainer of transformers calls it, means these too
+                parameter.grad = None
         version, kind = features._version, features.device.type
         try:
             loss = objective(mixed, *self.batch)
@@ -147,8 +152,7 @@ class LocalPass:
         self.losses.append(loss.detach())
         momentum = self.momenta[block]
         if self.ddp is not None:
-            networks = [network for network in (objective, momentum) if network is not None]
-            own = [*self.parts[block].parameters, *(p for network in networks for p in network.parameters())]
+            own = [*self.parts[block].parameters, *auxiliary]
             average_gradients(self.ddp, [parameter for parameter in own if parameter.requires_grad])
         if momentum is not None:
             momentum.follow()
