@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 import localgrad
 from localgrad.models import BasicBlock, cifar_resnet
-from localgrad.objectives.decoder import UpsampledConv, in_layout
-from localgrad.objectives.fast import binary_cross_entropy
+from localgrad.objectives.fast import UpsampledConv, binary_cross_entropy, in_layout
 from localgrad.objectives.layout import MeanOverSpace
 from localgrad.results.step_times import ratio, take_turns, timed_step
 from localgrad.training import trainer

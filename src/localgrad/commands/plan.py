@@ -9,11 +9,11 @@ Examples:
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 from tyro.conf import Positional
 
 from localgrad.commands.parse import Output, call, loading
-from localgrad.config.schema import Precision
 
 
 def plan(
@@ -25,7 +25,7 @@ def plan(
     depth: int = 32,
     objective: str | None = None,
     momentum: str = "man",
-    precision: Precision = "32-true",
+    precision: Literal["32-true", "bf16-mixed"] = "32-true",
     step_each_block: bool = False,
     budget: str | None = None,
     num_blocks: tuple[int, ...] = (),

@@ -26,8 +26,8 @@ def check_cuts(model: nn.Module, cuts: Any, num_blocks: Any, objective: Any, mom
     if not isinstance(model, nn.Module) or not any(True for _ in model.children()):
         raise LocalGradError(f"model is a {type(model).__name__}: give a network that consists of modules")
     if any(
-        isinstance(getattr(hook, "__self__", None), nn.Module) and hasattr(hook.__self__, "momenta")
-        for hook in model._forward_pre_hooks.values()
+        isinstance(owner, nn.Module) and hasattr(owner, "momenta")
+        for owner in (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
     ):
         raise LocalGradError("model is isolated already: call remove() of its isolation first")
     if (cuts is None) == (num_blocks is None):

@@ -46,14 +46,15 @@ class Isolation(nn.Module):
         self,
         model: nn.Module,
         cuts: Sequence[str] | int,
-        make: tuple[Objective | None, Momentum | None],
+        make: tuple[Any, Momentum | None],
         argument: str | None,
         recompute: bool,
         backward: Callable[[Tensor], Any] | None,
         reach: int,
     ) -> None:
         super().__init__()
-        self.objectives, self.momenta = nn.ModuleList(), nn.ModuleList()
+        self.objectives: Any = nn.ModuleList()
+        self.momenta: Any = nn.ModuleList()
         self.targets: Any = None
         self.backward = backward
         self._model = (model,)  # a tuple is not registered
@@ -83,8 +84,8 @@ class Isolation(nn.Module):
         cuts = even_cuts(run, self._cuts) if isinstance(self._cuts, int) else named_cuts(model, run, self._cuts)
         parts, self._tied = parts_of(model, run, cuts)
         for momentum, objective in build_auxiliaries(model, parts, self._arguments.inputs(args, kwargs), *self._make):
-            self.momenta.append(momentum)  # pyright: ignore[reportArgumentType]
-            self.objectives.append(objective)  # pyright: ignore[reportArgumentType]
+            self.momenta.append(momentum)
+            self.objectives.append(objective)
         self._parts, self._local = parts, [parameter for part in parts[:-1] for parameter in part.parameters]
         self._install()
 

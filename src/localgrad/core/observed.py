@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node, get_gradient_edge, saved_tensors_hooks
+from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from localgrad.core.tracing import CHAIN, is_stage
 from localgrad.core.trees import leaves
 from localgrad.errors import LocalGradError
 
+Node = Any
+"""A node of the autograd graph, which torch types in part."""
 Edge = tuple[Node, int]
 """An output of a node of the autograd graph, which is a tensor that requires a gradient."""
 
@@ -124,19 +126,21 @@ def observe(model: nn.Module, arguments: Sequence[Any], named: Mapping[str, Any]
     return ForwardPass(tuple(calls), _edges(losses or found))
 
 
-def _drop(tensor: Any) -> None:
-    """What takes the place of a tensor that the backward pass would need."""
+def _drop(tensor: Any) -> Any:
+    """What takes the place of a tensor that the backward pass would need: nothing."""
+    return None
 
 
 def _keeps_nothing() -> bool:
     """Whether saved tensors are dropped here: inside activation checkpointing they go to its own hooks."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    graph: Any = torch._C
+    hooks = graph._autograd._top_saved_tensors_default_hooks(True)
     return torch.is_grad_enabled() and hooks is not None and hooks[0] is _drop
 
 
 def _edges(tensors: Sequence[Tensor]) -> tuple[Edge, ...]:
-    edges = dict.fromkeys(tuple(get_gradient_edge(tensor))[:2] for tensor in tensors if tensor.requires_grad)
-    return tuple(edges)
+    ends = (get_gradient_edge(tensor) for tensor in tensors if tensor.requires_grad)
+    return tuple(dict.fromkeys((end[0], end[1]) for end in ends))
 
 
 @contextmanager

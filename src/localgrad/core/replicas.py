@@ -1,6 +1,7 @@
 """Data-parallel copies of an isolated model: DDP leaves the local blocks alone, and these functions average them."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,7 @@ def leave_no_more(model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
     left = getattr(model, IGNORED, set()) - names
     for parameter in parameters:
         parameter.__dict__.pop("_ddp_ignored", None)
-    vars(model).pop(IGNORED, None)
+    model.__dict__.pop(IGNORED, None)
     if left:
         setattr(model, IGNORED, left)
 
@@ -53,8 +54,10 @@ def begin_alike(
             "then DistributedDataParallel(model), with the isolated model itself in it"
         )
     tensors = [*parameters, *networks.state_dict().values()]
+    group: Any = ddp.process_group
+    first = dist.get_global_rank(group, 0)
     for tensor in tensors:
-        dist.broadcast(tensor.detach(), dist.get_global_rank(ddp.process_group, 0), group=ddp.process_group)
+        dist.broadcast(tensor.detach(), first, group=group)
 
 
 def average_gradients(ddp: DistributedDataParallel, parameters: Sequence[nn.Parameter]) -> None:

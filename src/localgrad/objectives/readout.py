@@ -148,7 +148,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         gradient, count = ctx.saved_tensors
         # divided here and not before: what one of many tokens adds is too small for float16
         return gradient * (gradients[0] / count).to(gradient.dtype), None, None, None, None, None
