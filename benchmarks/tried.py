@@ -85,9 +85,10 @@ def last(module: nn.Module) -> nn.Module:
 def pairs() -> Iterator[Pair]:
     """Everything that was tried."""
     for channels, size in SHAPES[1:]:
-        shape = (channels, 12, (size, size), (32, 32))
-        kept = "second" if UpsampledConv(*shape).convolve_first else "first"
-        late, early = (last(UpsampledConv(*shape, convolve_first=first)) for first in (False, True))
+        conv = nn.Conv2d(channels, 12, 3, padding=1)
+        early = last(UpsampledConv(conv, (size, size), (32, 32)))
+        kept = "second" if early.is_worthwhile else "first"
+        late = nn.Sequential(nn.UpsamplingBilinear2d((32, 32)), last(conv))
         name = f"InfoPro's decoder, {channels} channels: convolve after upsampling, or before it"
         yield Pair(name, late, early, kept, channels, size)
 

@@ -450,6 +450,24 @@ def test_why_there_are_few_units_is_said_by_name() -> None:
             split(model, example, objective=dgl(5), **options)
 
 
+def test_a_submodule_that_ends_in_the_middle_of_a_unit_is_no_cut() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stage = nn.Sequential(*(nn.Conv2d(3 if i == 0 else 4, 4, 1) for i in range(3)))
+            self.after, self.head = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 5, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stage[0](x)
+            return self.head(self.after(self.stage[2](self.stage[1](x))) + x)
+
+    model, example = Model(), torch.empty(2, 3, 8, 8)
+    assert [unit.name for unit in units(model, example)] == ["stage.0", "stage.1", "head"]
+    with pytest.raises(LocalGradError, match=r"'stage' is in the middle of the unit 'stage.1'.*stage.0, stage.1, head"):
+        split(model, example, cuts=["stage"], objective=dgl(5))
+    assert len(split(model, example, cuts=["stage.1"], objective=dgl(5))) == 2
+
+
 class DropPath(nn.Module):
     """The mask of stochastic depth in the middle of a chain, in training alone."""
 

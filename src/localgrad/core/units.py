@@ -267,13 +267,26 @@ def check_arguments(model: nn.Module) -> None:
 
 
 def find_unit(found: Sequence[Unit], name: str) -> int:
-    """Index of the unit called `name`, or of the last unit inside the submodule `name` ("layer1" is its last block)."""
+    """Index of the unit called `name`, or of the last unit inside the submodule `name` ("layer1" is its last block).
+
+    Raises:
+        LocalGradError: there is no such unit, or the last of the submodule holds layers that come after it, too.
+    """
     inside = [i for i, unit in enumerate(found) if unit.name == name or unit.name.startswith(f"{name}.")]
     if not inside:
         raise SettingsError(
             f"cut {name!r} is not a unit: the units are {', '.join(unit.name for unit in found)}; "
             f"see localgrad.units(model, example){why_whole(found)}"
         )
+    last, model = found[inside[-1]], found[0].frozen.model
+    if last.name != name and model is not None and name in dict(named_modules(model)):
+        own = set(model.get_submodule(name).parameters())
+        beyond = [p for p in last.module.parameters() if p.ndim > 1 and p not in own]
+        if beyond:
+            raise SettingsError(
+                f"cut {name!r} is in the middle of the unit {last.name!r}, which holds layers after it, too: cut after "
+                f"another unit ({', '.join(unit.name for unit in found)}){why_whole([last])}"
+            )
     return inside[-1]
 
 

@@ -120,7 +120,8 @@ def _explained(what: str) -> Generator[None, None, None]:
             ) from error
         raise LocalGradError(
             f"{what} cannot be profiled without data ({str(error).strip().splitlines()[0]}): what a forward pass keeps "
-            "must follow from shapes alone; measure a real step with localgrad.planning.step_peak instead"
+            "must follow from shapes alone; if it takes other targets than classes (N,), give targets=, an example of "
+            "them; else measure a real step with localgrad.planning.step_peak"
         ) from error
 
 
