@@ -26,7 +26,7 @@ def of_block(optimizers: Optimizers) -> tuple[Any, ...]:
 def inner(block: nn.Module) -> Block:
     """The block in its wrapper (data-parallel or compiled), or itself."""
     if isinstance(block, nn.parallel.DistributedDataParallel):
-        return inner(block.module)
+        return inner(block.module)  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
     compiled = getattr(block, "_orig_mod", None)
     return inner(compiled) if isinstance(compiled, nn.Module) else block  # pyright: ignore[reportReturnType]
 
@@ -129,7 +129,7 @@ def check_parameters(index: int, block: Block, optimizers: Sequence[Any]) -> Non
     missing = sum(trains and key not in present for key, trains in own.items())
     if not (foreign or missing):
         return
-    gone = [] if block.origin is None else block.origin.gone(foreign)
+    gone: list[str] = [] if block.origin is None else block.origin.gone(foreign)
     if gone:
         raise LocalGradError(
             f"the optimizer of block {index} has {len(gone)} parameters that the model no longer has, {gone[0]!r} "
@@ -152,7 +152,8 @@ def _check_kind(index: int, optimizer: Any) -> None:
             "them that share its parameters, or None where nothing is trained"
         )
     # of the class: schedulers put a step of another signature on the optimizer
-    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    kind: Any = type(optimizer)  # pyright: ignore[reportUnknownVariableType]
+    closure = inspect.signature(kind.step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:
         raise SettingsError(
             f"optimizer {index} is a {type(optimizer).__name__}, whose step takes a closure that computes the "

@@ -2,23 +2,26 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from localgrad.core.observed import Call, ForwardPass, is_container, places_to_cut
 from localgrad.core.partition import cut_evenly
+from localgrad.core.tables import hooks_before
 from localgrad.errors import LocalGradError
 
+WRAPPERS: tuple[type[nn.Module], ...] = (DistributedDataParallel, DataParallel)
 
-def check_cuts(model: nn.Module, cuts: Any, num_blocks: Any, objective: Any, momentum: Any) -> list[str] | int:
+
+def check_cuts(model: Any, cuts: Any, num_blocks: Any, objective: Any, momentum: Any) -> list[str] | int:
     """The cuts as they were given: names, or the number of blocks.
 
     Raises:
         LocalGradError: they are neither, or the model or the factories are not what they have to be.
     """
-    if isinstance(model, DistributedDataParallel | DataParallel) or hasattr(model, "_orig_mod"):
+    if isinstance(model, WRAPPERS) or hasattr(model, "_orig_mod"):
         raise LocalGradError(
             f"model is wrapped in {type(model).__name__}: isolate the model itself, then wrap it (DataParallel cannot "
             "be isolated, and instead of the whole model its layers are compiled, layer.compile())"
@@ -27,7 +30,7 @@ def check_cuts(model: nn.Module, cuts: Any, num_blocks: Any, objective: Any, mom
         raise LocalGradError(f"model is a {type(model).__name__}: give a network that consists of modules")
     if any(
         isinstance(owner, nn.Module) and hasattr(owner, "momenta")
-        for owner in (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
+        for owner in (getattr(hook, "__self__", None) for hook in hooks_before(model).values())
     ):
         raise LocalGradError("model is isolated already: call remove() of its isolation first")
     if (cuts is None) == (num_blocks is None):
@@ -49,10 +52,11 @@ def check_cuts(model: nn.Module, cuts: Any, num_blocks: Any, objective: Any, mom
         if type(num_blocks) is not int or num_blocks < 1:
             raise LocalGradError(f"num_blocks is {num_blocks!r}: it is a whole number, 1 or more")
         return num_blocks
-    if not isinstance(cuts, list | tuple) or not all(isinstance(name, str) for name in cuts):
+    if not isinstance(cuts, list | tuple) or not all(isinstance(each, str) for each in cast(list[Any], cuts)):
         raise LocalGradError(f'cuts is {cuts!r}: give a list of names of modules, as ["layer1"]')
-    modules = dict(model.named_modules())
-    for name in cuts:
+    names = cast(list[str], cuts)
+    modules: dict[str, nn.Module] = dict(model.named_modules())  # pyright: ignore[reportUnknownArgumentType]
+    for name in names:
         if not name or name not in modules:
             parent = name
             while parent and parent not in modules:
@@ -61,12 +65,12 @@ def check_cuts(model: nn.Module, cuts: Any, num_blocks: Any, objective: Any, mom
             raise LocalGradError(
                 f"cut {name!r} is no module of {type(model).__name__}: in {parent or 'it'} are {', '.join(inside[:12])}"
             )
-    return list(dict.fromkeys(cuts))
+    return list(dict.fromkeys(names))
 
 
 def named_cuts(model: nn.Module, run: ForwardPass, names: Sequence[str]) -> list[Call]:
     """The calls of the modules that are named as cuts, in the order in which the forward pass leaves them."""
-    found = []
+    found: list[Call] = []
     for name in names:
         calls = [call for call in run.calls if call.module is model.get_submodule(name)]
         if len(calls) != 1:
@@ -119,7 +123,7 @@ def even_cuts(run: ForwardPass, num_blocks: int) -> list[Call]:
         if 2 * len(chain) >= of_class[kind] and any(True for _ in chain[0].module.children())
     ]
     for group in (of_layers, list(chains.values()), [single]):
-        chain = max(group, key=lambda chain: (len(chain), sum(call.end - call.start for call in chain)), default=[])
+        chain = max(group, key=_length, default=list[Call]())
         if len(chain) >= num_blocks:
             break
     else:
@@ -128,13 +132,17 @@ def even_cuts(run: ForwardPass, num_blocks: int) -> list[Call]:
             f"tensor alone goes on, so it makes 1 to {max(len(single), 1)} blocks; name the cuts instead, as "
             "cuts=[...], each skip's source among them"
         )
-    ends = []
+    ends: list[Call] = []
     for index in cut_evenly(len(chain), num_blocks):
         begin = chain[index].end
         until = min(call.start for call in members if call.start > begin)
         after = [call for call in places if begin < call.start and call.end < until]
         ends.append(max([chain[index], *after], key=lambda call: call.end))
     return ends
+
+
+def _length(chain: Sequence[Call]) -> tuple[int, int]:
+    return len(chain), sum(call.end - call.start for call in chain)
 
 
 def _outermost(chain: Sequence[Call]) -> list[Call]:

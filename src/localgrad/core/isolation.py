@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from localgrad.core.arguments import ForwardArguments
 from localgrad.core.auxiliary import build_auxiliaries
 from localgrad.core.cuts import check_cuts, even_cuts, named_cuts
-from localgrad.core.local_pass import LocalPass
+from localgrad.core.local_pass import BACKWARD, LocalPass
 from localgrad.core.momentum import Momentum
 from localgrad.core.observed import as_arguments, first_floating, observe
 from localgrad.core.parts import Part, described, parts_of
@@ -20,6 +20,7 @@ from localgrad.core.reach import check_reach
 from localgrad.core.recompute import Recomputed
 from localgrad.core.replicas import active_ddp, begin_alike, leave_no_more, leave_to_isolation
 from localgrad.core.site import Objective
+from localgrad.core.tables import hooks_after, hooks_before
 from localgrad.core.unchanged import Unchanged
 from localgrad.errors import LocalGradError, LocalGradWarning
 
@@ -56,7 +57,7 @@ class Isolation(nn.Module):
         self.objectives: Any = nn.ModuleList()
         self.momenta: Any = nn.ModuleList()
         self.targets: Any = None
-        self.backward = backward
+        self.backward: Callable[[Tensor], Any] | None = backward
         self._model = (model,)  # a tuple is not registered
         self._cuts, self._make, self._recompute, self._reach = cuts, make, recompute, reach
         self._arguments = ForwardArguments(model, argument)
@@ -69,8 +70,8 @@ class Isolation(nn.Module):
         self._pass: LocalPass | None = None
         self._losses: list[Tensor] = []
         self._hooks: list[tuple[dict[int, Any], Any]] = [
-            (model._forward_pre_hooks, model.register_forward_pre_hook(self._begin, with_kwargs=True)),
-            (model._forward_hooks, model.register_forward_hook(self._end, always_call=True)),
+            (hooks_before(model), model.register_forward_pre_hook(self._begin, with_kwargs=True)),
+            (hooks_after(model), model.register_forward_hook(self._end, always_call=True)),
         ]
 
     def build(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -93,11 +94,11 @@ class Isolation(nn.Module):
         (model,) = self._model
         for block, part in enumerate(self._parts[:-1]):
             module = model.get_submodule(part.name)
-            self._hooks.append((module._forward_hooks, module.register_forward_hook(partial(self._leave, block))))
+            self._hooks.append((hooks_after(module), module.register_forward_hook(partial(self._leave, block))))
             if self.momenta[block] is not None:
                 module, meet = part.following[0].module, partial(self._meet, block + 1)
                 handle = module.register_forward_pre_hook(meet, prepend=True, with_kwargs=True)
-                self._hooks.append((module._forward_pre_hooks, handle))
+                self._hooks.append((hooks_before(module), handle))
         for module in (module for part in self._parts if self._recompute for module in part.inner):
             module.forward = Recomputed(module)
         leave_to_isolation(model, self._local)
@@ -114,7 +115,7 @@ class Isolation(nn.Module):
         self._unchanged.check()
         if self.backward is None and self._unchanged.accumulates():
             warnings.warn(SUMMED, LocalGradWarning, stacklevel=3)
-            self.backward = Tensor.backward
+            self.backward = BACKWARD
         self._follow_model()
         ddp = active_ddp()
         if ddp is not None and id(ddp) != self._ddp:
@@ -122,7 +123,7 @@ class Isolation(nn.Module):
             self._ddp = id(ddp)
         given = self._arguments.targets(args, kwargs)
         batch = self.targets if given is None else given, self._arguments.inputs(args, kwargs)
-        backward = self.backward or Tensor.backward
+        backward = self.backward or BACKWARD
         self._pass = LocalPass(self.objectives, self.momenta, self._parts, batch, backward, ddp, self._reach)
         self._waiting = {parameter: block for parameter, block in self._tied.items() if parameter.requires_grad}
         for parameter, block in self._waiting.items():
@@ -209,7 +210,7 @@ class Isolation(nn.Module):
         for momentum in self.momenta:
             if momentum is not None:
                 momentum.settle()
-        return super().state_dict(*args, **kwargs)
+        return super().state_dict(*args, **kwargs)  # pyright: ignore[reportUnknownVariableType]
 
     def remove(self) -> None:
         """Leave the model as it was before `isolate`: no hooks, no local losses. Its weights stay trained."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from localgrad.core.reach import Span
 from localgrad.core.replicas import average_gradients
 from localgrad.core.trees import mapped
 from localgrad.errors import LocalGradError
+
+BACKWARD: Callable[[Tensor], Any] = cast(Any, Tensor).backward  # which torch types in part
 
 
 class LocalPass:
@@ -94,7 +96,7 @@ class LocalPass:
             made, gradients = [t for t, _ in pairs], [gradient for _, gradient in pairs]
             (gradient,) = torch.autograd.grad(made, leaf, gradients, retain_graph=self.span is not None)
             if self.span is None:
-                features.backward(gradient)
+                features.backward(gradient)  # pyright: ignore[reportUnknownMemberType]
             return gradient
 
         self._take_in(block, self._train(block, first, mixed, reach_features))
@@ -121,7 +123,7 @@ class LocalPass:
 
         for tensor in tensors_in(output):
             if tensor.grad_fn is not None:
-                tensor.register_hook(check)
+                tensor.register_hook(check)  # pyright: ignore[reportUnknownMemberType]
 
     def _train(
         self, block: int, features: Tensor, mixed: Tensor, reach_features: Callable[[], Tensor | None] = lambda: None
@@ -180,7 +182,7 @@ class LocalPass:
             self.span.add(parameters, self.entry, self.features, gradient)
             self.entry = self.leaf.requires_grad_()
             if block == len(self.parts) - 2:
-                self.entry.register_post_accumulate_grad_hook(self._end)
+                self.entry.register_post_accumulate_grad_hook(self._end)  # pyright: ignore[reportUnknownMemberType]
 
     def _end(self, entry: Tensor) -> None:
         """The gradient of the model's own loss has come to the last cut."""

@@ -1,16 +1,18 @@
 """One forward pass as it happened: which modules were called, and which parameters a loss of each would train."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
+from localgrad.core.tables import own_buffers
 from localgrad.core.tracing import CHAIN, is_stage
 from localgrad.core.trees import leaves
 from localgrad.errors import LocalGradError
@@ -79,8 +81,8 @@ def first_floating(tree: Any) -> Tensor | None:
 def as_arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments of a forward pass: a tuple holds them in order, a mapping by name, anything else is the only one."""
     if isinstance(example, Mapping):
-        return (), dict(example)
-    return (example if isinstance(example, tuple) else (example,)), {}
+        return (), dict(cast(Mapping[str, Any], example))
+    return (cast(tuple[Any, ...], example) if isinstance(example, tuple) else (example,)), {}
 
 
 def observe(model: nn.Module, arguments: Sequence[Any], named: Mapping[str, Any]) -> ForwardPass:
@@ -114,10 +116,9 @@ def observe(model: nn.Module, arguments: Sequence[Any], named: Mapping[str, Any]
         stack.enter_context(_left_as_it_was(model))
         stack.enter_context(saved_tensors_hooks(_drop, _drop))
         stack.enter_context(torch.enable_grad())
-        for name, module in model.named_modules():
-            before = module.register_forward_pre_hook(
-                lambda m, a, k, name=name: begin(name, m, a, k), prepend=False, with_kwargs=True
-            )
+        modules: dict[str, nn.Module] = dict(model.named_modules())  # pyright: ignore[reportUnknownArgumentType]
+        for name, module in modules.items():
+            before = module.register_forward_pre_hook(partial(begin, name), with_kwargs=True)
             stack.callback(before.remove)
             stack.callback(module.register_forward_hook(end, prepend=True, with_kwargs=True).remove)
         output = model(*arguments, **named)
@@ -133,7 +134,7 @@ def _drop(tensor: Any) -> Any:
 
 def _keeps_nothing() -> bool:
     """Whether saved tensors are dropped here: inside activation checkpointing they go to its own hooks."""
-    graph: Any = torch._C
+    graph: Any = torch._C  # pyright: ignore[reportPrivateUsage]
     hooks = graph._autograd._top_saved_tensors_default_hooks(True)
     return torch.is_grad_enabled() and hooks is not None and hooks[0] is _drop
 
@@ -144,7 +145,7 @@ def _edges(tensors: Sequence[Tensor]) -> tuple[Edge, ...]:
 
 
 @contextmanager
-def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+def _left_as_it_was(model: nn.Module) -> Generator[None, None, None]:
     """Training mode and a gradient for every weight inside; modes, attributes and buffers as they were afterwards."""
     modules = list(model.modules())
     attributes = [dict(vars(module)) for module in modules]
@@ -152,10 +153,12 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
     devices = {p.device for p, _ in parameters if p.device.type not in ("cpu", "meta")}
     kind = next((device.type for device in devices), "cuda")
     evaluating = not model.training
-    with torch.random.fork_rng([device.index or 0 for device in devices], device_type=kind):
+    random: Any = torch.random
+    with random.fork_rng([device.index or 0 for device in devices], device_type=kind):
         try:
             for module in modules:
-                module._buffers = {k: None if b is None else b.clone() for k, b in module._buffers.items()}
+                copies = {k: None if b is None else b.clone() for k, b in own_buffers(module).items()}
+                module._buffers = copies  # pyright: ignore[reportPrivateUsage]
                 module.training = module.training or evaluating
             for parameter, _ in parameters:
                 if parameter.is_floating_point() or parameter.is_complex():

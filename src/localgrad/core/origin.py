@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from localgrad.core.momentum import MomentumAuxiliary
+from localgrad.core.tables import own_buffers, own_modules, own_parameters
 from localgrad.errors import LocalGradError
 
 WAY_OUT = "make such changes first, then split, then make the optimizers"
@@ -23,23 +24,23 @@ class Origin:
     def __init__(self, model: nn.Module, blocks: Sequence[Any]) -> None:
         self.model = model
         held = {module for block in blocks for module in block.body.modules()}
-        own = dict(model.named_modules())
+        own: dict[str, nn.Module] = dict(model.named_modules())  # pyright: ignore[reportUnknownArgumentType]
         self.modules = {module: name for name, module in own.items() if module in held}
         self.parameters = {parameter: name for name, parameter in model.named_parameters()}
         self.dtypes = {p: p.dtype for block in blocks for p in block.parameters() if p.is_floating_point()}
         self._slots = [slot for module in own.values() if module not in held for slot in slots(module)]
-        places = {buffer: (module, name) for module in own.values() for name, buffer in module._buffers.items()}
+        places = {buffer: (module, name) for module in own.values() for name, buffer in own_buffers(module).items()}
         # what a piece of the traced model holds itself, and the module of the model that has it
         self.buffers = [
             (piece, name, *places[buffer])
             for piece in held - set(own.values())
-            for name, buffer in piece._buffers.items()
+            for name, buffer in own_buffers(piece).items()
             if buffer in places
         ]
         self._slots += self._buffer_slots()
 
     def _buffer_slots(self) -> list[tuple[dict[str, Any], str, Any]]:
-        return [(owner._buffers, name, owner._buffers.get(name)) for _, _, owner, name in self.buffers]
+        return [(own_buffers(owner), name, own_buffers(owner).get(name)) for _, _, owner, name in self.buffers]
 
     def unchanged(self) -> bool:
         """Whether the model's own modules, outside of the blocks, have what they had; looks at each name once."""
@@ -59,7 +60,7 @@ class Origin:
         """
         modules, parameters = set(self.model.modules()), set(self.model.parameters())
         for piece, name, owner, owner_name in self.buffers:
-            piece._buffers[name] = owner._buffers.get(owner_name)
+            own_buffers(piece)[name] = own_buffers(owner).get(owner_name)
         for index, block in enumerate(blocks):
             kinds: list[tuple[str, Any, set[Any], dict[Any, str]]] = [
                 ("module", block.body.modules(), modules, self.modules),
@@ -106,5 +107,8 @@ class Origin:
 
 def slots(module: nn.Module) -> list[tuple[dict[str, Any], str, Any]]:
     """Where a module keeps its children and parameters: the dictionary, the name and what is there now."""
-    holders: tuple[dict[str, Any], ...] = (module._modules, module._parameters)
-    return [(holder, name, value) for holder in holders for name, value in holder.items()]
+    return [
+        (holder, name, value)
+        for holder in (own_modules(module), own_parameters(module))
+        for name, value in holder.items()
+    ]

@@ -87,7 +87,8 @@ def _chain(cut: Call, found: Sequence[Call], is_last: bool) -> list[Call]:
     found = (found[:-1] or found) if is_last else found
     first = next((index for index, call in enumerate(found) if takes(call, cut)), None)
     chain = [] if first is None else [found[first]]
-    for call in [] if first is None else found[first + 1 :]:
+    later: Sequence[Call] = () if first is None else found[first + 1 :]
+    for call in later:
         if chain[-1].source not in call.arguments:
             break
         chain.append(call)
@@ -104,7 +105,7 @@ def _unit(call: Call, following: nn.Module | None = None) -> Unit:
 
 def described(parts: Sequence[Part], networks: Sequence[tuple[nn.Module | None, nn.Module | None]]) -> str:
     """A line for each block: where it ends, what it trains, and the sizes of its auxiliary networks."""
-    lines = []
+    lines: list[str] = []
     for index, part in enumerate(parts):
         trained = sum(parameter.numel() for parameter in part.parameters if parameter.requires_grad)
         line = f"  {index + 1}  to {part.name}: trains {trained:,} parameters"

@@ -6,7 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
+
+from localgrad.core.tables import own_buffers
+
+NormBase = nn.modules.batchnorm._NormBase  # pyright: ignore[reportPrivateUsage]
 
 
 def recomputed(
@@ -29,12 +33,12 @@ def recomputed(
         return recomputed(lambda features: function(features.clone()), features, module)
     if torch.compiler.is_compiling():  # what is compiled changes each buffer once, at the end
         return checkpoint(function, features, use_reentrant=False)  # pyright: ignore[reportReturnType]
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+    norms = [m for m in module.modules() if isinstance(m, NormBase)]
     begun = [
         (each, name, buffer.clone())
         for each in module.modules()
         if each not in norms
-        for name, buffer in each._buffers.items()
+        for name, buffer in own_buffers(each).items()
         if buffer is not None
     ]
     return checkpoint(  # pyright: ignore[reportReturnType]
@@ -51,8 +55,9 @@ class _AsItWas:
 
     def __enter__(self) -> None:
         for module, name, value in self.begun:
-            self.left.callback(module._buffers.__setitem__, name, module._buffers[name])
-            module._buffers[name] = value.clone()
+            buffers = own_buffers(module)
+            self.left.callback(buffers.__setitem__, name, buffers[name])
+            buffers[name] = value.clone()
         for norm in self.norms:  # with factor 0 a running average stays; without one, fewer tensors would be saved
             counted = norm.num_batches_tracked
             self.left.callback(setattr, norm, "momentum", norm.momentum)

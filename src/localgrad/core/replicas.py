@@ -11,22 +11,23 @@ from torch.nn.parallel import DistributedDataParallel
 from localgrad.errors import LocalGradError
 
 IGNORED = "_ddp_params_and_buffers_to_ignore"
+DDP: Any = DistributedDataParallel  # what is used of it here is typed in part
 
 
 def leave_to_isolation(model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
     """Tell DDP, before it wraps the model, to leave these parameters alone: their gradients come inside forward."""
     names = {id(parameter): name for name, parameter in model.named_parameters(remove_duplicate=False)}
     ignored = {*getattr(model, IGNORED, ()), *(names[id(parameter)] for parameter in parameters)}
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
+    DDP._set_params_and_buffers_to_ignore_for_model(model, ignored)
 
 
 def leave_no_more(model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
     """Undo `leave_to_isolation`."""
     own = {id(parameter) for parameter in parameters}
     names = {name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in own}
-    left = getattr(model, IGNORED, set()) - names
+    left: set[str] = getattr(model, IGNORED, set[str]()) - names
     for parameter in parameters:
-        parameter.__dict__.pop("_ddp_ignored", None)
+        vars(parameter).pop("_ddp_ignored", None)
     model.__dict__.pop(IGNORED, None)
     if left:
         setattr(model, IGNORED, left)
@@ -34,7 +35,7 @@ def leave_no_more(model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
 
 def active_ddp() -> DistributedDataParallel | None:
     """The DDP wrapper whose forward pass is running."""
-    return DistributedDataParallel._get_active_ddp_module()
+    return DDP._get_active_ddp_module()
 
 
 def begin_alike(
@@ -48,13 +49,14 @@ def begin_alike(
     if reach > 1:
         raise LocalGradError(f"reach is {reach} under DDP: losses that span blocks run in one process, or reach=1")
     own = {id(parameter) for parameter in parameters}
-    if any(id(parameter) in own for parameter in ddp._module_parameters):
+    wrapper: Any = ddp
+    if any(id(parameter) in own for parameter in wrapper._module_parameters):
         raise LocalGradError(
             "DDP reduces gradients of local blocks, which come before it expects them: call isolate(model, ...) first, "
             "then DistributedDataParallel(model), with the isolated model itself in it"
         )
     tensors = [*parameters, *networks.state_dict().values()]
-    group: Any = ddp.process_group
+    group = wrapper.process_group
     first = dist.get_global_rank(group, 0)
     for tensor in tensors:
         dist.broadcast(tensor.detach(), first, group=group)
@@ -67,6 +69,7 @@ def average_gradients(ddp: DistributedDataParallel, parameters: Sequence[nn.Para
     """
     if not ddp.require_backward_grad_sync:
         return
+    wrapper: Any = ddp
     by_kind: dict[torch.dtype, list[Tensor]] = {}
     for parameter in parameters:
         if parameter.grad is None:
@@ -74,7 +77,8 @@ def average_gradients(ddp: DistributedDataParallel, parameters: Sequence[nn.Para
         by_kind.setdefault(parameter.dtype, []).append(parameter.grad)
     for gradients in by_kind.values():
         flat = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(flat, group=ddp.process_group)
-        flat /= dist.get_world_size(ddp.process_group)
-        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        dist.all_reduce(flat, group=wrapper.process_group)
+        flat /= dist.get_world_size(wrapper.process_group)
+        means: tuple[Tensor, ...] = torch.split(flat, [g.numel() for g in gradients])
+        for gradient, mean in zip(gradients, means, strict=True):
             gradient.copy_(mean.view_as(gradient))

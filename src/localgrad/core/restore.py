@@ -19,7 +19,7 @@ def restored(model: nn.Module) -> Generator[Callable[[], None], None, None]:
         A function that puts everything back at once, for the next run.
     """
     modules = [(vars(module), dict(vars(module))) for module in model.modules()]
-    containers = [
+    containers: list[tuple[Any, Any]] = [
         (value, value.copy())
         for _, attributes in modules
         for value in attributes.values()

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from localgrad.core.tables import own_modules, own_parameters
 from localgrad.errors import LocalGradError
 
 
@@ -15,8 +16,9 @@ class Unchanged:
         """`hooks` are pairs of a module's table of hooks and the handle of one of them."""
         self.hooks = hooks
         self.held: list[tuple[str, dict[str, Any], str, Any]] = []
-        for name, module in model.named_modules():
-            for table in (module._parameters, module._modules):
+        modules: dict[str, nn.Module] = dict(model.named_modules())  # pyright: ignore[reportUnknownArgumentType]
+        for name, module in modules.items():
+            for table in (own_parameters(module), own_modules(module)):
                 self.held += [(f"{name}.{key}".strip("."), table, key, value) for key, value in table.items()]
         self.dtypes = [(name, parameter, parameter.dtype) for name, parameter in model.named_parameters()]
 
