@@ -1,5 +1,7 @@
 """The auxiliary networks of a block: momentum and objective, built for one site."""
 
+# pyright: reportUnnecessaryIsInstance=false
+
 from collections.abc import Iterator, Sequence
 
 import torch

@@ -154,7 +154,9 @@ class Block(nn.Module):
         """
         shared = self.momentum.shared() if isinstance(self.momentum, MomentumAuxiliary) else []
         left_out = {id(parameter) for parameter in shared}
-        names = {n for n, p in self.named_parameters(remove_duplicate=False) if id(p) in left_out} if shared else set()
+        names: set[str] = (
+            {n for n, p in self.named_parameters(remove_duplicate=False) if id(p) in left_out} if shared else set()
+        )
         return {k: v for k, v in self.state_dict().items() if not k.startswith("body.") and k not in names}
 
     def load_auxiliary_state_dict(self, state: dict[str, Tensor]) -> None:

@@ -36,8 +36,8 @@ def channel_dim_of(features: Tensor, before: Sequence[nn.Module], after: Sequenc
     following = nn.Sequential(*after[: weighted.index(True) + 1 if True in weighted else None])
     probe = to_meta(following).eval()
     for layer in probe.modules():
-        layer._forward_hooks.clear()
-        layer._forward_pre_hooks.clear()
+        layer._forward_hooks.clear()  # pyright: ignore[reportPrivateUsage, reportUnknownMemberType]
+        layer._forward_pre_hooks.clear()  # pyright: ignore[reportPrivateUsage, reportUnknownMemberType]
     fixed = [dim for dim in (1, last) if not _takes(probe, features, dim)]
     if len(fixed) == 1:
         return fixed[0]

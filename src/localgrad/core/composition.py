@@ -4,7 +4,7 @@ import random
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -125,7 +125,7 @@ def two_samples(batch: Tensor) -> Tensor:
 
 def _reached(output: Any) -> tuple[set[int], int]:
     """Ids of the parameters that an output would send a gradient to, and the number of reentrant checkpoints."""
-    output = output[0] if isinstance(output, tuple | list) else output
+    output = cast(Any, output[0] if isinstance(output, tuple | list) else output)
     found: set[int] = set()
     seen = set[Any]()
     waiting: list[Any] = [output.grad_fn] if isinstance(output, Tensor) and output.grad_fn is not None else []
@@ -146,9 +146,11 @@ def seeded(device: torch.device) -> Generator[None, None, None]:
     python, arrays = random.getstate(), np.random.get_state()
     on_cpu = device.type in ("cpu", "meta")
     on_mps = torch.mps.get_rng_state() if device.type == "mps" else None  # which fork_rng cannot keep
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if device.type == "cuda" else []):
+    devices = range(torch.cuda.device_count() if device.type == "cuda" else 0)
+    with torch.random.fork_rng(devices=devices):  # pyright: ignore[reportUnknownMemberType]
         try:
-            (torch.default_generator.manual_seed if on_cpu else torch.manual_seed)(0)  # that of other devices too
+            seed: Any = cast(Any, torch.default_generator if on_cpu else torch).manual_seed  # that of other devices too
+            seed(0)
             random.seed(0)
             np.random.seed(0)
             yield

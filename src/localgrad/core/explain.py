@@ -1,6 +1,6 @@
 """Errors of a batch, in words of the batch: found from the values that were given, not from what PyTorch says."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +22,9 @@ class OutOfMemoryError(DoesNotFitError, torch.OutOfMemoryError):
 
 
 @contextmanager
-def explaining(block: Block, index: int, num_blocks: int, inputs: Tensor, targets: Any, first: bool) -> Iterator[None]:
+def explaining(
+    block: Block, index: int, num_blocks: int, inputs: Tensor, targets: Any, first: bool
+) -> Generator[None, None, None]:
     """Say of an error inside which block it is, and what about the batch does not fit it, where that can be told.
 
     Args:

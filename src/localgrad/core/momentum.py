@@ -1,5 +1,7 @@
 """Momentum auxiliary networks: what lets a block see its successor without a gradient."""
 
+# pyright: reportUnnecessaryIsInstance=false
+
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 

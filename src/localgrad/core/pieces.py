@@ -311,7 +311,7 @@ class _PieceGraph:
             return self.nodes.call_function(getattr, (self.features, "device"))
         if isinstance(value, tuple | list):
             entries = [self._from_batch(*pair) for pair in zip(cast(Any, value), other, strict=True)]
-            kind = torch.Size if isinstance(value, torch.Size) else type(cast(Any, value))
+            kind = torch.Size if isinstance(value, torch.Size) else cast(type[Any], type(value))
             return self.nodes.call_function(kind, (entries,))
         if type(value) is int and value != other:
             samples = self.nodes.call_method("size", (self.features, 0))
@@ -336,9 +336,11 @@ def check_size(features: Tensor, size: tuple[int, ...]) -> None:
 def _is_told_by_batch(value: Any, other: Any) -> bool:
     """Whether a value that two samples gave, and three, is a constant or a multiple of the number of samples."""
     if isinstance(value, tuple | list):
-        pairs = zip(cast(Any, value), cast(Any, other), strict=False)
+        entries = cast(Sequence[Any], value)
         return (
-            type(value) is type(other) and len(value) == len(other) and all(_is_told_by_batch(*pair) for pair in pairs)
+            type(entries) is type(other)
+            and len(entries) == len(other)
+            and all(_is_told_by_batch(*pair) for pair in zip(entries, other, strict=False))
         )
     if type(value) is int:
         return value == other or 3 * value == 2 * other

@@ -1,5 +1,7 @@
 """Reach: local losses that train the blocks before their own too, each block's graph waiting for the last of them."""
 
+# pyright: reportUnnecessaryIsInstance=false
+
 from dataclasses import dataclass
 
 import torch

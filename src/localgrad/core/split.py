@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -125,7 +125,9 @@ def _check_arguments(cuts: Any, num_blocks: Any, objective: Any, momentum: Any, 
             raise SettingsError(f"{name} is {given!r}: it must be a factory, such as localgrad.{example_of}, or None")
     if not callable(criterion):
         raise SettingsError(f"criterion is {criterion!r}: give a function of scores and targets, as F.cross_entropy")
-    if cuts is not None and not (isinstance(cuts, list | tuple) and all(isinstance(name, str) for name in cuts)):
+    if cuts is not None and not (
+        isinstance(cuts, list | tuple) and all(isinstance(name, str) for name in cast(Any, cuts))
+    ):
         raise SettingsError(f'cuts is {cuts!r}: give a list of names, as ["layer1"]; `units` lists them')
 
 

@@ -1,6 +1,8 @@
 """The local step: what training by blocks does with one batch."""
 
-from collections.abc import Callable, Iterator, Sequence
+# pyright: reportUnnecessaryIsInstance=false
+
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from operator import methodcaller
 from typing import Any
@@ -31,7 +33,7 @@ def local_step(
     parts: int = 1,
     reach: int = 1,
     context: Context = nullcontext,
-    backward: Backward = Tensor.backward,
+    backward: Backward = Tensor.backward,  # pyright: ignore[reportUnknownMemberType]
     step: Step = methodcaller("step"),
 ) -> list[Tensor]:
     """Train every block on one batch.
@@ -112,7 +114,7 @@ def local_step(
 
 
 @contextmanager
-def _freed_on_failure(blocks: Sequence[nn.Module]) -> Iterator[None]:
+def _freed_on_failure(blocks: Sequence[nn.Module]) -> Generator[None, None, None]:
     """No gradients of a batch that failed, or was interrupted, which the next one would add to."""
     try:
         yield
@@ -132,7 +134,7 @@ def local_gradients(
     scale: float = 1.0,
     parts: int = 1,
     context: Context = nullcontext,
-    backward: Backward = Tensor.backward,
+    backward: Backward = Tensor.backward,  # pyright: ignore[reportUnknownMemberType]
     on_output: Callable[[Tensor], Any] | None = None,
     after_block: Callable[[int, Tensor], Any] | None = None,
     reach: int = 1,

@@ -88,7 +88,8 @@ class Frozen:
                 was split, or a forward hook was registered on a module that the blocks do not call.
         """
         for name, module in self.uncalled.items():
-            if module._forward_hooks or module._forward_pre_hooks:
+            hooked = cast(Any, module)
+            if hooked._forward_hooks or hooked._forward_pre_hooks:
                 raise LocalGradError(
                     f"a forward hook was registered on {name or 'the model itself'} after the model was split, and the "
                     "blocks do not run it: remove it, register it on a unit (localgrad.units lists them), or use "
@@ -344,14 +345,16 @@ def _single_output(graph: fx.Graph, model: nn.Module) -> fx.Graph:
     if isinstance(value, fx.Node) and isinstance(value.target, type) and issubclass(value.target, tuple):
         value = tuple(value.args)  # a named tuple is traced as a call of its class
     if isinstance(value, tuple | list) and value and isinstance(value[0], fx.Node):
+        count = len(cast(Any, value))
         _warn(
-            f"{type(model).__name__} returns {len(value)} values while training: the first is trained, auxiliary "
+            f"{type(model).__name__} returns {count} values while training: the first is trained, auxiliary "
             "outputs are left out"
         )
         output.args = (value[0],)
     elif not isinstance(value, fx.Node):
+        kind = type(cast(Any, value)).__name__
         raise NotTraceableError(
-            f"{type(model).__name__} returns {type(value).__name__}: it must return one tensor, or a tuple that "
+            f"{type(model).__name__} returns {kind}: it must return one tensor, or a tuple that "
             "starts with it; wrap the model so that it does, or use localgrad.isolate"
         )
     graph.eliminate_dead_code(partial(has_effect, model=model))

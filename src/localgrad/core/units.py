@@ -1,5 +1,7 @@
 """Units: the smallest pieces that a model can be cut into, in the order of its forward pass."""
 
+# pyright: reportUnnecessaryIsInstance=false
+
 import inspect
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -145,7 +147,7 @@ def _samples(model: nn.Module, example: Tensor) -> Tensor:
             except Exception as error:  # of whatever class: the model does not take them
                 failures.append(error)
                 continue
-        values = cast(Any, output)[0] if isinstance(output, tuple | list) and output else output
+        values = cast(Any, output[0] if isinstance(output, tuple | list) and output else output)
         if not isinstance(values, Tensor) or values.is_meta or bool(values.isfinite().all()):
             return samples
         ran.append(samples)

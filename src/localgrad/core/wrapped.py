@@ -26,9 +26,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
             stacklevel=4,
         )
         return unwrapped(compiled)
+    kind = type(model).__name__
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         raise LocalGradError(
-            f"model is a {type(model).__name__}, which would average gradients that blocks do not have: give the "
+            f"model is a {kind}, which would average gradients that blocks do not have: give the "
             "model inside, model.module, before it is wrapped, and wrap each block: DistributedDataParallel(block)"
         )
     if isinstance(model, AveragedModel):

@@ -1,5 +1,7 @@
 """AugLocal: local heads shaped like units sampled from the rest of the network."""
 
+# pyright: reportUnnecessaryIsInstance=false
+
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 
 from localgrad.core.copies import copied
 from localgrad.core.initialise import initialise
+from localgrad.core.modules import named_modules
 from localgrad.core.site import Criterion, Site
 from localgrad.errors import CannotSitError, SettingsError
 from localgrad.objectives.classifier import Classifier
@@ -112,7 +115,7 @@ def _widened(unit: nn.Module, features: torch.Size, channels: int) -> bool:
         handle.remove()
     if not readers or not all(isinstance(layer, nn.Conv2d) and layer.groups == 1 for layer in readers):
         return False
-    names = {layer: name for name, layer in unit.named_modules()}
+    names = {layer: name for name, layer in named_modules(unit)}
     for layer in readers:
         assert isinstance(layer, nn.Conv2d)
         made = nn.Conv2d(

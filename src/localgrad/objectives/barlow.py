@@ -1,5 +1,7 @@
 """Barlow Twins: features of two views of an image that agree, number by number, and are not redundant."""
 
+# pyright: reportUnnecessaryIsInstance=false
+
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 

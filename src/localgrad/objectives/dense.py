@@ -1,5 +1,7 @@
 """One class a pixel or a token."""
 
+# pyright: reportUnnecessaryIsInstance=false
+
 import math
 from collections.abc import Callable, Sequence
 

@@ -5,10 +5,10 @@ the processor.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ _simulated: ContextVar[str | None] = ContextVar("simulated", default=None)
 
 
 @contextmanager
-def simulated_device(kind: str) -> Iterator[None]:
+def simulated_device(kind: str) -> Generator[None, None, None]:
     """Choose the forms of this kind of device, for tensors without data that stand for its own."""
     token = _simulated.set(kind)
     try:
@@ -40,7 +40,8 @@ def channel_deviation(maps: Tensor) -> Tensor:
     """Unbiased standard deviation of each channel over space, `(N, C, H, W)` to `(N, C)`: `maps.flatten(2).std(2)`."""
     flat = maps.flatten(2)
     centred = flat - flat.mean(2, keepdim=True)
-    return torch.linalg.vector_norm(centred, dim=2) / math.sqrt(flat.shape[2] - 1)
+    length = cast(Tensor, cast(Any, torch.linalg).vector_norm(centred, dim=2))
+    return length / math.sqrt(flat.shape[2] - 1)
 
 
 def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -115,7 +116,7 @@ class UpsampledConv(nn.Module):
         """`(N, in_channels, *size)` to `(N, out_channels, *output)`."""
         conv = self._conv[0]
         weight = conv.weight.permute(2, 0, 3, 1).reshape(-1, conv.in_channels, 1, 1)
-        taps = F.conv2d(maps, weight).unflatten(1, (3, conv.out_channels, 3))
+        taps = cast(Tensor, F.conv2d(maps, weight).unflatten(1, (3, conv.out_channels, 3)))
         taps = taps.permute(0, 2, 1, 4, 3, 5).flatten(4)  # (N, out_channels, 3, h, 3 w)
         convolved = self.rows @ (taps @ self.columns).flatten(2, 3)
         assert conv.bias is not None

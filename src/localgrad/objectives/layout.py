@@ -1,9 +1,12 @@
 """What the objectives share: one view of features of any layout, and the checks of their arguments."""
 
+# pyright: reportUnnecessaryIsInstance=false
+
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +66,7 @@ class AsMap(nn.Module):
         if self.ndim == 3 and self.size[1] == 1 and not self.prefix_tokens:
             return features.transpose(1, 2)[..., None]  # of any length
         if self.ndim == 3:
-            return features[:, self.prefix_tokens :].transpose(1, 2).unflatten(2, self.size)
+            return cast(Tensor, features[:, self.prefix_tokens :].transpose(1, 2).unflatten(2, self.size))
         return features[:, :, None, None]
 
 

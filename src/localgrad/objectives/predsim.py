@@ -1,7 +1,10 @@
 """PredSim: prediction loss and similarity matching."""
 
+# pyright: reportUnnecessaryIsInstance=false
+
 import math
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +77,8 @@ def similarity_matrix(features: Tensor) -> Tensor:
             features = fast.channel_deviation(features) if on_processor else features.flatten(2).std(2)
         rows = features.flatten(1)
         rows = rows - rows.mean(1, keepdim=True)
-        rows = rows / (1e-8 + rows.norm(dim=1, keepdim=True))
+        length = cast(Tensor, cast(Any, rows).norm(dim=1, keepdim=True))
+        rows = rows / (1e-8 + length)
         return (rows @ rows.T).clamp(-1, 1)
 
 

@@ -1,5 +1,7 @@
 """The model's own output layer, read but not trained, as the last layer of a local head."""
 
+# pyright: reportUnnecessaryIsInstance=false
+
 import copy
 import inspect
 import itertools
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localgrad.core.initialise import initialise
+from localgrad.core.modules import named_modules
 from localgrad.core.site import Site
 from localgrad.errors import LocalGradError
 from localgrad.objectives.layout import full_precision
@@ -155,7 +158,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _submodule(model: nn.Module | None, name: str, argument: str) -> nn.Module:
-    found = dict(model.named_modules()).get(name) if model is not None else None
+    found = dict(named_modules(model)).get(name) if model is not None else None
     if found is None or not name:
         have = "the site has no model" if model is None else f"{type(model).__name__} has no such submodule"
         raise LocalGradError(

@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,7 @@ class HeadCriterion(nn.Module):
         if isinstance(criterion, functools.partial):
             function, options = criterion.func, criterion.keywords
         self.is_softmax = function is F.cross_entropy or isinstance(function, nn.CrossEntropyLoss)
-        self.ignore_index: int = options.get("ignore_index", getattr(criterion, "ignore_index", -100))
+        self.ignore_index: int = options.get("ignore_index", getattr(cast(Any, criterion), "ignore_index", -100))
         if self.is_softmax and num_classes < 2:
             raise CannotSitError(
                 f"num_classes is {num_classes} (block {site.index}), and softmax cross-entropy tells 2 or more apart; "

@@ -1,7 +1,7 @@
 """The plan of a model that `isolate` cuts: a step on `meta`, measured, for given or evenly spaced cuts."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +88,7 @@ def _step(
 ) -> tuple[int, int, tuple[str, ...]]:
     """Peak bytes and operations of a step of a copy on `meta`, and the names of its cuts."""
     copied = to_meta(model).train()
-    batch = mapped(_on_meta, dict(example) if isinstance(example, Mapping) else example)
+    batch = mapped(_on_meta, dict(cast(Mapping[Any, Any], example)) if isinstance(example, Mapping) else example)
     args, kwargs = as_arguments(batch)
     argument = targets if isinstance(targets, str) else None
     given = None if argument else mapped(_on_meta, targets)
@@ -108,8 +108,8 @@ def _step(
         if argument is None:
             isolation.targets = given
         output = copied(*args, **kwargs)
-        (_loss_of(output) if loss is None else loss(output)).backward()
-        optimizer.step()
+        (_loss_of(output) if loss is None else loss(output)).backward()  # pyright: ignore[reportUnknownMemberType]
+        optimizer.step()  # pyright: ignore[reportUnknownMemberType]
         optimizer.zero_grad()
 
     try:
@@ -126,7 +126,8 @@ def _step(
     tensors = [*copied.parameters(), *copied.buffers(), *isolation.parameters(), *isolation.buffers()]
     tensors += [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     tensors += [leaf for leaf in leaves((args, kwargs, given)) if isinstance(leaf, Tensor)]
-    names = tuple(part.unit.name for part in isolation._parts if part.unit is not None)
+    parts = isolation._parts  # pyright: ignore[reportPrivateUsage]
+    names = tuple(part.unit.name for part in parts if part.unit is not None)
     return peak + sum({each.untyped_storage(): each.nbytes for each in tensors}.values()), operations.total, names
 
 

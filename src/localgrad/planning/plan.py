@@ -1,5 +1,7 @@
 """The planner: the peak memory of a step for each number of blocks, with the cuts that make it smallest."""
 
+# pyright: reportUnnecessaryIsInstance=false
+
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -5,7 +5,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -130,13 +130,13 @@ def _signature(module: nn.Module) -> tuple[object, ...]:
     parts: list[object] = []
     for name, layer in named_modules(module):
         settings = [
-            (key, repr(value))
+            (key, repr(cast(Any, value)))
             for key, value in sorted(vars(layer).items())
             if isinstance(value, int | float | str | list | tuple | type(None))
         ]
         tensors = [
             (key, tensor.shape, tensor.dtype, tensor.requires_grad)
-            for key, tensor in layer._parameters.items()
+            for key, tensor in layer._parameters.items()  # pyright: ignore[reportPrivateUsage]
             if tensor is not None
         ]
         code = layer.code if isinstance(layer, fx.GraphModule) else ""
@@ -293,7 +293,7 @@ def _profile_end(
             del mixed
             counter.peak = counter.current
             if loss.requires_grad:
-                loss.backward()
+                loss.backward()  # pyright: ignore[reportUnknownMemberType]
         passes.append(counter.peak)
         total.append(operations.total)
     forward, backward, forward_frozen, backward_frozen = passes

@@ -1,6 +1,6 @@
 """Simulation: forward and backward passes on tensors without data, under bf16 autocast too."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, get_args
 
@@ -62,7 +62,7 @@ class Simulation:
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     @contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self) -> Generator[None, None, None]:
         """Tensors made inside are fake."""
         with self._mode, simulated_device(self.device_type), _CudaRules() if self.cuda_rules else nullcontext():
             yield
@@ -75,7 +75,7 @@ class Simulation:
         """Give a module fake tensors, in place, and return it; to be called inside `running`."""
         known: dict[torch.Tensor, torch.Tensor] = {}
         for layer in module.modules():
-            for table in (layer._parameters, layer._buffers):
+            for table in (layer._parameters, layer._buffers):  # pyright: ignore[reportPrivateUsage]
                 for name, tensor in table.items():
                     if tensor is None:
                         continue
