@@ -311,7 +311,7 @@ class _PieceGraph:
             return self.nodes.call_function(getattr, (self.features, "device"))
         if isinstance(value, tuple | list):
             entries = [self._from_batch(*pair) for pair in zip(cast(Any, value), other, strict=True)]
-            kind = torch.Size if isinstance(value, torch.Size) else cast(type[Any], type(value))
+            kind = torch.Size if isinstance(value, torch.Size) else cast(type[Any], type(cast(Any, value)))
             return self.nodes.call_function(kind, (entries,))
         if type(value) is int and value != other:
             samples = self.nodes.call_method("size", (self.features, 0))
