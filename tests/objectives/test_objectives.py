@@ -882,13 +882,13 @@ ERRORS: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "infopro on a vector": (lambda: on((2, 7), plain_infopro()), ["infopro", "(2, 7)", "block 0"]),
     "infopro on other inputs": (lambda: on((2, 4, 8, 8), plain_infopro(), (2, 30)), ["infopro", "(2, 30)"]),
     "infopro on gray images": (lambda: on((2, 4, 8, 8), plain_infopro(), (2, 1, 8, 8)), ["(2, 1, 8, 8)", "3"]),
-    "classifier on volumes": (
-        lambda: on((2, 4, 3, 3, 3), classifier(10)),
-        ["classifier", "(2, 4, 3, 3, 3)", "block 0"],
+    "classifier on 6-D features": (
+        lambda: on((2, 4, 3, 3, 3, 3), classifier(10)),
+        ["classifier", "(2, 4, 3, 3, 3, 3)", "block 0"],
     ),
-    "predsim on volumes": (lambda: on((2, 4, 3, 3, 3), predsim(10)), ["predsim", "(2, 4, 3, 3, 3)"]),
-    "dgl on volumes": (lambda: on((2, 4, 3, 3, 3), dgl(10)), ["dgl", "(2, 4, 3, 3, 3)"]),
-    "infopro on volumes": (lambda: on((2, 4, 3, 3, 3), plain_infopro()), ["infopro", "(2, 4, 3, 3, 3)"]),
+    "predsim on 6-D features": (lambda: on((2, 4, 3, 3, 3, 3), predsim(10)), ["predsim", "(2, 4, 3, 3, 3, 3)"]),
+    "dgl on 6-D features": (lambda: on((2, 4, 3, 3, 3, 3), dgl(10)), ["dgl", "(2, 4, 3, 3, 3, 3)"]),
+    "infopro on 6-D features": (lambda: on((2, 4, 3, 3, 3, 3), plain_infopro()), ["infopro", "(2, 4, 3, 3, 3, 3)"]),
     "dgl on tokens without a grid": (lambda: on((2, 30, 7), dgl(10), (2, 3, 7, 11)), ["dgl", "30", "7x11"]),
     "predsim on tokens without a grid": (lambda: on((2, 30, 7), predsim(10), (2, 3, 7, 11)), ["predsim", "30", "7x11"]),
     "infopro on tokens without a grid": (
