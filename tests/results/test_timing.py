@@ -6,6 +6,7 @@ import statistics
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from localgrad.commands.main import main
 from localgrad.config.methods import with_defaults
 from localgrad.config.saved import to_dict
 from localgrad.config.schema import ModelConfig, TrainConfig
+from localgrad.data.fingerprint import Fingerprint
+from localgrad.errors import LocalGradError
 from localgrad.recipes import recipe
 from localgrad.results import step_times as timing
 from localgrad.results.step_times import endless_batches, take_turns, timed_step
@@ -272,3 +275,17 @@ def test_networks_that_do_not_fit_together_are_said_in_a_line(
     _finished(tmp_path / "whole.json", END_TO_END)
     assert main(["time", str(tmp_path)]) == 2
     assert "do not fit into the memory together (tried to allocate 2 GiB)" in capsys.readouterr().err
+
+
+def test_images_that_are_not_those_of_the_run_are_refused() -> None:
+    trained = Fingerprint("train", 40, 10, "abc")
+    run: Any = SimpleNamespace(
+        train=SimpleNamespace(fingerprint=replace(trained, checksum="def")),
+        config=SimpleNamespace(data=SimpleNamespace(source="elsewhere")),
+    )
+    row = SimpleNamespace(runs=[SimpleNamespace(result=SimpleNamespace(train_images=trained))])
+    training: Any = SimpleNamespace(row=row, images=4)
+    with pytest.raises(LocalGradError, match=r"other images than those of elsewhere.*--data"):
+        timing._check_images(training, run, other=False)
+    run.train.fingerprint = replace(trained, split="training")
+    timing._check_images(training, run, other=False)  # the same images under another split's name

@@ -78,6 +78,8 @@ def build_run(
         if config.channels_last:
             module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     _check_batches(config, model, train, fabric.world_size)
+    if config.parallel == "blocks" and fabric.world_size > 1:
+        say("measuring a step of each block, to share the blocks between the ranks")
     placement = place_blocks(config, fabric, model, blocks, train)
     own = [blocks[index] for index in placement.own]
     optimizers = build_optimizers(config.optim, own, fused=placement.fused, capturable=config.cuda_graph)
