@@ -272,6 +272,21 @@ def rivals_table(path: Path) -> str:
     return "\n".join(lines)
 
 
+def rivals_vit_table(path: Path) -> str:
+    """Peaks and operations of a plan with rows in parts."""
+    lines = ["| training | kept, MiB | operations | checkpointed, MiB | operations |", "|---|--:|--:|--:|--:|"]
+    rows = json.loads(path.read_text())["rows"]
+    for count, parts in ((1, 1), (1, 4), (4, 1), (4, 4)):
+        kept, checkpointed = (
+            next(r for r in rows if (r["num_blocks"], r["parts"], r["recompute"]) == (count, parts, recompute))
+            for recompute in (False, True)
+        )
+        label = ("end-to-end" if count == 1 else f"{count} local blocks") + (f", {parts} parts" if parts > 1 else "")
+        cells = [f"{row['peak'] / 2**20:.0f} | {row['operations']:.2f}" for row in (kept, checkpointed)]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def rivals_language_table(path: Path) -> str:
     """Peaks of `language_memory.json`."""
     lines = ["| training | blocks | peak of a step, GiB |", "|---|--:|--:|"]
@@ -286,6 +301,7 @@ TABLES = {
     "three": lambda: three_table(ROOT / "results"),
     "rivals": lambda: rivals_table(ROOT / "results" / "operations.json"),
     "plan-rivals": lambda: plan_rivals_table(ROOT / "results" / "plan-resnet101" / "plan.json"),
+    "rivals-vit": lambda: rivals_vit_table(ROOT / "results" / "plan-vit-tiny" / "plan.json"),
     "rivals-language": lambda: rivals_language_table(ROOT / "results" / "language_memory.json"),
     "imagenette64": lambda: long_runs_table(ROOT / "results" / "imagenette64-sixty-epochs"),
     "gpu-trainings": lambda: gpu_trainings_table(ROOT / "results" / "gpu" / "trainings.json"),
