@@ -39,8 +39,9 @@ def cka(first: Sequence[Unit], second: Sequence[Unit], batches: Iterable[Tensor]
     Raises:
         LocalGradError: there is no batch, or one has fewer than 4 images.
 
-    Source: Nguyen, Raghu and Kornblith 2021, Do wide and deep networks learn the same things? (arXiv 2010.15327),
-    equations 2 and 3; the inner product of U-centred matrices that computes HSIC: Székely and Rizzo 2014.
+    Source: Nguyen, Raghu and Kornblith 2021, Do wide and deep networks learn the same things?
+    (https://arxiv.org/abs/2010.15327), equations 2 and 3; the inner product of U-centred matrices that computes HSIC:
+    Székely and Rizzo 2014.
     """
     cross = torch.zeros(len(first), len(second), dtype=torch.float64)
     own = torch.zeros(len(first), dtype=torch.float64), torch.zeros(len(second), dtype=torch.float64)

@@ -86,7 +86,8 @@ def probe(
     Raises:
         LocalGradError: `epochs`, `batch_size` or `lr` is out of range.
 
-    Source: Alain and Bengio 2016, Understanding intermediate layers using linear classifier probes (arXiv 1610.01644).
+    Source: Alain and Bengio 2016, Understanding intermediate layers using linear classifier probes
+    (https://arxiv.org/abs/1610.01644).
     """
     wrong = [
         f"{name} is {value}, it must be {least}"

@@ -256,8 +256,9 @@ def man(
             average, or a choice is unknown; when built, the weights to be averaged are of a 16-bit type.
         CannotSitError: when built, the next block begins with nothing that is trained.
 
-    Source: Su et al., Momentum Auxiliary Network for Supervised Local Learning, ECCV 2024 (arXiv 2407.05623), section
-    "EMA-based information transfer"; released code of the paper, `networks/resnetInfoPro_MAN.py`.
+    Source: Su et al., Momentum Auxiliary Network for Supervised Local Learning, ECCV 2024
+    (https://arxiv.org/abs/2407.05623), section "EMA-based information transfer"; released code of the paper,
+    `networks/resnetInfoPro_MAN.py`.
     """
     _check(decay, initial, depth)
     if bias_form not in ("unit", "conv1x1"):
@@ -335,7 +336,7 @@ def manpp(
     Raises:
         SettingsError, CannotSitError: as `man`.
 
-    Source: MAN++ (TPAMI 2026, doi 10.1109/TPAMI.2026.3679406; arXiv 2507.16279), released code,
+    Source: MAN++ (TPAMI 2026, doi 10.1109/TPAMI.2026.3679406; https://arxiv.org/abs/2507.16279), released code,
     `networks/resnetDGL_MANPP.py`.
     """
     _check(decay, initial, depth)

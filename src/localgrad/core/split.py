@@ -72,8 +72,8 @@ def split(
         LocalGradError: a cut is no unit, K is out of range, the cuts do nothing, no objective is given, the objective
             cannot sit at a cut, two blocks share a parameter, or the model cannot be traced.
 
-    Source: Nokland and Eidnes 2019 (arXiv 1901.06656), section 2; Belilovsky et al. 2020 (arXiv 1901.08164),
-    Algorithm 1; Su et al. 2024 (arXiv 2407.05623) for the momentum.
+    Source: Nokland and Eidnes 2019 (https://arxiv.org/abs/1901.06656), section 2; Belilovsky et al. 2020
+    (https://arxiv.org/abs/1901.08164), Algorithm 1; Su et al. 2024 (https://arxiv.org/abs/2407.05623) for the momentum.
     """
     _check_arguments(cuts, num_blocks, objective, momentum, criterion)
     check_model(model)

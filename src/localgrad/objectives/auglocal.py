@@ -181,7 +181,7 @@ def auglocal(
             cross-entropy.
 
     Source: Ma et al., Scaling Supervised Local Learning with Augmented Auxiliary Networks, ICLR 2024
-    (arXiv 2402.17318), section 4; released code, `networks/resnet.py` and `networks/auxiliary_nets.py`.
+    (https://arxiv.org/abs/2402.17318), section 4; released code, `networks/resnet.py` and `networks/auxiliary_nets.py`.
     """
     check_num_classes(num_classes, at_least=1)
     if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:

@@ -54,7 +54,7 @@ def barlow_loss(first: Tensor, second: Tensor, redundancy: float = 0.0051) -> Te
         second: `(N, D)` of the other view, in the same order.
         redundancy: lambda.
 
-    Source: Zbontar et al. 2021 (arXiv 2103.03230), equation 1.
+    Source: Zbontar et al. 2021 (https://arxiv.org/abs/2103.03230), equation 1.
     """
     with full_precision(first):
         views = [view if view.dtype == torch.float64 else view.float() for view in (first, second)]
@@ -97,8 +97,8 @@ def barlow(
     Raises:
         LocalGradError: an argument is out of range; on a batch, an odd number of samples.
 
-    Source: Siddiqui et al., Blockwise Self-Supervised Learning at Scale, TMLR 2024 (arXiv 2302.01647), released code,
-    `model.py`; Zbontar et al. 2021 (arXiv 2103.03230).
+    Source: Siddiqui et al., Blockwise Self-Supervised Learning at Scale, TMLR 2024 (https://arxiv.org/abs/2302.01647),
+    released code, `model.py`; Zbontar et al. 2021 (https://arxiv.org/abs/2103.03230).
     """
     widths = (width, *projector)
     if len(widths) < 2 or not all(isinstance(size, int) and size > 0 for size in widths):

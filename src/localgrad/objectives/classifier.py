@@ -78,7 +78,8 @@ def classifier(num_classes: int, criterion: Criterion | None = None) -> Callable
         SettingsError: `num_classes` is less than 1.
         CannotSitError: when built, `num_classes` is 1 under cross-entropy.
 
-    Source: Belilovsky et al. 2019 (arXiv 1812.11446), section 3; head `0c1f` of Wang et al. 2021 (arXiv 2101.10832).
+    Source: Belilovsky et al. 2019 (https://arxiv.org/abs/1812.11446), section 3; head `0c1f` of Wang et al. 2021
+    (https://arxiv.org/abs/2101.10832).
     """
     check_num_classes(num_classes, at_least=1)
     return lambda site: Classifier(site, num_classes, criterion)

@@ -173,7 +173,7 @@ def dense(
         LocalGradError: an argument is out of range or has no effect; on building, features that are no map and no
             tokens, or a reconstruction of what is no image; on a batch, targets of another shape.
 
-    Source: Wang et al. 2021 (arXiv 2101.10832), released code for semantic segmentation.
+    Source: Wang et al. 2021 (https://arxiv.org/abs/2101.10832), released code for semantic segmentation.
     """
     if criterion is None:
         check_num_classes(num_classes)

@@ -127,9 +127,9 @@ def dgl(num_classes: int, head: Head = "compact", criterion: Criterion | None = 
         SettingsError: `num_classes` is less than 1 or `head` unknown.
         CannotSitError: when built, tokens form no grid, or `num_classes` is 1 under cross-entropy.
 
-    Source: Belilovsky et al. 2020, Decoupled Greedy Learning of CNNs (arXiv 1901.08164), section 4; released code,
-    `auxiliary_nets_study/models.py`; Ma et al. 2024, AugLocal (arXiv 2402.17318), released code,
-    `networks/auxiliary_nets.py`.
+    Source: Belilovsky et al. 2020, Decoupled Greedy Learning of CNNs (https://arxiv.org/abs/1901.08164), section 4;
+    released code, `auxiliary_nets_study/models.py`; Ma et al. 2024, AugLocal (https://arxiv.org/abs/2402.17318),
+    released code, `networks/auxiliary_nets.py`.
     """
     check_num_classes(num_classes, at_least=1)
     check_choice("head", head, ("original", "compact", "wide", "light"))

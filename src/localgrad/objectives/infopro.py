@@ -122,7 +122,8 @@ def supervised_contrast(embeddings: Tensor, targets: Tensor, ignore_index: int =
         targets: `(N,)` classes.
         ignore_index: the class of samples that have no label.
 
-    Source: Khosla et al. 2020 (arXiv 2004.11362), equation 2; as used by Wang et al. 2021 (arXiv 2101.10832).
+    Source: Khosla et al. 2020 (https://arxiv.org/abs/2004.11362), equation 2; as used by Wang et al. 2021
+    (https://arxiv.org/abs/2101.10832).
     """
     check_classes(targets, 'infopro(loss="contrast")')
     ignored = left_out(targets, ignore_index)
@@ -210,9 +211,10 @@ def infopro(
         CannotSitError: when built, the objective sits on a vector, or on inputs that are no images of `len(mean)`
             channels.
 
-    Source: Wang et al. 2021, Revisiting Locally Supervised Learning (arXiv 2101.10832), equation 8, and released code,
-    `networks/auxiliary_nets.py`. The default weights are the MAN code's, but for the task's last one, there 0, which
-    would leave the last local block without a loss. That code takes r from the index of the stage instead of the block.
+    Source: Wang et al. 2021, Revisiting Locally Supervised Learning (https://arxiv.org/abs/2101.10832), equation 8, and
+    released code, `networks/auxiliary_nets.py`. The default weights are the MAN code's, but for the task's last one,
+    there 0, which would leave the last local block without a loss. That code takes r from the index of the stage
+    instead of the block.
     """
     check_num_classes(num_classes)
     check_choice("loss", loss, ("cross_entropy", "contrast"))

@@ -130,9 +130,10 @@ def predsim(
         SettingsError: an argument is out of range.
         CannotSitError: when built, tokens form no grid.
 
-    Source: Nokland and Eidnes 2019, Training Neural Networks with Local Error Signals (arXiv 1901.06656), section 2,
-    and released code, `train.py`. As in AugLocal's tables the last block's cross-entropy has weight 1 (there 1 - beta)
-    and the prediction layer keeps its default initial values (there zero).
+    Source: Nokland and Eidnes 2019, Training Neural Networks with Local Error Signals
+    (https://arxiv.org/abs/1901.06656), section 2, and released code, `train.py`. As in AugLocal's tables the last
+    block's cross-entropy has weight 1 (there 1 - beta) and the prediction layer keeps its default initial values (there
+    zero).
     """
     check_num_classes(num_classes)
     if not isinstance(beta, int | float) or not 0 <= beta <= 1:

@@ -232,7 +232,7 @@ def readout(
         LocalGradError: `depth` or `chunk` is out of range; on building, the model has no such layer, its width is not
             the features', or a unit after the cut cannot stand alone; on the first batch, `shift` is wrong.
 
-    Source: SOLO (arXiv 2609.35440), whose phi are two transformer blocks.
+    Source: SOLO (https://arxiv.org/abs/2609.35440), whose phi are two transformer blocks.
     """
     if not isinstance(head, str) or not head or not (norm is None or isinstance(norm, str)):
         raise LocalGradError(
