@@ -80,7 +80,9 @@ def _wide(channels: int, size: tuple[int, int], num_classes: int) -> list[nn.Mod
 
 def _light(channels: int, size: tuple[int, int], num_classes: int) -> list[nn.Module]:
     width = max(channels // 4, 1)
-    convs = [*conv_norm_relu(channels, width, 1), *conv_norm_relu(width, width, 3, 2)]
+    # on maps of one pixel the other taps see padding alone, and bf16 on a processor leaves their gradients undefined
+    kernel, stride = (3, 2) if size != (1, 1) else (1, 1)
+    convs = [*conv_norm_relu(channels, width, 1), *conv_norm_relu(width, width, kernel, stride)]
     return [*convs, MeanOverSpace(), nn.Linear(width, num_classes)]
 
 
@@ -110,7 +112,7 @@ def dgl(num_classes: int, head: Head = "compact", criterion: Criterion | None = 
     - `"wide"` (MAN++'s): the map is averaged to 8x8 and later to 1x1; 128 channels, then 512 features, three layers;
       635,146 parameters at C = 16 and 10 classes.
     - `"light"` (no paper's; for wide features, where the MLPs above would outweigh the network): 1x1 to C/4, 3x3 with
-      stride 2, each with batch norm and ReLU, the mean over space, one linear layer.
+      stride 2 (1x1 on maps of one pixel), each with batch norm and ReLU, the mean over space, one linear layer.
 
     Tokens `(N, L, D)` are laid on the grid of patches, without class tokens.
 
