@@ -136,6 +136,7 @@ def _check_settings(name: str, changes: dict[str, Any], output: Path) -> None:
 
 
 def result_files(output: Path, row: str) -> list[Path]:
+    """The result files `ROW-seedN.json` of a row in a folder, by seed."""
     paths = [path for path in output.glob(f"{row}-seed*.json") if path.stem.removeprefix(f"{row}-seed").isdecimal()]
     return sorted(paths, key=lambda path: int(path.stem.rpartition("seed")[2]))
 
