@@ -1,11 +1,15 @@
 """Train any PyTorch network as gradient-isolated blocks, with local losses and momentum auxiliary networks."""
 
+from __future__ import annotations
+
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
 from localgrad.errors import LocalGradError as LocalGradError
 
+TYPE_CHECKING = False  # as type checkers know it: `typing` takes longer to load than all the rest of this file
 if TYPE_CHECKING:
+    from typing import Any
+
     from localgrad.core.block import Block
     from localgrad.core.isolation import Isolation, isolate
     from localgrad.core.momentum import man, manpp

@@ -1,7 +1,10 @@
 """The one base error of the library, and what its messages share."""
 
-import difflib
-from collections.abc import Sequence
+from __future__ import annotations
+
+TYPE_CHECKING = False  # without `typing`, which the command line would wait for
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 class LocalGradError(ValueError):
@@ -42,5 +45,7 @@ def check_rules(what: str, rules: list[tuple[str, bool]]) -> None:
 
 def closest(name: str, choices: Sequence[str], count: int = 3) -> str:
     """The choices that look most like a mistyped name, as the end of a message: ` (did you mean ...?)`, or nothing."""
+    import difflib
+
     matches = difflib.get_close_matches(name, choices, n=count, cutoff=0.5)
     return f" (did you mean {' or '.join(matches)}?)" if matches else ""

@@ -75,7 +75,7 @@ print("torch" in sys.modules, file=sys.stderr)
 
 
 def test_loading_is_said_after_a_second(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
     monkeypatch.setattr("localgrad.commands.parse.QUIET_SECONDS", 0.0)
     import time
 

@@ -1,7 +1,13 @@
 """Ctrl-C in the first seconds, while modules are loaded, is one line and exit code 130; warnings are sentences."""
 
 import importlib
+import os
+import signal
+import subprocess
+import sys
+import time
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,6 +38,107 @@ def test_an_interrupt_while_torch_is_loading_is_one_line(
     assert parse.QUIET_SECONDS > 0
     assert main(["evaluate", "run"]) == 130
     assert capsys.readouterr().err == "localgrad: interrupted\n"
+
+
+PRESSED = """
+import os, signal, sys
+from importlib.abc import MetaPathFinder
+
+class Press(MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Press())
+sys.argv = ["localgrad", *{words!r}]
+from localgrad.__main__ import main
+sys.exit(main())
+"""
+"""A process in which Ctrl-C is pressed when a module is about to be imported."""
+
+
+@pytest.mark.parametrize(
+    ("words", "module"),
+    [
+        ("recipes", "localgrad.commands.main"),
+        ("recipes", "tyro"),
+        ("train digits-dgl --run-dir {folder}/run", "localgrad.config.schema"),
+        ("train digits-dgl --run-dir {folder}/run", "numpy._core.multiarray"),
+        ("train digits-dgl --run-dir {folder}/run", "lightning.fabric"),
+        ("demo --run-dir {folder}/demo", "torch"),
+        ("report {folder}", "matplotlib"),
+        ("predict {folder} cat.jpg", "torch"),
+    ],
+)
+def test_ctrl_c_before_the_work_is_one_line_and_leaves_nothing(words: str, module: str, tmp_path: Path) -> None:
+    program = PRESSED.format(module=module, words=words.format(folder=tmp_path).split())
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
+    said = [
+        line for line in done.stderr.splitlines() if "loading PyTorch" not in line and " on digits that" not in line
+    ]
+    assert (done.returncode, said, done.stdout) == (130, ["localgrad: interrupted"], "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_handler_stands_before_anything_takes_time() -> None:
+    """Nothing but Python's own start-up and what a signal needs comes before it."""
+    program = """
+import sys
+before = {*sys.modules}
+import localgrad.commands.interrupts
+print(*sorted({name.partition(".")[0] for name in {*sys.modules} - before}))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert {*done.stdout.split()} <= {
+        *("localgrad", "importlib", "warnings", "signal", "_signal", "__future__"),
+        *("enum", "functools", "types", "operator", "reprlib", "keyword", "itertools"),  # `enum` is of `signal`
+        *("collections", "_collections", "_functools", "_operator"),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", ["train digits-dgl --run-dir {folder}/run", "demo --run-dir {folder}/demo"])
+def test_ctrl_c_in_the_first_seconds_is_as_clean_as_later(words: str, tmp_path: Path) -> None:
+    """Python's own start-up is before 0.15 s here, unless the machine is very busy; nothing can be said in it."""
+    for number, seconds in enumerate((0.15, 0.3, 0.6, 1, 2, 4)):
+        arguments = words.format(folder=tmp_path / str(number)).split()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "localgrad", *arguments], stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[1]
+        assert process.returncode == 130 and "Traceback" not in said, (seconds, said)
+        assert sum("interrupted" in line for line in said.splitlines()) == 1
+
+
+def test_an_ignored_ctrl_c_stays_ignored() -> None:
+    program = PRESSED.format(module="tyro", words=["recipes", "vit"])
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # as `nohup` and `command &` in a script do
+    )
+    assert (done.returncode, done.stderr) == (0, "") and "vit" in done.stdout
+
+
+def test_work_that_is_interrupted_is_an_exception_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that files are closed and what is half written is removed."""
+    from localgrad.commands.interrupts import leave_at_once
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        leave_at_once()
+        assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+        with parse.loading(quiet=True):
+            pass
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_warning_of_the_library_is_a_sentence(

@@ -23,6 +23,7 @@ import torch
 from datasets import config as settings
 from PIL import Image, TiffImagePlugin
 
+from localgrad.data import sources
 from localgrad.data.config import DataConfig
 from localgrad.data.decoding import BrokenImageError, decode
 from localgrad.data.fingerprint import Fingerprint, fingerprint
@@ -387,7 +388,7 @@ def test_a_folder_is_known_by_its_absolute_path(tmp_path: Path, monkeypatch: pyt
     assert config.source == str(tmp_path / "here" / "mine") and located(config) == config
     monkeypatch.chdir(tmp_path)
     assert len(load_images(config)[0]) == 12
-    monkeypatch.setattr(huggingface_hub, "get_session", pytest.fail)  # a name alone is never looked up anywhere
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", pytest.fail)  # a name alone is never looked up anywhere
     with pytest.raises(LocalGradError, match=r"'mine' is not a folder; .* has the folders 'here': .*OWNER/NAME"):
         load_images(replace(PLAIN, source="mine"))
 
@@ -418,17 +419,39 @@ def test_the_fingerprint_reads_a_sample_alone() -> None:
 def test_a_hub_name_without_network_fails_once_and_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
-    class Unreachable:
-        def head(self, *_: Any, **options: Any) -> None:
-            asked.append(options)
-            raise OSError("no network")
+    def unreachable(*_: Any, **options: Any) -> None:
+        asked.append(options)
+        raise OSError("no network")
 
-    monkeypatch.setattr(huggingface_hub, "get_session", Unreachable)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
     monkeypatch.setattr(datasets, "load_dataset", pytest.fail)
     begin = time.monotonic()
     with pytest.raises(LocalGradError, match=r"^--data owner/name: no such folder here, .* cannot be reached: [^\n]*$"):
         check_source(replace(PLAIN, source="owner/name"))
     assert len(asked) == 1 and asked[0]["timeout"] <= 10 and time.monotonic() - begin < 5
+
+
+def test_a_hub_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one with many addresses, of which each has the whole limit."""
+    monkeypatch.setattr(sources, "HUB_SECONDS", 0.1)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: time.sleep(3))
+    begin = time.monotonic()
+    with pytest.raises(LocalGradError, match="cannot be reached"):
+        check_source(replace(PLAIN, source="owner/name"))
+    assert time.monotonic() - begin < 2.5
+
+
+def test_a_name_that_the_hub_does_not_have_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Absent(huggingface_hub.errors.RepositoryNotFoundError):
+        def __init__(self) -> None:
+            pass
+
+    def absent(*_: Any, **__: Any) -> None:
+        raise Absent
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", absent)
+    with pytest.raises(LocalGradError, match=r"the hub has no such set, or it is private: .* `hf auth login`[^\n]*$"):
+        check_source(replace(PLAIN, source="owner/name"))
 
 
 def test_a_stream_of_folders_reads_the_same_images(tmp_path: Path) -> None:

@@ -14,11 +14,13 @@ from typing import Annotated, Any
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from localgrad.commands.interrupts import raise_again
+
 Output = Annotated[Path | None, tyro.conf.arg(aliases=["-o"])]
 """A file or folder to write, as `--output` or `-o`."""
 WORDS = {str: "TEXT", int: "NUMBER", float: "NUMBER", Path: "PATH", bool: "True|False"}
 """What a value is called in the help."""
-QUIET_SECONDS = 1.0
+QUIET_SECONDS = 0.7
 """How long loading may take before a line says so."""
 
 SHORT = {
@@ -79,8 +81,8 @@ def full_flag(argument: str) -> str:
 
 
 @contextmanager
-def loading(quiet: bool = False) -> Iterator[None]:
-    """Says that PyTorch is loading, where that takes more than a second."""
+def loading(quiet: bool = False, more: bool = False) -> Iterator[None]:
+    """Says that PyTorch is loading, where that takes long. Work begins behind it, unless there is more to load."""
     what = ("localgrad: loading PyTorch ...",)
     timer = threading.Timer(QUIET_SECONDS, print, what, {"file": sys.stderr, "flush": True})
     timer.daemon = True
@@ -88,6 +90,8 @@ def loading(quiet: bool = False) -> Iterator[None]:
         timer.start()
     try:
         yield
+        if not more:
+            raise_again()
     finally:
         timer.cancel()
 

@@ -51,7 +51,8 @@ def _default(name: str, folder: Path | None) -> TrainConfig:
     from localgrad.recipes import recipe
 
     if folder is not None:
-        from localgrad.runs.folder import RunFolder
+        with loading(more=True):
+            from localgrad.runs.folder import RunFolder
 
         return RunFolder(folder).config()
     return own_images() if name == OWN else recipe(name).config
@@ -103,14 +104,15 @@ def _train(config: TrainConfig, run_dir: Path, *, resume: bool, dry_run: bool, q
         from localgrad.config.saved import to_dict
         from localgrad.training.devices import as_launched
 
+        if not dry_run:
+            from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+            from localgrad.training.trainer import fit
+
     config = validate(as_launched(config))
     if dry_run:
         print(json.dumps(to_dict(with_defaults(config)), indent=2))
         return 0
-    from lightning.fabric.utilities.rank_zero import rank_zero_only
-
-    from localgrad.training.trainer import fit
-
     try:
         result = fit(config, run_dir, resume=resume, quiet=quiet)
     except KeyboardInterrupt as interruption:

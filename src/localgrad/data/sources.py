@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from glob import escape, has_magic
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from localgrad.data.config import DataConfig
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
     import datasets
 
 HUB_SECONDS = 5.0
-"""How long to wait for the hub's answer."""
+"""How long to wait for the hub's answer, in all."""
+_UNREACHABLE = "the Hugging Face hub cannot be reached: give --data FOLDER, or connect and try again"
+_ABSENT = "the hub has no such set, or it is private: give another name, or sign in with `hf auth login`"
+_OFFLINE = "HF_HUB_OFFLINE is set: give --data FOLDER, or unset it"
 _TABLES = {
     ".parquet": "parquet",
     ".arrow": "arrow",
@@ -89,7 +93,7 @@ def open_source(config: DataConfig) -> Source:
         path = Path(os.path.abspath(path))  # noqa: PTH100
         return _file(path) if path.is_file() else _folder(path, config)
     check_hub(config.source)
-    with _quiet(offline=not hub_answers()):
+    with _quiet(offline=hub_lacks(config.source) is not None):
         return _loaded(config.source, {"path": config.source, "name": config.subset})
 
 
@@ -113,11 +117,11 @@ def check_hub(source: str) -> None:
             f"--data {source!r} is not a folder; {parent} has the folders {there or '(none)'}: "
             "give a folder, or a hub name OWNER/NAME, as uoft-cs/cifar10"
         )
-    if not hub_answers() and not _is_cached(*source.split("/")):
-        raise LocalGradError(
-            f"--data {source}: no such folder here, not in the cache, and the Hugging Face hub cannot be reached: give "
-            "--data FOLDER, or connect and try again"
-        )
+    if _is_cached(*source.split("/")):
+        return
+    why = hub_lacks(source)
+    if why is not None:
+        raise LocalGradError(f"--data {source}: no such folder here, not in the cache, and {why}")
 
 
 def _is_cached(owner: str, name: str) -> bool:
@@ -129,17 +133,32 @@ def _is_cached(owner: str, name: str) -> bool:
     return any(path.is_dir() for path in home.glob(f"{escape(owner)}___{escape(camelcase_to_snakecase(name))}/*/*/*"))
 
 
-def hub_answers() -> bool:
-    """One request: `load_dataset` by itself retries for half a minute and then looks into its cache."""
-    from huggingface_hub import constants, get_session
+def hub_lacks(source: str) -> str | None:
+    """Why a set cannot be had from the hub now; None where it can.
+
+    One request, for `load_dataset` by itself retries for half a minute and then looks into its cache. A page that some
+    network shows instead of the hub is no answer of the hub.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import RepositoryNotFoundError
 
     if constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
-    except Exception:  # of a class that depends on the version
-        return False
-    return True
+        return _OFFLINE
+    found = [_UNREACHABLE]
+
+    def ask() -> None:
+        try:
+            HfApi().dataset_info(source, timeout=HUB_SECONDS)
+            found.append("")
+        except RepositoryNotFoundError:
+            found.append(_ABSENT)
+        except Exception:  # of a class that depends on the version
+            found.append(_UNREACHABLE)
+
+    asking = Thread(target=ask, daemon=True)  # its own limit counts for each address of the hub
+    asking.start()
+    asking.join(HUB_SECONDS)
+    return found[-1] or None
 
 
 @contextmanager

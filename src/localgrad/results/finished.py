@@ -13,6 +13,7 @@ from localgrad.core.block import Block
 from localgrad.data.config import DataConfig
 from localgrad.data.loading import load_images
 from localgrad.data.sets import ImageSet
+from localgrad.data.sources import check_source
 from localgrad.errors import LocalGradError
 from localgrad.results.read import read_result
 from localgrad.runs.folder import RunFolder, load_state
@@ -73,6 +74,7 @@ def load_trained(
     if not training_images:
         images = _own_classes(images) if data is None and images.on_disk else _test_only(images)
     config = replace(config, accelerator=accelerator, devices=1, parallel="data", replicas=1, data=images)
+    check_source(images)  # before what takes long
     fabric = make_fabric(config)
     train, test = load_images(config.data)
     if data is None:

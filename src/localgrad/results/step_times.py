@@ -26,6 +26,7 @@ from localgrad.config.schema import TrainConfig
 from localgrad.data.config import DataConfig
 from localgrad.data.loading import load_images
 from localgrad.data.sets import ImageSet
+from localgrad.data.sources import check_source
 from localgrad.errors import LocalGradError
 from localgrad.results.kinds import StepTimes, TimedRow
 from localgrad.results.read import read_results
@@ -99,6 +100,8 @@ def time_results(
     """
     if rounds < 1:
         raise LocalGradError(f"rounds is {rounds}; give 1 or more")
+    if data is not None:
+        check_source(DataConfig(data))  # once, and not for each training
     trainings = _trainings(tables(read_results(folder, warn).runs), accelerator, warn)
     shared = _shared(trainings)
     timed: dict[str, tuple[Step, Run, TrainConfig]] = {}
