@@ -141,7 +141,7 @@ def train(name: str, library: str, momentum: Any) -> dict[str, Any]:
     named = dict(model.named_parameters())
     return {
         "losses": losses,
-        "cuts": [part.unit.name for part in isolation._parts if part.unit],
+        "cuts": list(isolation.cuts),
         "unreached": sorted(key for key, parameter in named.items() if parameter not in reached),
         "unreached_auxiliary": len([p for p in isolation.parameters() if p.requires_grad and p not in reached]),
     }

@@ -38,7 +38,7 @@ from localgrad.models import CifarResNet, cifar_resnet
 from localgrad.planning.measure import measure_peak
 from localgrad.recipes import recipe
 from localgrad.results.step_times import Step, endless_batches, ratio, take_turns, timed_step
-from localgrad.training.devices import resolve_precision
+from localgrad.training.devices import has_native_bf16, resolve_precision
 from report import environment, print_table, write
 
 ROWS = {
@@ -139,7 +139,7 @@ def resnet32(options: argparse.Namespace, held: ExitStack) -> Measured:
         if run is None or any(part in label for part in wanted):  # the first one's images are all steps'
             step, made = timed_step(of_recipe(name, options.batch_size, options.data), held)
             run, steps[label] = run or made, step
-    native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    native = has_native_bf16()
     best = torch.bfloat16 if native else torch.float32
     loops = {
         "plain loop, float32 NCHW": (torch.float32, False),

@@ -7,6 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 SOURCE = Path(__file__).parents[1] / "src" / "localgrad"
 FLOORS = (
@@ -24,6 +25,29 @@ FLOORS = (
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names.split()}
 CORE = ("core", "objectives", "planning", "parallel")
+PRIVATE = {
+    "core.autograd_graph": "_C _autograd _sequence_nr _top_saved_tensors_default_hooks",
+    "core.initialise": "_reset_parameters",
+    "core.recompute": "_NormBase",
+    "core.replicas": "_ddp_ignored _ddp_params_and_buffers_to_ignore _get_active_ddp_module _module_parameters"
+    " _set_params_and_buffers_to_ignore_for_model",
+    "core.tables": "_modules _parameters _buffers _forward_hooks _forward_pre_hooks _backward_hooks"
+    " _backward_pre_hooks",
+    "core.tracing": "_tensor_constant",
+    "core.trees": "_pytree",
+    "core.versions": "_version",
+    "core.wrapped": "_orig_mod",
+    "parallel.batchnorm": "_BatchNorm",
+    "planning.measure": "_python_dispatch _scaled_dot_product_flash_attention"
+    " _scaled_dot_product_flash_attention_backward _scaled_dot_product_flash_attention_for_cpu"
+    " _scaled_dot_product_flash_attention_for_cpu_backward",
+    "planning.simulation": "_subclasses",
+    "training.devices": "_is_mkldnn_bf16_supported",
+    "training.nonfinite": "_step_supports_amp_scaling",
+}
+"""The private names of torch that the project uses, each in the one file that names it."""
+TABLES = set(vars(nn.Module()))
+NOT_OF_TORCH = {"_localgrad_", "_patch16_224"}  # parts of names of modules and models
 MODULES = {
     ".".join(path.relative_to(SOURCE.parent).with_suffix("").parts).removesuffix(".__init__"): path
     for path in SOURCE.rglob("*.py")
@@ -134,3 +158,46 @@ def test_no_other_file_knows_an_objective_by_name() -> None:
         assert not imported & {f"localgrad.objectives.{name}" for name in OBJECTIVES}, module
         words = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
         assert not words & (OBJECTIVES.keys() - {"classifier"}), module
+
+
+def private_names(source: str) -> set[str]:
+    """Names with a leading underscore that a file takes from elsewhere: attributes, imports, and names in quotes."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute):
+            is_own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+            found |= {node.attr} if not is_own or node.attr in TABLES else set()
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] != "localgrad":
+            found |= {*(node.module or "").split("."), *(alias.name for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {part for alias in node.names for part in alias.name.split(".")}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
+            found.add(node.value)
+    return {name for name in found if name.strip("_") and name.startswith("_") and not name.startswith("__")}
+
+
+def test_each_private_name_of_torch_is_in_one_file() -> None:
+    """A new release of torch may rename it: then there is one place to mend."""
+    homes = {name: f"localgrad.{module}" for module, names in PRIVATE.items() for name in names.split()}
+    used = {
+        (name, module) for module, path in MODULES.items() for name in private_names(path.read_text()) - NOT_OF_TORCH
+    }
+    assert used == set(homes.items())
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from torch._dynamo import reset",
+        "from torch.utils import _pytree as trees",
+        "import torch._inductor.config as config",
+        "layer._parameters.clear()",
+        "self.layer._buffers['mean'] = None",
+        "hasattr(model, '_orig_mod')",
+        "torch.Tensor._version",
+        "self._modules.clear()",
+    ],
+)
+def test_a_private_name_is_found(line: str) -> None:
+    assert len(private_names(line)) == 1
+    assert not private_names("self._own = cls._other = _local(__name__, '_', '_two words')")

@@ -282,7 +282,7 @@ def test_num_blocks_parts_the_chain_of_residual_units() -> None:
     torch.manual_seed(0)
     model = cifar_resnet(14, NUM_CLASSES)
     isolation = isolate(model, num_blocks=3, objective=DGL, example=EXAMPLE)
-    assert [part.unit and part.unit.name for part in isolation._parts] == ["layer1.1", "layer2.1", None]
+    assert isolation.cuts == ("layer1.1", "layer2.1")
 
 
 def test_zeroing_the_models_gradients_zeroes_those_of_the_auxiliary_networks() -> None:

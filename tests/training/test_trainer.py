@@ -399,7 +399,7 @@ def test_auto_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) ->
         assert resolve_precision(auto) == expected
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert resolve_precision(replace(auto, accelerator="mps")) == "32-true"
-    native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    native = devices.has_native_bf16()
     assert resolve_precision(replace(auto, accelerator="cpu")) == ("bf16-mixed" if native else "32-true")
     assert resolve_precision(replace(auto, precision="bf16-mixed")) == "bf16-mixed"
     cases = ((True, "auto", "mps"), (True, "mps", "mps"), (True, "cpu", "cpu"), (False, "auto", "cpu"))

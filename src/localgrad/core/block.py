@@ -10,7 +10,9 @@ from localgrad.core.momentum import MomentumAuxiliary
 from localgrad.core.pieces import TwoModes
 from localgrad.core.recompute import recomputed
 from localgrad.core.site import Criterion
+from localgrad.core.tables import own_parameters
 from localgrad.core.units import Unit
+from localgrad.core.versions import version
 from localgrad.errors import LocalGradError
 
 
@@ -44,7 +46,7 @@ class Block(nn.Module):
         self._frozen = found[0].frozen
         # a tuple is not registered a second time
         self._in_place = tuple(unit.module for unit in found if unit.writes_input)
-        self._layers = [module for module in self.body.modules() if module._parameters]
+        self._layers = [module for module in self.body.modules() if own_parameters(module)]
         self._modes = [module for module in self.body if isinstance(module, TwoModes)]
         # of the local step: the model that the block is of, what was checked, whether gradients wait for a later step
         self.origin: Any = None
@@ -84,9 +86,9 @@ class Block(nn.Module):
             nothing = torch.zeros((), device=features.device)
             return nothing if self.criterion is None else self.criterion(features, targets)
         compiling = torch.compiler.is_compiling()  # a version is nothing that can be compiled
-        version = 0 if compiling else features._version
+        before = 0 if compiling else version(features)
         loss = self.objective(self._mixed(features), targets, inputs)
-        if not compiling and features._version != version:
+        if not compiling and version(features) != before:
             raise LocalGradError(
                 f"the objective of block {self.names[0]}..{self.names[-1]} changes its features in place, and the next "
                 "block would get them changed: start it without inplace=True, or with features.clone()"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from localgrad.core.meta import to_meta
+from localgrad.core.tables import hooks_after, hooks_before
 
 _FIRST = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
@@ -36,8 +37,8 @@ def channel_dim_of(features: Tensor, before: Sequence[nn.Module], after: Sequenc
     following = nn.Sequential(*after[: weighted.index(True) + 1 if True in weighted else None])
     probe = to_meta(following).eval()
     for layer in probe.modules():
-        layer._forward_hooks.clear()  # pyright: ignore[reportPrivateUsage, reportUnknownMemberType]
-        layer._forward_pre_hooks.clear()  # pyright: ignore[reportPrivateUsage, reportUnknownMemberType]
+        hooks_after(layer).clear()
+        hooks_before(layer).clear()
     fixed = [dim for dim in (1, last) if not _takes(probe, features, dim)]
     if len(fixed) == 1:
         return fixed[0]

@@ -9,7 +9,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from localgrad.core.block import Block
-from localgrad.core.origin import Origin, slots
+from localgrad.core.origin import Origin
+from localgrad.core.tables import slots
+from localgrad.core.wrapped import compiled_from
 from localgrad.errors import LocalGradError, LocalGradWarning, SettingsError
 
 Optimizers = Optimizer | Sequence[Optimizer] | None
@@ -27,8 +29,8 @@ def inner(block: nn.Module) -> Block:
     """The block in its wrapper (data-parallel or compiled), or itself."""
     if isinstance(block, nn.parallel.DistributedDataParallel):
         return inner(block.module)  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
-    compiled = getattr(block, "_orig_mod", None)
-    return inner(compiled) if isinstance(compiled, nn.Module) else block  # pyright: ignore[reportReturnType]
+    compiled = compiled_from(block)
+    return block if compiled is None else inner(compiled)  # pyright: ignore[reportReturnType]
 
 
 def check_optimizers(blocks: Sequence[nn.Module], optimizers: Sequence[Optimizers]) -> None:

@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from localgrad.core.autograd_graph import leaf_of
 from localgrad.core.pieces import Piece
 from localgrad.core.restore import restored
+from localgrad.core.versions import version
 from localgrad.errors import NotTraceableError
 
 
@@ -54,9 +56,9 @@ def check_composition(model: nn.Module, pieces: Sequence[Piece], samples: Tensor
     def composed(features: Tensor) -> Tensor:
         writes.clear()
         for piece in pieces:
-            given, version = features, features._version
+            given, before = features, version(features)
             features = piece.module(given)
-            writes.append(given._version != version)
+            writes.append(version(given) != before)
         return features
 
     name = type(model).__name__
@@ -134,8 +136,8 @@ def _reached(output: Any) -> tuple[set[int], int]:
         if node in seen:
             continue
         seen.add(node)
-        variable = getattr(node, "variable", None)  # of a node that accumulates a parameter's gradient
-        found |= set() if variable is None else {id(variable)}
+        leaf = leaf_of(node)
+        found |= set() if leaf is None else {id(leaf)}
         waiting += [following for following, _ in node.next_functions if following is not None]
     return found, sum(node.name() == "CheckpointFunctionBackward" for node in seen)
 

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from localgrad.core.initialise import initialise
+from localgrad.core.initialise import draw_anew
 from localgrad.core.trees import leaves
 from localgrad.core.units import Unit
 
@@ -38,11 +38,5 @@ def copied(source: Sequence[Unit], initial: str, *, share_frozen: bool = False) 
         parameter.requires_grad_(parameter.is_floating_point())
     if initial == "random":
         own = [layer for layer in module.modules() if all(parameter.requires_grad for parameter in layer.parameters())]
-        for layer in own:  # what is shared stays as it is
-            reset: Any = getattr(layer, "reset_parameters", None) or getattr(layer, "_reset_parameters", None)
-            if callable(reset):
-                reset()
-        for layer in own:
-            if isinstance(layer, nn.Conv2d):
-                initialise(layer)
+        draw_anew(own)  # what is shared stays as it is
     return module

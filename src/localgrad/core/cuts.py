@@ -10,6 +10,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from localgrad.core.observed import Call, ForwardPass, is_container, places_to_cut
 from localgrad.core.partition import cut_evenly
 from localgrad.core.tables import hooks_before
+from localgrad.core.wrapped import compiled_from
 from localgrad.errors import LocalGradError
 
 WRAPPERS: tuple[type[nn.Module], ...] = (DistributedDataParallel, DataParallel)
@@ -21,7 +22,7 @@ def check_cuts(model: Any, cuts: Any, num_blocks: Any, objective: Any, momentum:
     Raises:
         LocalGradError: they are neither, or the model or the factories are not what they have to be.
     """
-    if isinstance(model, WRAPPERS) or hasattr(model, "_orig_mod"):
+    if isinstance(model, WRAPPERS) or compiled_from(model) is not None:
         raise LocalGradError(
             f"model is wrapped in {type(model).__name__}: isolate the model itself, then wrap it (DataParallel cannot "
             "be isolated, and instead of the whole model its layers are compiled, layer.compile())"

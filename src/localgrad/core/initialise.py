@@ -1,4 +1,7 @@
-"""Initialisation of convolutions, as all released code has it."""
+"""Initialisation of layers: convolutions as all released code has it, the others as they reset themselves."""
+
+from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -11,3 +14,15 @@ def initialise(module: nn.Module) -> None:
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+
+
+def draw_anew(layers: Sequence[nn.Module]) -> None:
+    """Reset each layer that can reset itself, then draw the convolutions among them as `initialise` does."""
+    for layer in layers:
+        # nn.MultiheadAttention has the underscore
+        reset: Any = getattr(layer, "reset_parameters", None) or getattr(layer, "_reset_parameters", None)
+        if callable(reset):
+            reset()
+    for layer in layers:
+        if isinstance(layer, nn.Conv2d):
+            initialise(layer)

@@ -184,6 +184,11 @@ class Isolation(nn.Module):
         done.watch(output)
 
     @property
+    def cuts(self) -> tuple[str, ...]:
+        """Names of the modules after which gradients stop, in order; none before the first batch or example."""
+        return tuple(part.name for part in self._parts[:-1])
+
+    @property
     def losses(self) -> list[Tensor]:
         """A detached scalar of each local block that trains, of the last batch."""
         if self._parts:

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from localgrad.core.autograd_graph import derives_from
 from localgrad.core.copied_call import as_called, detached
-from localgrad.core.observed import derives_from, first_floating, tensors_in
+from localgrad.core.observed import first_floating, tensors_in
 from localgrad.core.parts import Part
 from localgrad.core.reach import Span
 from localgrad.core.replicas import average_gradients
 from localgrad.core.trees import mapped
+from localgrad.core.versions import version
 from localgrad.errors import LocalGradError
 
 BACKWARD: Callable[[Tensor], Any] = cast(Any, Tensor).backward  # which torch types in part
@@ -108,10 +110,10 @@ class LocalPass:
     def watch(self, output: Any) -> None:
         """Refuse to go on if the local gradients are gone when the gradient of the model's output comes."""
         firsts = [next((p for p in part.parameters if p.grad is not None), None) for part in self.parts[:-1]]
-        kept = [(p, p.grad.data_ptr(), p.grad._version) for p in firsts if p is not None and p.grad is not None]
+        kept = [(p, p.grad.data_ptr(), version(p.grad)) for p in firsts if p is not None and p.grad is not None]
 
         def check(gradient: Tensor) -> None:
-            seen = [(p, p.grad.data_ptr(), p.grad._version) if p.grad is not None else None for p, _, _ in kept]
+            seen = [(p, p.grad.data_ptr(), version(p.grad)) if p.grad is not None else None for p, _, _ in kept]
             if any(now is None or now[1:] != before[1:] for now, before in zip(seen, kept, strict=True)):
                 kept.clear()
                 raise LocalGradError(
@@ -135,7 +137,7 @@ class LocalPass:
         if all(parameter.grad is None for parameter in self.parts[block].parameters):
             for parameter in auxiliary:  # model.zero_grad(), as the Trainer of transformers calls it, means these too
                 parameter.grad = None
-        version, kind = features._version, features.device.type
+        before, kind = version(features), features.device.type
         try:
             loss = objective(mixed, *self.batch)
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
@@ -143,7 +145,7 @@ class LocalPass:
             if said or isinstance(error, torch.OutOfMemoryError):
                 raise
             raise LocalGradError(self._why(block, mixed, error)) from error
-        if features._version != version:
+        if version(features) != before:
             raise LocalGradError(
                 f"the objective of block {block + 1} changes its features in place, and the next block would get them "
                 "changed: start it without inplace=True, or with features.clone()"

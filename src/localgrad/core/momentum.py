@@ -2,7 +2,7 @@
 
 # pyright: reportUnnecessaryIsInstance=false
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -13,6 +13,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from localgrad.core.copies import copied
 from localgrad.core.recompute import recomputed
 from localgrad.core.units import Unit
+from localgrad.core.versions import versions
 from localgrad.errors import CannotSitError, SettingsError
 
 Momentum = Callable[[Sequence[Unit]], "MomentumAuxiliary"]
@@ -158,24 +159,20 @@ class MomentumAuxiliary(nn.Module):
         An average that is trained too (the fused form) is pulled after its optimizer's step, by `settle`.
         """
         followed = self.followed()
-        if _versions(followed) == self._seen:
+        if versions(followed) == self._seen:
             return
-        self._seen = _versions(followed)
+        self._seen = versions(followed)
         averages = self.averages()
         if any(average.requires_grad for average in averages):
-            self._due = [weight.detach().clone() for weight in followed], _versions(averages)
+            self._due = [weight.detach().clone() for weight in followed], versions(averages)
         else:
             self.update()
 
     def settle(self) -> None:
         """Do the update that was waiting for the optimizer's step, if that has been."""
-        if self._due is not None and _versions(self.averages()) != self._due[1]:
+        if self._due is not None and versions(self.averages()) != self._due[1]:
             self.update(self._due[0])
             self._due = None
-
-
-def _versions(tensors: Iterable[Tensor]) -> tuple[int, ...]:
-    return tuple(tensor._version for tensor in tensors)
 
 
 def _pairs(branch: nn.Module, source: Sequence[nn.Module]) -> list[tuple[nn.Module, nn.Module]]:

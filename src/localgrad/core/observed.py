@@ -10,17 +10,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
+from torch.autograd.graph import saved_tensors_hooks
 
-from localgrad.core.tables import own_buffers
+from localgrad.core.autograd_graph import Edge, Node, edges, leaf_of, made_at, saves_with
+from localgrad.core.restore import restored
 from localgrad.core.tracing import CHAIN, is_stage
 from localgrad.core.trees import leaves
+from localgrad.core.versions import version
 from localgrad.errors import LocalGradError
-
-Node = Any
-"""A node of the autograd graph, which torch types in part."""
-Edge = tuple[Node, int]
-"""An output of a node of the autograd graph, which is a tensor that requires a gradient."""
 
 
 @dataclass(eq=False)
@@ -98,22 +95,22 @@ def observe(model: nn.Module, arguments: Sequence[Any], named: Mapping[str, Any]
     def begin(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         given = tensors_in((args, kwargs))
         shape = next((tensor.shape for tensor in given if tensor.is_floating_point()), torch.Size())
-        call = Call(name, module, next(clock), -1, _edges(given), shape, checkpointed=not _keeps_nothing())
+        call = Call(name, module, next(clock), -1, edges(given), shape, checkpointed=not saves_with(_drop))
         calls.append(call)
-        running.append((call, [(tensor, tensor._version) for tensor in given]))
+        running.append((call, [(tensor, version(tensor)) for tensor in given]))
 
     def end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         call, given = running.pop()
         features = first_floating(output)
         call.end = next(clock)
-        call.outputs = _edges(tensors_in(output))
+        call.outputs = edges(tensors_in(output))
         if features is not None:
             call.features, call.dtype = features.shape, features.dtype
-            call.source = next(iter(_edges([features])), None)
-        call.writes_input = any(tensor._version != version for tensor, version in given)
+            call.source = next(iter(edges([features])), None)
+        call.writes_input = any(version(tensor) != before for tensor, before in given)
 
     with ExitStack() as stack:
-        stack.enter_context(_left_as_it_was(model))
+        stack.enter_context(_in_training(model))
         stack.enter_context(saved_tensors_hooks(_drop, _drop))
         stack.enter_context(torch.enable_grad())
         modules: dict[str, nn.Module] = dict(model.named_modules())  # pyright: ignore[reportUnknownArgumentType]
@@ -124,7 +121,7 @@ def observe(model: nn.Module, arguments: Sequence[Any], named: Mapping[str, Any]
         output = model(*arguments, **named)
     found = tensors_in(output)
     losses = [tensor for tensor in found if tensor.ndim == 0]
-    return ForwardPass(tuple(calls), _edges(losses or found))
+    return ForwardPass(tuple(calls), edges(losses or found))
 
 
 def _drop(tensor: Any) -> Any:
@@ -132,42 +129,23 @@ def _drop(tensor: Any) -> Any:
     return None
 
 
-def _keeps_nothing() -> bool:
-    """Whether saved tensors are dropped here: inside activation checkpointing they go to its own hooks."""
-    graph: Any = torch._C  # pyright: ignore[reportPrivateUsage]
-    hooks = graph._autograd._top_saved_tensors_default_hooks(True)
-    return torch.is_grad_enabled() and hooks is not None and hooks[0] is _drop
-
-
-def _edges(tensors: Sequence[Tensor]) -> tuple[Edge, ...]:
-    ends = (get_gradient_edge(tensor) for tensor in tensors if tensor.requires_grad)
-    return tuple(dict.fromkeys((end[0], end[1]) for end in ends))
-
-
 @contextmanager
-def _left_as_it_was(model: nn.Module) -> Generator[None, None, None]:
-    """Training mode and a gradient for every weight inside; modes, attributes and buffers as they were afterwards."""
-    modules = list(model.modules())
-    attributes = [dict(vars(module)) for module in modules]
+def _in_training(model: nn.Module) -> Generator[None, None, None]:
+    """Inside, a model in evaluation mode trains, every weight takes a gradient, and random generators are spared."""
     parameters = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     devices = {p.device for p, _ in parameters if p.device.type not in ("cpu", "meta")}
     kind = next((device.type for device in devices), "cuda")
-    evaluating = not model.training
     random: Any = torch.random
-    with random.fork_rng([device.index or 0 for device in devices], device_type=kind):
+    evaluating = not model.training
+    with restored(model), random.fork_rng([device.index or 0 for device in devices], device_type=kind):
         try:
-            for module in modules:
-                copies = {k: None if b is None else b.clone() for k, b in own_buffers(module).items()}
-                module._buffers = copies  # pyright: ignore[reportPrivateUsage]
-                module.training = module.training or evaluating
+            for module in model.modules():
+                module.training |= evaluating  # train() of a module of the user's may do more
             for parameter, _ in parameters:
                 if parameter.is_floating_point() or parameter.is_complex():
                     parameter.requires_grad_(True)
             yield
         finally:
-            for module, before in zip(modules, attributes, strict=True):
-                vars(module).clear()
-                vars(module).update(before)
             for parameter, requires_grad in parameters:
                 parameter.requires_grad_(requires_grad)
 
@@ -186,8 +164,9 @@ def trained_by_block(run: ForwardPass, cuts: Sequence[Call]) -> list[set[Tensor]
         found, waiting = set[Tensor](), list(roots)
         while waiting:
             node, output = waiting.pop()
-            if hasattr(node, "variable"):
-                found.add(node.variable)
+            leaf = leaf_of(node)
+            if leaf is not None:
+                found.add(leaf)
             elif node not in owner:
                 owner[node] = block
                 waiting += [edge for edge in node.next_functions if edge[0] is not None and edge not in stops]
@@ -199,7 +178,7 @@ def trained_by_block(run: ForwardPass, cuts: Sequence[Call]) -> list[set[Tensor]
 
 def _inside(run: ForwardPass, cuts: Sequence[Call], edge: Edge, owner: int, reader: int) -> str:
     makers = [c for c in run.calls[1:] if edge == c.source and not any(c.holds(cut) for cut in cuts)]
-    before = [call for call in run.calls[1:] if call.source and call.source[0]._sequence_nr() < edge[0]._sequence_nr()]
+    before = [call for call in run.calls[1:] if call.source and made_at(call.source[0]) < made_at(edge[0])]
     where = f"of {makers[0].name!r}" if makers else f"made after {before[-1].name!r}" if before else "of its beginning"
     who = f"block {reader + 1}" if reader < len(cuts) else "the end of the network"
     advice = f"add {makers[0].name!r} to cuts" if makers else "make it the output of a module, and add that to cuts"
@@ -237,7 +216,7 @@ def takes(call: Call, source: Call) -> bool:
         edge = waiting.pop()
         if edge == source.source:
             return True
-        if edge[0] is not None and edge[0] not in seen and edge[0]._sequence_nr() > source.source[0]._sequence_nr():
+        if edge[0] is not None and edge[0] not in seen and made_at(edge[0]) > made_at(source.source[0]):
             seen.add(edge[0])
             waiting += edge[0].next_functions
     return False
@@ -252,19 +231,19 @@ def places_to_cut(run: ForwardPass) -> list[Call]:
 
     def note(consumer: int, edge: Edge) -> None:
         node = edge[0]
-        if node is not None and not hasattr(node, "variable"):
-            edges.append((node._sequence_nr(), consumer, edge))
+        if node is not None and leaf_of(node) is None:
+            edges.append((made_at(node), consumer, edge))
             if node not in seen:
                 seen.add(node)
                 waiting.append(node)
 
-    newest = 1 + max((node._sequence_nr() for node, _ in run.roots), default=0)
+    newest = 1 + max((made_at(node) for node, _ in run.roots), default=0)
     for edge in run.roots:
         note(newest, edge)
     while waiting:
         node = waiting.pop()
         for edge in node.next_functions:
-            note(node._sequence_nr(), edge)
+            note(made_at(node), edge)
     change: dict[int, int] = {}
     readers: dict[Edge, list[int]] = {}
     for made, read, edge in edges:
@@ -277,7 +256,7 @@ def places_to_cut(run: ForwardPass) -> list[Call]:
     def alone(call: Call) -> bool:
         if call.source not in readers or call.source in call.arguments:
             return False
-        moment = max(node._sequence_nr() for node, _ in call.outputs if node in seen)
+        moment = max(made_at(node) for node, _ in call.outputs if node in seen)
         own = sum(read > moment for edge in call.outputs for read in readers.get(edge, ()))
         used = {node for node, output in call.outputs if (node, output) in readers}
         return passing[moment] == own > 0 and _made_on_the_way(call, used)
@@ -297,19 +276,3 @@ def _made_on_the_way(call: Call, others: set[Node]) -> bool:
                 seen.add(node)
                 waiting.append(node)
     return others <= seen
-
-
-def derives_from(tensor: Tensor, leaf: Tensor) -> bool:
-    """Whether a tensor is made from a leaf of its graph; the leaf itself is."""
-    if tensor is leaf or tensor.grad_fn is None:
-        return tensor is leaf
-    seen, waiting = set[Node](), [tensor.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if getattr(node, "variable", None) is leaf:
-            return True
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                waiting.append(following)
-    return False

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from localgrad.core.momentum import MomentumAuxiliary
-from localgrad.core.tables import own_buffers, own_modules, own_parameters
+from localgrad.core.tables import own_buffers, slots
 from localgrad.errors import LocalGradError
 
 WAY_OUT = "make such changes first, then split, then make the optimizers"
@@ -103,12 +103,3 @@ class Origin:
                     f"{block.momentum.decay} stands still: keep them in float32 and compute under autocast"
                 )
         self.dtypes = {p: p.dtype for p in now}
-
-
-def slots(module: nn.Module) -> list[tuple[dict[str, Any], str, Any]]:
-    """Where a module keeps its children and parameters: the dictionary, the name and what is there now."""
-    return [
-        (holder, name, value)
-        for holder in (own_modules(module), own_parameters(module))
-        for name, value in holder.items()
-    ]

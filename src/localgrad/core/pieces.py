@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from localgrad.core.tracing import NAME_THEM, Graph, Traced, first_line, has_effect, is_block
+from localgrad.core.tracing import NAME_THEM, Graph, Traced, first_line, has_effect, is_block, is_constant
 from localgrad.errors import LocalGradError
 
 
@@ -81,7 +81,7 @@ def _both(evaluating: nn.Module | fx.GraphModule, training: nn.Module | fx.Graph
 
 
 def _graph_of(module: fx.GraphModule) -> Graph:
-    return Graph(module.graph, {name: value for name, value in module.named_buffers() if "_tensor_constant" in name})
+    return Graph(module.graph, {name: value for name, value in module.named_buffers() if is_constant(name)})
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from localgrad.core.checks import Optimizers, check_optimizers, check_step, inne
 from localgrad.core.explain import explaining
 from localgrad.core.reach import Span, check_reach
 from localgrad.core.trees import batch_parts
+from localgrad.core.versions import version
 from localgrad.errors import LocalGradError, SettingsError
 
 Context = Callable[[int], AbstractContextManager[Any]]
@@ -287,7 +288,7 @@ def apply_updates(
     for index, (block, given) in enumerate(zip(blocks, optimizers, strict=True)):
         own, of = inner(block), of_block(given)
         held = next((p for o in of for group in o.param_groups for p in group["params"] if p.grad is not None), None)
-        version = None if held is None else held._version
+        before = None if held is None else version(held)
         for optimizer in of:
             try:
                 step(optimizer)
@@ -298,6 +299,6 @@ def apply_updates(
                 ) from error
         for optimizer in of:
             optimizer.zero_grad(set_to_none=True)
-        own.accumulates = held is not None and held.grad is not None and held._version == version
+        own.accumulates = held is not None and held.grad is not None and version(held) == before
         if not own.accumulates:
             own.update_momentum()

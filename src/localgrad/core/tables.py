@@ -1,4 +1,4 @@
-"""The tables in which a module keeps what is its own, for which PyTorch has no public names."""
+"""The tables in which a module keeps what is its own and its hooks, for which PyTorch has no public names."""
 
 from typing import Any
 
@@ -20,6 +20,13 @@ def own_buffers(module: nn.Module) -> dict[str, Any]:
     return module._buffers  # pyright: ignore[reportPrivateUsage]
 
 
+def slots(module: nn.Module) -> list[tuple[dict[str, Any], str, Any]]:
+    """Where a module keeps its children and parameters: the table, the name and what is there now."""
+    return [
+        (table, name, value) for table in (own_modules(module), own_parameters(module)) for name, value in table.items()
+    ]
+
+
 def hooks_before(module: nn.Module) -> dict[int, Any]:
     """What is called before a module's forward, by the id of its handle."""
     typed_in_part: Any = module
@@ -30,3 +37,10 @@ def hooks_after(module: nn.Module) -> dict[int, Any]:
     """What is called after a module's forward, likewise."""
     typed_in_part: Any = module
     return typed_in_part._forward_hooks
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module, or going back through it, runs more than its forward pass."""
+    typed_in_part: Any = module
+    of_backward = typed_in_part._backward_hooks or typed_in_part._backward_pre_hooks
+    return bool(hooks_before(module) or hooks_after(module) or of_backward)

@@ -16,12 +16,12 @@ from torch import Tensor, fx, nn
 
 from localgrad.core.modules import named_children, named_modules
 from localgrad.core.restore import restored
+from localgrad.core.tables import has_hooks, hooks_after, hooks_before
 from localgrad.errors import LocalGradError, LocalGradWarning, NotTraceableError
 
 CHAIN = (nn.Sequential, nn.ModuleList)
 _CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict, object)
 _OWN = {*vars(nn.Module), *vars(nn.Module())}
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 NAME_THEM = (
     'name the submodules that make it up, in order: units(model, example, names=["stem", "blocks.0", ..., "head"]), '
     "or use localgrad.isolate, which cuts the model's own forward pass"
@@ -88,8 +88,7 @@ class Frozen:
                 was split, or a forward hook was registered on a module that the blocks do not call.
         """
         for name, module in self.uncalled.items():
-            hooked = cast(Any, module)
-            if hooked._forward_hooks or hooked._forward_pre_hooks:
+            if hooks_before(module) or hooks_after(module):
                 raise LocalGradError(
                     f"a forward hook was registered on {name or 'the model itself'} after the model was split, and the "
                     "blocks do not run it: remove it, register it on a unit (localgrad.units lists them), or use "
@@ -136,11 +135,6 @@ def trace(model: nn.Module) -> Traced:
                 evaluating = _trace(model, False, whole, through, reads, put_back)
             if len(whole) == known:
                 return Traced(training, evaluating, whole, through, reads)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module runs more than its forward pass."""
-    return any(getattr(module, kind) for kind in _HOOKS)
 
 
 def refuse_hooks(module: nn.Module, name: str) -> None:
@@ -237,8 +231,13 @@ def _assigned(module: nn.Module, before: dict[str, Any]) -> list[str]:
     return [
         key
         for key, value in vars(module).items()
-        if value is not before.get(key, missing) and key not in _OWN and not key.startswith("_tensor_constant")
+        if value is not before.get(key, missing) and key not in _OWN and not is_constant(key)
     ]
+
+
+def is_constant(name: str) -> bool:
+    """Whether an attribute is a tensor that tracing found in a forward pass and named itself."""
+    return name.rpartition(".")[2].startswith("_tensor_constant")
 
 
 def _warn(message: str) -> None:

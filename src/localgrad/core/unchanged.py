@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from localgrad.core.tables import own_modules, own_parameters
+from localgrad.core.tables import slots
+from localgrad.core.versions import version
 from localgrad.errors import LocalGradError
 
 
@@ -18,8 +19,7 @@ class Unchanged:
         self.held: list[tuple[str, dict[str, Any], str, Any]] = []
         modules: dict[str, nn.Module] = dict(model.named_modules())  # pyright: ignore[reportUnknownArgumentType]
         for name, module in modules.items():
-            for table in (own_parameters(module), own_modules(module)):
-                self.held += [(f"{name}.{key}".strip("."), table, key, value) for key, value in table.items()]
+            self.held += [(f"{name}.{key}".strip("."), table, key, value) for table, key, value in slots(module)]
         self.dtypes = [(name, parameter, parameter.dtype) for name, parameter in model.named_parameters()]
 
         self.trained = next((parameter for parameter in model.parameters() if parameter.requires_grad), None)
@@ -29,8 +29,8 @@ class Unchanged:
         """Whether gradients of the batch before are still there, and its weights; asked once a batch."""
         if self.trained is None:
             return False
-        stands_still, self.version = self.trained._version == self.version, self.trained._version
-        return stands_still and self.trained.grad is not None
+        before, self.version = self.version, version(self.trained)
+        return self.version == before and self.trained.grad is not None
 
     def check(self) -> None:
         """Refuse to go on where the model is no longer what was isolated."""

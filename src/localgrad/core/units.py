@@ -17,6 +17,7 @@ from localgrad.core.modules import named_children, named_modules
 from localgrad.core.pieces import Piece, pieces_of
 from localgrad.core.restore import restored
 from localgrad.core.tracing import Frozen, first_line, refuse_hooks, trace
+from localgrad.core.versions import version
 from localgrad.core.wrapped import unwrapped
 from localgrad.errors import LocalGradError, LocalGradWarning, NotTraceableError, SettingsError
 
@@ -225,11 +226,11 @@ def _told_channel_dims(names: Sequence[str], channel_dim: int | Mapping[str, int
 def _writes_input(module: nn.Module, features: Tensor) -> bool:
     """Whether the unit changes its input in place while training; found by running it, on copies of its buffers."""
     inputs = features.clone()
-    version = inputs._version
+    before = version(inputs)
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     with seeded(features.device):
         torch.func.functional_call(module.train(), buffers, inputs)
-    return inputs._version != version
+    return version(inputs) != before
 
 
 def check_model(model: nn.Module) -> None:

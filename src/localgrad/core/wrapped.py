@@ -10,6 +10,12 @@ from torch.optim.swa_utils import AveragedModel
 from localgrad.errors import LocalGradError, LocalGradWarning
 
 
+def compiled_from(module: nn.Module) -> nn.Module | None:
+    """The module inside what `torch.compile` gives; None for any other module."""
+    found = getattr(module, "_orig_mod", None)
+    return found if isinstance(found, nn.Module) else None
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside what `torch.compile` gives; anything else as it is.
 
@@ -17,8 +23,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
         LocalGradError: the model is in a data-parallel wrapper, an average, a script, or has lazy layers without
             weights.
     """
-    compiled = getattr(model, "_orig_mod", None)
-    if isinstance(compiled, nn.Module):
+    compiled = compiled_from(model)
+    if compiled is not None:
         warnings.warn(
             f"the model is compiled as a whole: {type(compiled).__name__} inside is used, not compiled; compile the "
             "blocks instead, block.compile()",

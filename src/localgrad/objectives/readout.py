@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from localgrad.core.initialise import initialise
+from localgrad.core.initialise import draw_anew
 from localgrad.core.modules import named_modules
 from localgrad.core.site import Site
 from localgrad.errors import LocalGradError
@@ -188,11 +188,7 @@ def _fresh_units(site: Site, depth: int) -> list[nn.Module]:
                 f"depth is {depth} and {unit.name!r} after block {site.index} takes {', '.join(needed)} and gives "
                 f"{tuple(unit.features)}: fresh units take and give features {tuple(site.features)} alone; give depth=0"
             )
-        for layer in module.modules():
-            reset: Any = getattr(layer, "reset_parameters", None) or getattr(layer, "_reset_parameters", None)
-            if callable(reset):
-                reset()
-        initialise(module)
+        draw_anew(list(module.modules()))
     return fresh
 
 

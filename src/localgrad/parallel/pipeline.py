@@ -15,7 +15,6 @@ The inputs travel with the features only where an objective further on reads the
 
 import copy
 import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from localgrad.core.block import Block
+from localgrad.core.clock import now
 from localgrad.core.partition import cut_by_cost
 from localgrad.core.step import apply_updates, local_gradients
 from localgrad.core.trees import leaves, mapped
@@ -349,16 +349,10 @@ def block_seconds(
         for _ in range(1 + rounds):
             features = inputs
             for index, block in enumerate(copies):
-                begin = _now(inputs.device)
+                begin = now(inputs.device)
                 with context(index):
                     features, loss = block(features.detach(), targets, inputs)
                 loss.backward()
-                seconds[index].append(_now(inputs.device) - begin)
+                seconds[index].append(now(inputs.device) - begin)
                 block.zero_grad()
     return [statistics.median(times[1:]) for times in seconds]
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

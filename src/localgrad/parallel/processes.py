@@ -6,7 +6,6 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous  # pyright: ignore[reportUnknownVariableType]
 
 from localgrad.core.explain import of_another_process
@@ -28,7 +27,8 @@ def join_again(accelerator: str) -> None:
         accelerator: as in the config; NCCL for `auto` and `cuda` where there is a CUDA device, else gloo.
     """
     store, rank, world_size = next(rendezvous("env://"))
-    store = PrefixStore(f"attempt{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    prefix = f"attempt{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    store = dist.PrefixStore(prefix, store)  # pyright: ignore[reportPrivateImportUsage]
     on_cuda = accelerator in ("auto", "cuda") and torch.cuda.is_available()
     if on_cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -126,9 +126,8 @@ def _step(
     tensors = [*copied.parameters(), *copied.buffers(), *isolation.parameters(), *isolation.buffers()]
     tensors += [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     tensors += [leaf for leaf in leaves((args, kwargs, given)) if isinstance(leaf, Tensor)]
-    parts = isolation._parts  # pyright: ignore[reportPrivateUsage]
-    names = tuple(part.unit.name for part in parts if part.unit is not None)
-    return peak + sum({each.untyped_storage(): each.nbytes for each in tensors}.values()), operations.total, names
+    lasting = sum({each.untyped_storage(): each.nbytes for each in tensors}.values())
+    return peak + lasting, operations.total, isolation.cuts
 
 
 def _on_meta(tensor: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        kind = func._overloadpacket
+        kind = func.overloadpacket
         formula = flop_registry.get(_SAME_FORMULA.get(kind, kind))
         if formula is not None:
             self.total += formula(*args, **(kwargs or {}), out_val=result)

@@ -18,6 +18,7 @@ from localgrad.core.modules import named_modules
 from localgrad.core.momentum import Momentum
 from localgrad.core.recompute import recomputed
 from localgrad.core.site import Criterion, Objective
+from localgrad.core.tables import own_parameters
 from localgrad.core.trees import leaves
 from localgrad.core.units import Unit
 from localgrad.errors import CannotSitError, LocalGradError
@@ -136,7 +137,7 @@ def _signature(module: nn.Module) -> tuple[object, ...]:
         ]
         tensors = [
             (key, tensor.shape, tensor.dtype, tensor.requires_grad)
-            for key, tensor in layer._parameters.items()  # pyright: ignore[reportPrivateUsage]
+            for key, tensor in own_parameters(layer).items()
             if tensor is not None
         ]
         code = layer.code if isinstance(layer, fx.GraphModule) else ""

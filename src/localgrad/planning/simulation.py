@@ -10,6 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
+from localgrad.core.tables import own_buffers, own_parameters
 from localgrad.core.trees import mapped
 from localgrad.errors import LocalGradError
 from localgrad.objectives.fast import simulated_device
@@ -75,7 +76,7 @@ class Simulation:
         """Give a module fake tensors, in place, and return it; to be called inside `running`."""
         known: dict[torch.Tensor, torch.Tensor] = {}
         for layer in module.modules():
-            for table in (layer._parameters, layer._buffers):  # pyright: ignore[reportPrivateUsage]
+            for table in (own_parameters(layer), own_buffers(layer)):
                 for name, tensor in table.items():
                     if tensor is None:
                         continue
@@ -83,5 +84,5 @@ class Simulation:
                         empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
                         is_parameter = isinstance(tensor, nn.Parameter)
                         known[tensor] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
-                    table[name] = known[tensor]  # pyright: ignore[reportArgumentType]
+                    table[name] = known[tensor]
         return module

@@ -7,7 +7,6 @@ at different moments cannot.
 import contextlib
 import itertools
 import statistics
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from torch import Tensor
 from localgrad.config.checks import validate
 from localgrad.config.methods import with_defaults
 from localgrad.config.schema import TrainConfig
+from localgrad.core.clock import now
 from localgrad.data.config import DataConfig
 from localgrad.data.loading import load_images
 from localgrad.data.sets import ImageSet
@@ -281,19 +281,12 @@ def take_turns(steps: Mapping[str, Step], rounds: int) -> dict[str, list[float]]
     shown = {"description": "rounds", "console": console, "transient": True, "disable": not console.is_terminal}
     for number in track(range(WARM_UP + rounds), **shown):
         for label, step in steps.items():
-            begin = _now()
+            begin = now()
             step()
-            taken = _now() - begin
+            taken = now() - begin
             if number >= WARM_UP:
                 seconds[label].append(taken)
     return seconds
-
-
-def _now() -> float:
-    """Seconds on a clock, once the device has done what it was given."""
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    return time.perf_counter()
 
 
 def ratio(times: Sequence[float], reference: Sequence[float]) -> float:

@@ -72,6 +72,11 @@ def _precision_plugins(config: TrainConfig) -> list[Any]:
     return [MixedPrecision(precision="bf16-mixed", device=device)]
 
 
+def has_native_bf16() -> bool:
+    """Whether the processor computes bfloat16 natively."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def resolve_precision(config: TrainConfig) -> Any:
     """The precision of a config. `auto` is bf16-mixed where the CPU or GPU computes bfloat16 natively, else 32-true."""
     if config.precision != "auto":
@@ -81,7 +86,7 @@ def resolve_precision(config: TrainConfig) -> Any:
     elif config.accelerator == "mps" or (config.accelerator == "auto" and torch.backends.mps.is_available()):
         native = False
     else:
-        native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        native = has_native_bf16()
     return "bf16-mixed" if native else "32-true"
 
 

@@ -103,7 +103,7 @@ class DataParallel:
         self._ddp = [nn.parallel.DistributedDataParallel(block, device_ids=device_ids) for block in blocks]
         self.wrapped: list[nn.Module] = list(self._ddp)
         self.any_rank = AnyRank(device, late=device.type == "cuda")
-        self._modules = (model, *blocks)
+        self._networks = (model, *blocks)
 
     def batches(self, images: ImageSet, batch_size: int, stop: Stop, **order: Any) -> Batches:
         return images.batches(batch_size, train=True, rank=self.replica, world_size=self.replicas, **order)
@@ -138,7 +138,7 @@ class DataParallel:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        _broadcast_buffers(self._modules)
+        _broadcast_buffers(self._networks)
         yield
 
 
@@ -160,7 +160,7 @@ class Sharded:
         self.replicas, self.replica = fabric.world_size, fabric.global_rank
         self.wrapped: list[nn.Module] = list(blocks)
         self.any_rank = AnyRank(device, late=device.type == "cuda")
-        self._blocks, self._modules = blocks, (model, *blocks)
+        self._blocks, self._networks = blocks, (model, *blocks)
 
     def batches(self, images: ImageSet, batch_size: int, stop: Stop, **order: Any) -> Batches:
         return images.batches(batch_size, train=True, rank=self.replica, world_size=self.replicas, **order)
@@ -191,7 +191,7 @@ class Sharded:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        _broadcast_buffers(self._modules)
+        _broadcast_buffers(self._networks)
         with unsharded(self._blocks):
             yield
 
@@ -209,7 +209,7 @@ class BlockParallel:
         self.own, self.wrapped = stage.own, stage.wrapped
         self.replicas, self.replica = dist.get_world_size() // stage.num_stages, stage.replica
         self.on_output = stage.send
-        self._num_blocks, self._modules = len(blocks), (model, *blocks)
+        self._num_blocks, self._networks = len(blocks), (model, *blocks)
 
     def batches(self, images: ImageSet, batch_size: int, stop: Stop, **order: Any) -> Batches:
         share: Any = {"train": True, "rank": self.replica, "world_size": self.replicas}
@@ -247,7 +247,7 @@ class BlockParallel:
     def evaluating(self) -> Iterator[None]:
         self._stage.gather()
         if self.replicas > 1:
-            _broadcast_buffers(self._modules)
+            _broadcast_buffers(self._networks)
         yield
 
 

@@ -1,0 +1,15 @@
+"""How often tensors were changed in place, which PyTorch counts for each and gives no public name."""
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+
+def version(tensor: Tensor) -> int:
+    """Number of in-place changes of a tensor and of all views of it."""
+    return tensor._version
+
+
+def versions(tensors: Iterable[Tensor]) -> tuple[int, ...]:
+    """That of each tensor."""
+    return tuple(version(tensor) for tensor in tensors)
