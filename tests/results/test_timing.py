@@ -63,7 +63,7 @@ def _finished(path: Path, config: TrainConfig, **added: Any) -> None:
     path.write_text(json.dumps(values))
 
 
-def test_steps_take_turns_and_the_first_three_rounds_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_take_turns_and_the_first_three_rounds_do_not_count() -> None:
     now, order = [0.0], []
 
     def step(name: str, seconds: list[float]) -> Any:
@@ -73,9 +73,8 @@ def test_steps_take_turns_and_the_first_three_rounds_do_not_count(monkeypatch: p
 
         return run
 
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
     steps = {"a": step("a", [100.0, 50.0, 8.0, 1.0, 3.0]), "b": step("b", [9.0, 9.0, 9.0, 2.0, 2.5])}
-    seconds = take_turns(steps, 2)
+    seconds = take_turns(steps, 2, clock=lambda: now[0])
     assert order == ["a", "b"] * 5
     assert seconds["a"] == pytest.approx([1.0, 3.0])
     assert seconds["b"] == pytest.approx([2.0, 2.5])

@@ -269,21 +269,22 @@ def endless_batches(run: Run, *, channels_last: bool) -> Iterator[tuple[Tensor, 
         yield from (batch for batch in batches if len(batch[0]) == size)
 
 
-def take_turns(steps: Mapping[str, Step], rounds: int) -> dict[str, list[float]]:
+def take_turns(steps: Mapping[str, Step], rounds: int, clock: Callable[[], float] = now) -> dict[str, list[float]]:
     """Seconds of each step, round by round, after three rounds that are not counted. Shows how far it is on a terminal.
 
     Args:
         steps: what to measure, by name.
         rounds: how often each is measured.
+        clock: seconds, read when the device has done what it was given.
     """
     seconds: dict[str, list[float]] = {label: [] for label in steps}
     console = Console(stderr=True)
     shown = {"description": "rounds", "console": console, "transient": True, "disable": not console.is_terminal}
     for number in track(range(WARM_UP + rounds), **shown):
         for label, step in steps.items():
-            begin = now()
+            begin = clock()
             step()
-            taken = now() - begin
+            taken = clock() - begin
             if number >= WARM_UP:
                 seconds[label].append(taken)
     return seconds
