@@ -47,7 +47,7 @@ PRIVATE = {
 }
 """The private names of torch that the project uses, each in the one file that names it."""
 TABLES = set(vars(nn.Module()))
-NOT_OF_TORCH = {"_localgrad_", "_patch16_224"}  # parts of names of modules and models
+NOT_OF_TORCH = {"_exit", "_localgrad_", "_patch16_224"}  # of os, and parts of names of modules and models
 MODULES = {
     ".".join(path.relative_to(SOURCE.parent).with_suffix("").parts).removesuffix(".__init__"): path
     for path in SOURCE.rglob("*.py")
