@@ -39,6 +39,7 @@ from localgrad.planning.measure import measure_peak
 from localgrad.recipes import recipe
 from localgrad.results.step_times import Step, endless_batches, ratio, take_turns, timed_step
 from localgrad.training.devices import has_native_bf16, resolve_precision
+from localgrad.training.run import Run
 from report import environment, print_table, write
 
 ROWS = {
@@ -58,6 +59,15 @@ ROWS = {
     "rival: DGL+MAN, 8 blocks": "cifar10-resnet32-k8-dgl-man",
 }
 """Rivals are what saves memory without local losses, and fewer blocks."""
+BARE = (
+    "DGL, 15 blocks",
+    "DGL+MAN, 15 blocks",
+    "InfoPro, 15 blocks",
+    "InfoPro+MAN, 15 blocks",
+    "AugLocal, depth 2, 14 blocks",
+)
+"""Rows whose blocks and heads also run in the barest loop that trains them, for what is the kernels' own time."""
+IN_BARE_LOOP = ", bare loop"
 LEAN = ("e2e", "k4-dgl", "k4-dgl-man")
 Measured = tuple[str, list[dict[str, Any]], dict[str, list[float]]]
 
@@ -77,6 +87,33 @@ def plain_step(batches: Iterator[tuple[Tensor, ...]], *, dtype: torch.dtype, cha
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+
+    return step
+
+
+def bare_step(run: Run, batches: Iterator[tuple[Tensor, ...]], *, dtype: torch.dtype) -> Step:
+    """The blocks and heads of a run in a hand-written loop: no checks, no messages, one optimizer for all of them."""
+    trained = [parameter for block in run.blocks for parameter in block.trainable_parameters()]
+    optimizer = torch.optim.SGD(trained, lr=0.0, momentum=0.9, nesterov=True, weight_decay=1e-4, fused=True)
+
+    def step() -> None:
+        inputs, targets = next(batches)
+        features = inputs
+        for block in run.blocks:
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                output = block.body(features)
+                mixed = output if block.momentum is None else block.momentum(output)
+                loss = (
+                    F.cross_entropy(output, targets)
+                    if block.objective is None
+                    else block.objective(mixed, targets, inputs)
+                )
+            loss.backward()
+            features = output.detach()
+        optimizer.step()
+        optimizer.zero_grad()
+        for block in run.blocks:
+            block.update_momentum()
 
     return step
 
@@ -156,6 +193,10 @@ def resnet32(options: argparse.Namespace, held: ExitStack) -> Measured:
         for label, step in steps.items()
         if label in (reference, same) or any(part in label for part in wanted)
     }
+    for label in [label for label in BARE if label in steps]:
+        _, made = timed_step(of_recipe(ROWS[label], options.batch_size, options.data), held)
+        batches = endless_batches(made, channels_last=True)
+        steps[f"{label}{IN_BARE_LOOP}"] = bare_step(made, batches, dtype=best)
     counted = {label: operations(step) for label, step in steps.items()}
     seconds = take_turns(steps, options.rounds)
     rows = [
@@ -165,6 +206,7 @@ def resnet32(options: argparse.Namespace, held: ExitStack) -> Measured:
             "ratio_to_float32_nchw": ratio(times, seconds[reference]),
             "ratio_to_same_precision_and_layout": ratio(times, seconds[same]),
             "ratio_of_operations": counted[label] / counted[reference],
+            "ratio_to_bare_loop": ratio(times, seconds[bare]) if (bare := label + IN_BARE_LOOP) in seconds else None,
         }
         for label, times in seconds.items()
     ]
