@@ -16,7 +16,7 @@ from helpers.examples import FOLDER, example
 
 torch.set_num_threads(1)
 
-language, segmentation, selfsupervised = map(example, ("language", "segmentation", "selfsupervised"))
+language, segmentation, selfsupervised, views = map(example, ("language", "segmentation", "selfsupervised", "views"))
 
 
 def run(module: ModuleType, tmp_path: Path, data: Path, *flags: str) -> dict[str, Any]:
@@ -197,8 +197,8 @@ def test_a_probe_finds_what_is_linear() -> None:
 def test_views_differ_and_noise_is_of_training_alone() -> None:
     torch.manual_seed(0)
     images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
-    assert not torch.equal(selfsupervised.view(images), selfsupervised.view(images))
-    noise = selfsupervised.Noise(0.5)
+    assert not torch.equal(views.view(images), views.view(images))
+    noise = views.Noise(0.5)
     features = 2 * torch.randn(2, 50, 10, 10)
     assert float((noise(features) - features).std()) == pytest.approx(1, rel=0.1)
     assert torch.equal(noise.eval()(features), features)
@@ -224,3 +224,9 @@ def test_every_job_is_a_command_that_its_example_takes() -> None:
         settings.add((task, tuple(sorted((k, str(v)) for k, v in vars(options).items() if k != "out"))))
     assert len(settings) == len(jobs)  # none is run twice
     assert {job.name for job in jobs if job.priority == 0} >= {"language/small-e2e-seed0", "segmentation/e2e-seed0"}
+
+
+def test_an_order_shows_every_image_once_before_the_next_begins() -> None:
+    order = views.Order(10, 3, seed=0)
+    first, second = (torch.cat([order.next() for _ in range(3)]).tolist() for _ in range(2))
+    assert len(set(first)) == len(set(second)) == 9 and first != second

@@ -1,10 +1,12 @@
 """The scripts of `examples/` as modules."""
 
 import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 
 FOLDER = Path(__file__).parents[2] / "examples"
+sys.path.append(str(FOLDER))  # as for a script that is run: the files beside it
 
 
 def example(name: str) -> ModuleType:
