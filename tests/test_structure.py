@@ -1,6 +1,7 @@
 """The house: which package may import which, and what each needs from outside."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -201,3 +202,26 @@ def test_each_private_name_of_torch_is_in_one_file() -> None:
 def test_a_private_name_is_found(line: str) -> None:
     assert len(private_names(line)) == 1
     assert not private_names("self._own = cls._other = _local(__name__, '_', '_two words')")
+
+
+READS_WORDS = re.compile(r"\bin str\(|\bstr\(\w+\)\.(startswith|endswith|find|count)|\.args\[0\]\.|message=r?[\"']")
+"""How code looks that decides by the text of an error, or silences a warning by its text."""
+
+
+def test_the_words_of_errors_are_read_in_one_file() -> None:
+    reading = {module for module, path in MODULES.items() if READS_WORDS.search(path.read_text())}
+    assert reading == {"localgrad.core.wording"}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'if "CUDA error" in str(error):',
+        'str(problem).startswith("no")',
+        'error.args[0].count("a")',
+        'warnings.filterwarnings("ignore", message="This")',
+    ],
+)
+def test_code_that_reads_words_is_found(line: str) -> None:
+    assert READS_WORDS.search(line)
+    assert not READS_WORDS.search('f"{str(error)[:200]}"')

@@ -20,6 +20,10 @@ class LocalGradWarning(UserWarning):
     """Something that was given works, but perhaps not as meant; the message says what is left out or assumed."""
 
 
+class DefaultsWarning(LocalGradWarning):
+    """Optional arguments of a model's forward pass stay at their defaults."""
+
+
 class SettingsError(LocalGradError):
     """An argument is outside what is allowed."""
 

@@ -180,7 +180,7 @@ def _blocks(name: str) -> list[localgrad.Block]:
         return build_blocks(row.config, build_model(row.config.model, classes), classes)
 
 
-@pytest.mark.filterwarnings("ignore:VisionTransformer is cut with the optional arguments")
+@pytest.mark.filterwarnings("ignore::localgrad.errors.DefaultsWarning")
 @pytest.mark.parametrize(
     ("name", "cuts"),
     [
@@ -227,7 +227,7 @@ def test_settings_of_imagenet_and_imagenette() -> None:
     assert recipe("imagenet-resnet152-k4-infopro").config.objective.task == (1, 1)
 
 
-@pytest.mark.filterwarnings("ignore:VisionTransformer is cut with the optional arguments")
+@pytest.mark.filterwarnings("ignore::localgrad.errors.DefaultsWarning")
 def test_transformers_are_trained_by_adamw() -> None:
     config = recipe("imagenet-vit-tiny-k4-classifier-manpp").config
     optimizers = build_optimizers(config.optim, _blocks(config.name))

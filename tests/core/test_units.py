@@ -68,7 +68,7 @@ def composed(found: list[Unit], inputs: torch.Tensor) -> torch.Tensor:
     return functools.reduce(lambda features, unit: unit.module(features), found, inputs)
 
 
-@pytest.mark.filterwarnings("ignore:.*optional arguments")
+@pytest.mark.filterwarnings("ignore::localgrad.errors.DefaultsWarning")
 @pytest.mark.parametrize("name", MODELS)
 def test_the_units_are_the_model(name: str) -> None:
     make, size = MODELS[name]

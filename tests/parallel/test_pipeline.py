@@ -282,7 +282,7 @@ def test_shards_of_the_weights_train_like_whole_ones(tmp_path: Path) -> None:
     torch.testing.assert_close(weights(tmp_path / "sharded"), weights(tmp_path / "whole"), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore:.*optional arguments")
+@pytest.mark.filterwarnings("ignore::localgrad.errors.DefaultsWarning")
 def test_weights_outside_of_layers_are_not_lost_in_shards() -> None:
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=10)
     blocks = localgrad.split(

@@ -16,15 +16,14 @@ from localgrad.core.block import Block
 from localgrad.core.momentum import Momentum
 from localgrad.core.site import Objective
 from localgrad.core.split import split
-from localgrad.errors import LocalGradWarning
+from localgrad.errors import DefaultsWarning
 
 
 def build_blocks(config: TrainConfig, model: nn.Module, num_classes: int) -> list[Block]:
     """The blocks of a model, as the config cuts it; the last one's criterion is a cross-entropy."""
     objective, momentum = build_factories(config, num_classes)
     with warnings.catch_warnings():
-        # the trainer gives the network images and nothing else
-        warnings.filterwarnings("ignore", message=".* optional arguments of its forward", category=LocalGradWarning)
+        warnings.simplefilter("ignore", DefaultsWarning)  # the trainer gives the network images and nothing else
         return split(
             model,
             torch.zeros(2, 3, config.data.image_size, config.data.image_size),

@@ -1,15 +1,15 @@
-"""Errors of a batch, in words of the batch: found from the values that were given, not from what PyTorch says."""
+"""Errors of a batch, told from the values that were given, not from the words of PyTorch."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from localgrad.core.block import Block
 from localgrad.core.trees import leaves
+from localgrad.core.wording import is_peer_failure
 from localgrad.errors import DoesNotFitError, LocalGradError
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -44,7 +44,7 @@ def explaining(
             f"({'. '.join(str(error).split('. ')[:2])})"
         ) from error
     except (IndexError, ValueError, RuntimeError) as error:
-        if isinstance(error, LocalGradError) or of_another_process(error):
+        if isinstance(error, LocalGradError) or is_peer_failure(error):
             raise
         reason = _stopped(error, index)
         if reason is None and not isinstance(error, torch.AcceleratorError):
@@ -110,8 +110,7 @@ def _label_misfit(error: Exception, block: Block, index: int, inputs: Tensor, la
             f"targets hold classes {low} to {high}, and one of them is not among the classes of block {index}: build "
             "model and objective with num_classes above every label, or give a criterion that ignores it"
         )
-    norms = [module for module in block.modules() if isinstance(module, NORMS)]
-    if isinstance(error, ValueError) and len(inputs) == 1 and any(norm.training for norm in norms):
+    if one_value_a_channel(error, [block], len(inputs)):
         return (
             f"a batch of 1 leaves a batch norm of block {index} one value a channel: give at least two samples; "
             "a loader's drop_last=True leaves out a last batch of one"
@@ -122,6 +121,12 @@ def _label_misfit(error: Exception, block: Block, index: int, inputs: Tensor, la
             f"{index}: give one class a sample, (N,) of torch.int64, as targets.long(), or probabilities (N, C)"
         )
     return None
+
+
+def one_value_a_channel(error: Exception, modules: Iterable[nn.Module], samples: int) -> bool:
+    """Whether an error is that of a batch norm in training, which cannot normalise a single value a channel."""
+    inner = (layer for module in modules for layer in module.modules())
+    return isinstance(error, ValueError) and samples == 1 and any(isinstance(m, NORMS) and m.training for m in inner)
 
 
 def _is_of_shapes(error: Exception, block: Block, inputs: Tensor, first: bool) -> bool:
@@ -139,8 +144,3 @@ def _body_fails(block: Block, inputs: Tensor) -> bool:
     except Exception:  # the one that is being explained, whatever its class
         return True
     return False
-
-
-def of_another_process(error: Exception) -> bool:
-    """Whether torch.distributed says with it that another process is gone; gloo has no class of error for that."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

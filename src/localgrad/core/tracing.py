@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from localgrad.core.modules import named_children, named_modules
 from localgrad.core.restore import restored
 from localgrad.core.tables import has_hooks, hooks_after, hooks_before
-from localgrad.errors import LocalGradError, LocalGradWarning, NotTraceableError
+from localgrad.errors import DefaultsWarning, LocalGradError, LocalGradWarning, NotTraceableError
 
 CHAIN = (nn.Sequential, nn.ModuleList)
 _CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict, object)
@@ -216,7 +216,8 @@ def _say_what_is_left_out(model: nn.Module, defaults: dict[str, Any], assigned: 
         given = ", ".join(f"{key}={value!r}" for key, value in defaults.items())
         _warn(
             f"{name} is cut with the optional arguments of its forward pass at their defaults ({given}): blocks take "
-            "no others; a model that needs them goes to localgrad.isolate"
+            "no others; a model that needs them goes to localgrad.isolate",
+            DefaultsWarning,
         )
     for key in assigned:
         _warn(
@@ -240,8 +241,8 @@ def is_constant(name: str) -> bool:
     return name.rpartition(".")[2].startswith("_tensor_constant")
 
 
-def _warn(message: str) -> None:
-    warnings.warn(message, LocalGradWarning, stacklevel=7)
+def _warn(message: str, kind: type[LocalGradWarning] = LocalGradWarning) -> None:
+    warnings.warn(message, kind, stacklevel=7)
 
 
 def first_line(error: Exception) -> str:

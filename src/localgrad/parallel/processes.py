@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous  # pyright: ignore[reportUnknownVariableType]
 
-from localgrad.core.explain import of_another_process
+from localgrad.core.wording import is_peer_failure
 from localgrad.errors import LocalGradError
 
 
@@ -45,7 +45,7 @@ def peer_failure_as_error() -> Generator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not of_another_process(error):
+        if not is_peer_failure(error):
             raise
         raise LocalGradError(
             "another process of this run has ended, so this one stops too; the last checkpoint holds: continue with "

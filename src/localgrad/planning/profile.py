@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from localgrad.core.auxiliary import build_auxiliary
 from localgrad.core.costs import without_data
+from localgrad.core.explain import one_value_a_channel
 from localgrad.core.meta import to_meta
 from localgrad.core.modules import named_modules
 from localgrad.core.momentum import Momentum
@@ -79,7 +80,7 @@ def profile(
         key = ("unit", *setting, recompute, shared, features.shape, features.dtype, _signature(unit.module))
         if key not in known:
             module = copy.deepcopy(unit.module)  # the next block's first unit is copied from `meta`
-            with simulation.running(), _explained(f"the unit {unit.name!r}"):
+            with simulation.running(), _explained(f"the unit {unit.name!r}", [module], samples):
                 placed = simulation.place(module)
                 run = partial(_run_unit, placed, features, recompute, unit.writes_input, parts > 1, simulation)
                 known[key] = _profile_unit(placed, features, shared, run, simulation)
@@ -100,7 +101,7 @@ def profile(
             shared = sum(p.nbytes for module in modules for p in module.parameters() if id(p) in counted)
             key = ("end", *setting, shape, dtype, *map(_signature, modules))
             if key not in known:
-                with simulation.running(), _explained(f"the objective after {unit.name!r}"):
+                with simulation.running(), _explained(f"the objective after {unit.name!r}", modules, samples):
                     known[key] = _profile_end(modules, features, wanted, inputs, criterion, parts > 1, simulation)
             ends[role].append(replace(known[key], lasting=known[key].lasting - shared))
     first, middle, last = map(tuple, ends)
@@ -108,14 +109,14 @@ def profile(
 
 
 @contextmanager
-def _explained(what: str) -> Generator[None, None, None]:
-    """Say which part it is that needs values to run."""
+def _explained(what: str, modules: Sequence[nn.Module], samples: int) -> Generator[None, None, None]:
+    """Say which part it is that needs values to run, or more than one sample."""
     try:
         yield
     except (RuntimeError, NotImplementedError, ValueError) as error:
         if isinstance(error, LocalGradError):
             raise
-        if "more than 1 value per channel" in str(error):
+        if one_value_a_channel(error, modules, samples):
             raise LocalGradError(
                 f"{what} has a batch norm, which a batch of one leaves one value a channel: give two samples or more"
             ) from error

@@ -205,11 +205,11 @@ class RunFolder:
 
     def config(self) -> TrainConfig:
         """The saved config. Options of its methods that came with a later version have their defaults."""
+        values = read_json(self._config)
         try:
-            return with_defaults(from_dict(read_json(self._config)))
+            return with_defaults(from_dict(values))
         except LocalGradError as problem:
-            named = str(self._config) in str(problem)
-            raise problem if named else LocalGradError(f"{self._config}: {problem}") from None
+            raise LocalGradError(f"{self._config}: {problem}") from None
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         """Appends a line to the metrics and flushes it to disk."""

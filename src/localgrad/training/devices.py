@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from localgrad.config.schema import TrainConfig
+from localgrad.core.wording import CAPTURABLE
 from localgrad.errors import LocalGradError
 from localgrad.parallel.processes import join_again, restarted
 
@@ -105,7 +106,7 @@ def fast_kernels(device: torch.device) -> Iterator[None]:
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), warnings.catch_warnings():
             # AdamW warns in the steps that run before a CUDA graph is recorded
-            warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")
+            warnings.filterwarnings("ignore", message=CAPTURABLE)
             yield
     finally:
         torch.backends.cudnn.benchmark = benchmark
