@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 SMALL = ""  # the defaults are nanoGPT's small setting
+MIDDLE = "--layers 6 --steps 1200"
 LARGE = "--layers 6 --heads 8 --width 256 --context 128 --batch-size 32 --dropout 0.1"
 LOCAL = "--method local --blocks {blocks}"
 HEADS = {
@@ -31,6 +32,7 @@ HEADS = {
     "private-man": "--head private --momentum man",
 }
 PIXELS = "--steps 1500"
+INSIDE = "backbone.layer1.0 backbone.layer2.0 backbone.layer3.0"
 STAGES = "--epochs 30 --images 20000"
 
 
@@ -50,6 +52,10 @@ def language() -> list[tuple[str, str, int, float]]:
         (f"small-k2-{head}-seed0", f"{LOCAL.format(blocks=2)} {HEADS[head]}", 3, 20.0) for head in ("readout", "man")
     ]
     for seed in range(3):
+        rows.append((f"mid-e2e-seed{seed}", f"{MIDDLE} --seed {seed}", 3, 12.0))
+        for head, flags in HEADS.items():
+            flags = f"{MIDDLE} {LOCAL.format(blocks=3)} {flags} --seed {seed}"
+            rows.append((f"mid-k3-{head}-seed{seed}", flags, 3, 20.0))
         rows.append((f"large-e2e-seed{seed}", f"{LARGE} --seed {seed}", seed, 18.0))
         for head, flags in HEADS.items():
             wanted = seed if head not in ("private-man", "ema", "depth2") or seed == 0 else seed + 1
@@ -77,6 +83,8 @@ def segmentation() -> list[tuple[str, str, int, float]]:
         "checkpointed": (f"{PIXELS} --method checkpointed", 1),
         "k2": (f"{PIXELS} {LOCAL.format(blocks=2)}", 1),
         "k4-man-recompute-wide": (f"{k4} --momentum man --recompute {wide}", 1),
+        "k4-inside-man-recompute": (f"{k4} --cuts {INSIDE} --momentum man --recompute", 0),
+        "k4-inside": (f"{k4} --cuts {INSIDE}", 1),
         "k4-wide": (f"{k4} {wide}", 1),
         "e2e-wide": (f"{PIXELS} {wide}", 2),
         "k4-bias": (f"{k4} --momentum bias", 2),

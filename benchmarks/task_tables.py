@@ -69,6 +69,8 @@ PIXELS = {
     "k4-reconstruction": "K = 4, InfoPro's reconstruction",
     "k4-man": "K = 4, MAN",
     "k4-man-recompute": "K = 4, MAN, recomputed",
+    "k4-inside": "K = 4, cuts inside stages",
+    "k4-inside-man-recompute": "K = 4, cuts inside stages, MAN, recomputed",
     "e2e-wide": "end-to-end, whole images",
     "k4-wide": "K = 4, whole images",
     "k4-man-recompute-wide": "K = 4, MAN, recomputed, whole images",

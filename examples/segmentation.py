@@ -33,6 +33,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", choices=["fcn", "deeplab"], default="fcn")
     parser.add_argument("--backbone", choices=["resnet18", "resnet34", "resnet50"], default="resnet18")
     parser.add_argument("--blocks", type=int, choices=list(CUTS), default=4, help="K, for local")
+    parser.add_argument("--cuts", nargs="+", metavar="MODULE", help="after these instead, as backbone.layer1.0")
     parser.add_argument("--recompute", action="store_true", help="checkpoint inside the blocks and of MAN's copies too")
     parser.add_argument("--reconstruction", type=float, default=0.0, help="weight of InfoPro's reconstruction")
     parser.add_argument("--crop", type=int, nargs=2, default=[144, 192], metavar=("HEIGHT", "WIDTH"))
@@ -42,13 +43,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def isolated(model: nn.Module, options: argparse.Namespace, example: Tensor) -> Any:
-    """The model cut between the stages of its backbone."""
+    """The model cut between the stages of its backbone, or where asked for."""
     objective = localgrad.dense(
         options.classes, ignore_index=options.ignored, reconstruction=options.reconstruction, mean=MEAN, std=STD
     )
     return localgrad.isolate(
         model,
-        CUTS[options.blocks],
+        options.cuts or CUTS[options.blocks],
         objective=objective,
         momentum=momentum_of(options, recompute=options.recompute),
         recompute=options.recompute,

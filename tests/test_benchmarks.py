@@ -158,3 +158,24 @@ def test_the_benchmarks_of_isolate_measure_and_count(
     assert rows["isolate"]["peak to split"] < 1.05
     isolate_sweep.main(["vit_tiny_patch16_224", "crossvit_tiny_240"])
     assert "man: 1 of 2 train in four blocks" in capfd.readouterr().out
+
+
+def test_rows_at_equal_time_get_the_epochs_that_take_as_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import equal_time
+
+    times = {"e2e": (1, 0.4), "half": (4, 0.2), "dear": (8, 1.1), "dearest": (8, 99.0)}
+    rows = [
+        {"num_blocks": blocks, "seconds_per_step": seconds, "config": {"name": name}}
+        for name, (blocks, seconds) in times.items()
+    ]
+    found = {name: (epochs, round(share, 2)) for name, epochs, share in equal_time.budgets(rows, 10)}
+    assert found == {"e2e": (10, 1.0), "half": (20, 1.0), "dear": (4, 1.1), "dearest": (1, 24.75)}
+    (tmp_path / "times.json").write_text(json.dumps({"rows": rows}))
+    equal_time.main([str(tmp_path / "times.json"), "--data", "my data", "--seeds", "0", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 8 and lines[5].startswith("localgrad train dear --data 'my data' --epochs 4 ")
+    with pytest.raises(SystemExit, match="end-to-end"):
+        list(equal_time.budgets(rows[1:], 10))

@@ -126,7 +126,7 @@ def masks(tmp_path: Path) -> Path:
         "--method e2e",
         "--method checkpointed --model deeplab",
         "--method local --blocks 2 --reconstruction 0.5",
-        "--method local --blocks 4 --momentum man --recompute",
+        "--method local --cuts backbone.layer1.0 backbone.layer3 --momentum man --recompute",
     ],
 )
 def test_segmentation_runs_by_every_method(flags: str, masks: Path, tmp_path: Path) -> None:

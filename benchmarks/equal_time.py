@@ -1,0 +1,45 @@
+"""Error at equal wall-clock: the commands that train each row for as long as end-to-end trains for its epochs.
+
+    python benchmarks/equal_time.py results/cifar10-ten-epochs/step-times.json --data path/to/cifar10 --seeds 0
+
+prints one `localgrad train` a row and seed. A row gets `epochs = round(E * s_end-to-end / s_row)`, at least 1, of the
+seconds s of a step that `localgrad time` measured in turns; its schedule ends with them. The share of end-to-end's time
+that whole epochs come to is printed behind each command.
+"""
+
+import argparse
+import json
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def budgets(rows: Sequence[dict[str, Any]], epochs: int) -> Iterator[tuple[str, int, float]]:
+    """Name of each recipe, the whole epochs nearest to end-to-end's time, and the share of it that they take."""
+    whole = next((row for row in rows if row["num_blocks"] == 1), None)
+    if whole is None:
+        raise SystemExit("the step times have no row of one block, which end-to-end training is")
+    for row in rows:
+        ratio = row["seconds_per_step"] / whole["seconds_per_step"]
+        own = max(1, round(epochs / ratio))
+        yield row["config"]["name"], own, own * ratio / epochs
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("times", type=Path, help="the step-times.json of `localgrad time`")
+    parser.add_argument("--data", default="path/to/cifar10")
+    parser.add_argument("--epochs", type=int, default=10, help="end-to-end's")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--runs", type=Path, default=Path("runs/equal-time"))
+    options = parser.parse_args(arguments)
+    for name, epochs, share in budgets(json.loads(options.times.read_text())["rows"], options.epochs):
+        for seed in options.seeds:
+            command = f"localgrad train {name} --data {shlex.quote(options.data)} --epochs {epochs} --warmup-epochs 0"
+            command += f" --batch-size 128 --lr 0.1 --seed {seed} --run-dir {options.runs / f'{name}-seed{seed}'}"
+            print(f"{command}  # {share:.2f} of end-to-end's time")
+
+
+if __name__ == "__main__":
+    main()
