@@ -4,8 +4,7 @@
 
 Each command runs in a process of its own and is ended at its first byte. Files are in the page cache: a first round
 warms it and does not count. The bar is two seconds. Ctrl-C is pressed at several moments; a good end is one line and
-exit code 130. For some 0.04 s Python itself starts and none of our code can say anything: those moments are in the
-file too.
+exit code 130. For some 0.04 s Python itself starts and none of our code can say anything: that is in the file too.
 """
 
 import argparse

@@ -176,7 +176,7 @@ HERE = ["--run-dir", "run", *SMALL]
 
 COMMANDS: dict[str, tuple[list[str], str]] = {
     "a file as run folder": (["train", "digits-dgl", *SMALL, "--run-dir", "file"], "'file' cannot be made or read"),
-    "a file above it": (["train", "digits-dgl", *SMALL, "--run-dir", "file/x"], "cannot be made or read"),
+    "a file above it": (["train", "digits-dgl", *SMALL, "--run-dir", "file/x"], "file is a file; give another"),
     "a name too long": (["train", "digits-dgl", *SMALL, "--run-dir", "x" * 300], "File name too long; give another"),
     "nothing to resume": (["train", "digits-dgl", "--resume", *HERE], "leave out --resume to start one there"),
     "no such folder": (["train", "digits-dgl", "--data", "./nowhere", *HERE], "is not a folder"),

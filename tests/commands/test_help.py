@@ -5,7 +5,6 @@ import importlib
 import inspect
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ import pytest
 from localgrad.commands.main import COMMANDS, main
 from localgrad.commands.parse import SHORT, loading
 from localgrad.config.schema import TrainConfig
-from localgrad.runs import files
 
 
 def flags(kind: Any = TrainConfig, prefix: str = "") -> list[str]:
@@ -94,23 +92,3 @@ def test_short_flags_stand_for_flags_that_there_are() -> None:
 @pytest.mark.parametrize("command", ["analyse", "plan", "report", "reproduce", "time"])
 def test_output_has_a_letter_everywhere(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "-o" in helped(capsys, command).replace(",", " ").split()
-
-
-def test_a_cleanup_that_fails_does_not_hide_the_first_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a file system that became read-only."""
-
-    def read_only(*_: Any, **__: Any) -> None:
-        raise OSError(30, "Read-only file system")
-
-    monkeypatch.setattr(Path, "unlink", read_only)
-    with pytest.raises(ZeroDivisionError), files.atomic_write(tmp_path / "page.html"):
-        raise ZeroDivisionError
-
-
-def test_a_place_that_cannot_be_written_is_said_before_any_work(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(files.os, "access", lambda *_: False)
-    monkeypatch.setattr("localgrad.results.step_times.time_results", pytest.fail)
-    assert main(["time", str(tmp_path), "-o", str(tmp_path / "times.json")]) == 2
-    assert "is not there or read-only" in capsys.readouterr().err

@@ -15,6 +15,7 @@ from typing import Literal
 from tyro.conf import Positional
 
 from localgrad.commands.parse import Output, call, loading
+from localgrad.runs.files import check_writable
 
 
 def analyse(
@@ -56,6 +57,7 @@ def analyse(
         projection: How to project the features to two dimensions.
         accelerator: Device: auto, cpu, cuda or mps.
     """
+    check_writable(output or run_folder / "analysis")
     with loading():
         from localgrad.analysis.study import analyse_run
     for path in analyse_run(

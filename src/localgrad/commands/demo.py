@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from localgrad.commands.parse import call, loading, tell
+from localgrad.runs.files import check_writable
 
 
 def demo(
@@ -29,6 +30,7 @@ def demo(
         train_limit: Train on so many images only, evenly from each class.
         seeds: Seeds, three runs each; a seed decides initial weights, order of the images and augmentation.
     """
+    check_writable(run_dir, "--run-dir")
     tell(
         f"trains one small network three ways, {len(seeds)} seed{'s' * (len(seeds) != 1)} each, on digits that need no "
         f"download; about {_minutes(epochs, len(seeds))} on two cores"

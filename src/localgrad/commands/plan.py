@@ -14,6 +14,7 @@ from typing import Literal
 from tyro.conf import Positional
 
 from localgrad.commands.parse import Output, call, loading
+from localgrad.runs.files import check_writable
 
 
 def plan(
@@ -48,6 +49,8 @@ def plan(
         num_blocks: Numbers of blocks to try; 1, 2, 4, 8, ... unless given.
         output: Folder for plan.json and plan.png; nothing is written unless given.
     """
+    if output is not None:
+        check_writable(output)
     with loading():
         from localgrad.commands.plan_table import parse_bytes, plan_model, show_sheets, write_sheets
         from localgrad.config.methods import DEFAULT_OBJECTIVE, planned_objective

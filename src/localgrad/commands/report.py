@@ -13,6 +13,7 @@ from typing import Annotated
 import tyro
 
 from localgrad.commands.parse import call, loading, tell
+from localgrad.runs.files import check_writable
 
 
 def report(
@@ -26,6 +27,7 @@ def report(
         results: Folder with results, in any subfolders.
         output: The page.
     """
+    check_writable(output)
     with loading():
         from localgrad.results.report import write_report
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from localgrad.commands.parse import Output, call, loading, tell
+from localgrad.runs.files import check_writable
 
 
 def reproduce(
@@ -67,6 +68,9 @@ def reproduce(
     """
     if not table:
         return _list()
+    folder = output or Path("results", table)
+    if not dry_run:
+        check_writable(folder)
     with loading():
         from localgrad.results.cells import plan_cells
         from localgrad.results.reproduce import run_cells
@@ -87,7 +91,6 @@ def reproduce(
         "accelerator": accelerator,
         "precision": precision,
     }
-    folder = output or Path("results", table)
     given = {name: value for name, value in changes.items() if value is not None}
     cells = plan_cells(table, seeds=seeds, changes=given, output=folder, rows=rows)
     if dry_run:

@@ -17,6 +17,7 @@ from tyro.conf import Positional
 
 from localgrad.commands.parse import Output, call, loading, tell
 from localgrad.errors import LocalGradError
+from localgrad.runs.files import check_writable, write_json
 
 
 def time(
@@ -39,12 +40,11 @@ def time(
     path = output or results / "step-times.json"
     if path.is_dir() or (output is not None and not path.parent.is_dir()):  # before minutes of work
         raise LocalGradError(f"{path} cannot be a file: give --output with another name, in a folder that is there")
+    check_writable(path)
     with loading():
         from localgrad.results.step_times import show_times, time_results
-        from localgrad.runs.files import check_writable, write_json
         from localgrad.runs.result import as_file
 
-    check_writable(path)
     found = time_results(results, data=data, rounds=rounds, accelerator=accelerator, warn=tell)
     show_times(found)
     write_json(path, as_file("step-times", found))

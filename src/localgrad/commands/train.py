@@ -25,6 +25,7 @@ from localgrad.config.schema import TrainConfig
 from localgrad.data.sources import check_source
 from localgrad.errors import LocalGradError
 from localgrad.recipes.images import OWN, own_images
+from localgrad.runs.files import check_writable
 
 HELP = f"{(__doc__ or '').strip()}\n\nShort names: " + ", ".join(f"{short} for {full}" for short, full in SHORT.items())
 
@@ -98,6 +99,7 @@ def _called(config: TrainConfig) -> str:
 def _train(config: TrainConfig, run_dir: Path, *, resume: bool, dry_run: bool, quiet: bool) -> int:
     if not dry_run:
         check_source(config.data)  # before anything takes long
+        check_writable(run_dir, "--run-dir")
     with loading(quiet):
         from localgrad.config.checks import validate
         from localgrad.config.methods import with_defaults

@@ -50,14 +50,27 @@ def atomic_write(path: Path, keep: int = 1) -> Iterator[BinaryIO]:
             temporary.unlink(missing_ok=True)
 
 
-def check_writable(path: Path) -> None:
-    """Refuses, before any work, a file that cannot be written.
+def check_writable(path: Path, flag: str = "--output") -> None:
+    """Refuses, before any work, a file or folder that cannot be made or written.
+
+    Args:
+        path: it, or what will be made.
+        flag: what gives another one.
 
     Raises:
-        LocalGradError: its folder is not there, or neither it nor the folder may be written.
+        LocalGradError: the nearest folder that is there is read-only, or a file is in its place.
     """
-    if not os.access(path.parent, os.W_OK):
-        raise LocalGradError(f"{path} could not be written: {path.parent} is not there or read-only; give another")
+    try:
+        as_folder = path.exists() and not path.is_file()  # a folder itself, or what is written directly, as /dev/stdout
+        there = next(each for each in ([path] if as_folder else path.absolute().parents) if each.exists())
+    except OSError as error:
+        raise LocalGradError(
+            f"{str(path)[:80]!r} cannot be a file or folder: {error.strerror}; give another {flag}"
+        ) from error
+    if not as_folder and not there.is_dir():
+        raise LocalGradError(f"{path} cannot be made: {there} is a file; give another {flag}")
+    if not os.access(there, os.W_OK):
+        raise LocalGradError(f"{path} cannot be written: {there} is read-only; give another {flag}")
 
 
 def _make_room(path: Path) -> None:
