@@ -5,10 +5,12 @@ import importlib
 import inspect
 import subprocess
 import sys
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
+from localgrad.commands.help import paragraphs
 from localgrad.commands.main import COMMANDS, main
 from localgrad.commands.parse import SHORT, loading
 from localgrad.config.schema import TrainConfig
@@ -41,7 +43,36 @@ def test_help_of_train_lists_every_flag_in_words(
     assert {*flags(), "--run-dir", "--resume", "--dry-run", "--quiet"} <= listed
     assert "data options" in out and "optim options" in out and "model options" in out  # in groups
     assert "{None}" not in out and "STR" not in out
-    assert max(len(line) for line in out.splitlines() if not line.startswith("usage")) <= columns
+    assert max(len(line) for line in out.splitlines()) <= columns
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+@pytest.mark.parametrize("command", [*COMMANDS])
+def test_help_breaks_lines_between_words_and_only_where_they_are_full(
+    command: str, columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No word or flag is split, and no line ends early because the source's line does."""
+    monkeypatch.setenv("COLUMNS", "110")
+    whole = helped(capsys, command)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    out = helped(capsys, command)
+    assert [word for word in out.split() if word != "\\"] == [word for word in whole.split() if word != "\\"]
+    module = importlib.import_module(f"localgrad.commands.{command}")
+    assert {*str(module.__doc__).split()} <= {*out.split()}
+    lines = out.splitlines()
+    assert all(len(line) <= columns for line in lines)
+    for line, after in pairwise(lines):
+        indent, (first, *_) = len(after) - len(after.lstrip()), [*after.split(), ""]
+        begins = line.endswith((":", "\\")) or after.endswith(":") or indent == 2 or line.lstrip().startswith("usage")
+        if line and after and indent == len(line) - len(line.lstrip()) and not begins:
+            assert len(line) + 1 + len(first) > columns, (line, after)
+
+
+def test_a_paragraph_is_filled_and_an_example_goes_on_behind_a_backslash() -> None:
+    text = "One\ntwo-three\nfour.\n\nExamples:\n  localgrad train a --epochs 3\n  localgrad b"
+    lines = ["One two-three four.", "", "Examples:", "  localgrad train \\", "      a --epochs 3", "  localgrad b"]
+    assert paragraphs(text, 20).splitlines() == lines
+    assert paragraphs("a/very/long/path/without/end", 9) == "a/very/long/path/without/end"
 
 
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name != "train"])
@@ -52,7 +83,7 @@ def test_help_of_each_command_has_a_sentence_for_each_flag(command: str, capsys:
     for name, parameter in signature.parameters.items():
         flag = name.replace("_", "-")
         assert f"--{flag}" in out if parameter.kind is parameter.KEYWORD_ONLY else flag.upper() in out
-    said = out.count("(default: ") + out.count("(required)")
+    said = " ".join(out.split()).count("(default: ") + out.count("(required)")
     assert said >= len(signature.parameters) - 1  # an empty word is no default
 
 
@@ -61,6 +92,7 @@ def test_what_needs_no_network_to_train_loads_no_torch(words: str) -> None:
     """So that it is there in well under two seconds."""
     program = f"""
 import sys
+from localgrad.commands.help import paragraphs
 from localgrad.commands.main import main
 try:
     main({words.split()!r})

@@ -1,8 +1,6 @@
 """A function's signature as a command: its parameters are the flags, its docstring their help."""
 
-import shutil
 import sys
-import textwrap
 import threading
 import types
 import typing
@@ -14,6 +12,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from localgrad.commands.help import show_help
 from localgrad.commands.interrupts import raise_again
 
 Output = Annotated[Path | None, tyro.conf.arg(aliases=["-o"])]
@@ -50,26 +49,20 @@ def call(command: Callable[..., int], arguments: Sequence[str], name: str, text:
         text: what `--help` says before the flags.
     """
     words = [name.replace("_", "-") if name.startswith("--") else name for name in arguments]
+
+    def parse() -> int:
+        return tyro.cli(
+            command,
+            args=words,
+            prog=name,
+            description="",
+            registry=_registry(),
+            config=(tyro.conf.PositionalMetavarFromFieldName,),
+        )
+
     if {"-h", "--help"} & {*words}:
-        print(_wrapped((text or "").strip()) + "\n")  # tyro makes one long line of a paragraph
-    return tyro.cli(
-        command,
-        args=words,
-        prog=name,
-        description="",
-        registry=_registry(),
-        config=(tyro.conf.PositionalMetavarFromFieldName,),
-    )
-
-
-def _wrapped(text: str) -> str:
-    """The text in lines that fit the terminal; an example goes on with an indentation."""
-    width = shutil.get_terminal_size().columns
-    lines = text.splitlines()
-    return "\n".join(
-        textwrap.fill(line, width, subsequent_indent="      " if line.startswith("  ") else "", break_on_hyphens=False)
-        for line in lines
-    )
+        show_help(text or "", parse)
+    return parse()
 
 
 def full_flag(argument: str) -> str:
