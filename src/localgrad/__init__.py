@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from localgrad.core.block import Block
     from localgrad.core.isolation import Isolation, isolate
-    from localgrad.core.momentum import man, manpp
+    from localgrad.core.man import man, manpp
     from localgrad.core.site import Site
     from localgrad.core.split import split
     from localgrad.core.step import local_step
@@ -56,7 +56,7 @@ __all__ = [
 _HOMES = {
     "core.block": "Block",
     "core.isolation": "Isolation isolate",
-    "core.momentum": "man manpp",
+    "core.man": "man manpp",
     "core.site": "Site",
     "core.split": "split",
     "core.step": "local_step",

@@ -7,7 +7,7 @@ from typing import Any
 
 from localgrad.config.networks import located_model
 from localgrad.config.schema import MomentumConfig, ObjectiveConfig, TrainConfig
-from localgrad.core.momentum import man, manpp
+from localgrad.core.man import man, manpp
 from localgrad.data.sources import located
 from localgrad.errors import closest
 from localgrad.objectives.auglocal import auglocal
