@@ -177,7 +177,7 @@ def test_a_checkpoint_of_changed_content(data: st.DataObject) -> None:
     made = run()
     with tempfile.TemporaryDirectory() as scratch:
         folder = RunFolder(Path(scratch))
-        folder.save_checkpoint(tree)
+        torch.save(tree, folder.checkpoint)
         refused_or(lambda: checkpoint.load(made, folder))
 
 

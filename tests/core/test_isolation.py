@@ -212,6 +212,34 @@ def test_removed_it_leaves_the_model_as_it_was(recompute: bool) -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+class Recorder(nn.Module):
+    """Keeps what it sees in a list, counts in a buffer that it replaces, and notes its last batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.seen: list[int] = [0]
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        self.seen.append(len(features))
+        self.count.add_(1)
+        self.count = self.count + 1
+        self.last = features
+        return self.layer(features)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_looking_at_the_model_leaves_nothing_on_it(training: bool) -> None:
+    model = nn.Sequential(Recorder(), nn.Linear(4, 2)).train(training)
+    model[0].layer.eval().requires_grad_(False)
+    recorder, count = model[0], model[0].count
+    isolate(model, ["0"], objective=localgrad.classifier(2), example=torch.randn(3, 4))
+    assert recorder.seen == [0] and recorder.count is count and count == 0 and not hasattr(recorder, "last")
+    assert [module.training for module in (model, recorder, recorder.layer)] == [training, training, False]
+    assert not any(parameter.requires_grad for parameter in recorder.parameters())
+
+
 @pytest.mark.parametrize("recompute", [True, False])
 def test_a_copy_of_the_model_trains_as_its_own_isolation_does(recompute: bool) -> None:
     model, isolation = _isolated(momentum=man(), recompute=recompute)

@@ -21,6 +21,7 @@ from helpers.runs import LOCAL, assert_same_run, read_metrics
 from helpers.training import eventful, interrupt
 from localgrad.commands.main import main
 from localgrad.config.methods import with_defaults
+from localgrad.data.loading import load_images
 from localgrad.errors import LocalGradError
 from localgrad.results import evaluation
 from localgrad.runs import folder as runs
@@ -184,6 +185,58 @@ def test_a_run_goes_on_from_the_checkpoint_before_to_the_same_bits(
     assert len(read_metrics(run_dir)) == 2
     assert_same_run(straight, run_dir)
     assert [torch.load(path)["state"]["step"] for path in versions(run_dir / "checkpoint.pt").values()] == [8, 6]
+
+
+def _changed(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """A file of a run, JSON or checkpoint, with other content."""
+    if path.suffix == ".json":
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+    else:
+        content = torch.load(path)
+        change(content)
+        torch.save(content, path)
+
+
+def test_files_say_what_they_are(straight: Path) -> None:
+    for name, kind in (("config.json", "config"), ("images.json", "images"), ("result.json", "run")):
+        saved = json.loads((straight / name).read_text())
+        assert (saved["kind"], saved["schema"]) == (kind, 1)
+    saved = torch.load(straight / "checkpoint.pt")
+    assert (saved["kind"], saved["schema"]) == ("checkpoint", 1)
+
+
+def test_a_folder_of_the_first_version_whose_files_say_no_kind_goes_on_to_the_same_bits(
+    straight: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(straight, run_dir)
+    (run_dir / "result.json").unlink()
+    (run_dir / "checkpoint.pt.1").rename(run_dir / "checkpoint.pt")
+    for name in ("config.json", "images.json", "checkpoint.pt"):
+        _changed(run_dir / name, lambda content: [content.pop(key) for key in ("kind", "schema")])
+    fit(CONFIG, run_dir, resume=True, quiet=True)
+    assert_same_run(straight, run_dir)
+
+
+READERS: dict[str, Callable[[RunFolder], Any]] = {
+    "config.json": RunFolder.config,
+    "images.json": lambda folder: folder.check_images(train=load_images(CONFIG.data)[0]),
+    "checkpoint.pt": RunFolder.newest_checkpoint,
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize(("key", "value"), [("kind", "plan"), ("schema", 2), ("schema", None)])
+def test_a_file_of_another_kind_or_of_a_later_version_is_refused(
+    straight: Path, tmp_path: Path, name: str, key: str, value: Any
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(straight, run_dir)
+    _changed(run_dir / name, lambda content: content.update({key: value}))
+    with pytest.raises(LocalGradError, match=rf"{name} has (the kind|schema) {value!r}"):
+        READERS[name](RunFolder(run_dir))
 
 
 def test_with_no_whole_checkpoint_nothing_is_lost(straight: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from localgrad.config.methods import with_defaults
-from localgrad.config.saved import differences, from_dict, to_dict
+from localgrad.config.saved import differences, from_dict
 from localgrad.config.schema import TrainConfig
 from localgrad.config.typed import parse
 from localgrad.data.fingerprint import Fingerprint
@@ -25,7 +25,7 @@ from localgrad.data.sets import ImageSet
 from localgrad.data.sources import located
 from localgrad.errors import LocalGradError
 from localgrad.runs.files import atomic_write, lock, read_json, versions, write_json
-from localgrad.runs.result import Result, as_file, from_file
+from localgrad.runs.result import Result, as_file, fields_of, from_file
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ class RunFolder:
         """
         if not self.images.exists():
             return
-        saved = read_json(self.images)
+        saved = fields_of(read_json(self.images), self.images, "images")
         for part, images in (("train", train), ("test", test)):
             if images is None or images.fingerprint is None:
                 continue
@@ -152,7 +152,7 @@ class RunFolder:
         """Saves the fingerprints of the run's images, for `check_images`."""
         if train.fingerprint is not None and test.fingerprint is not None:
             parts = {"train": train.fingerprint, "test": test.fingerprint}
-            write_json(self.images, {name: dataclasses.asdict(part) for name, part in parts.items()})
+            write_json(self.images, as_file("images", {name: dataclasses.asdict(part) for name, part in parts.items()}))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -199,13 +199,13 @@ class RunFolder:
         if len(kept) < lines:
             logger.warning("%s has lost %d of its first %d lines", self.metrics, lines - len(kept), lines)
         self.result.unlink(missing_ok=True)  # of fewer epochs
-        write_json(self._config, to_dict(config))
+        write_json(self._config, as_file("config", config))
         with atomic_write(self.metrics) as file:
             file.writelines(kept)
 
     def config(self) -> TrainConfig:
         """The saved config. Options of its methods that came with a later version have their defaults."""
-        values = read_json(self._config)
+        values = fields_of(read_json(self._config), self._config, "config")
         try:
             return with_defaults(from_dict(values))
         except LocalGradError as problem:
@@ -224,7 +224,7 @@ class RunFolder:
     def save_checkpoint(self, state: dict[str, Any], keep: int = 1) -> None:
         """Writes a checkpoint atomically and keeps the last `keep` of them. `torch.save` adds a CRC-32 of each part."""
         buffer = io.BytesIO()
-        torch.save(state, buffer)
+        torch.save(as_file("checkpoint", state), buffer)
         with atomic_write(self.checkpoint, keep) as file:
             file.write(buffer.getbuffer())
 
@@ -242,7 +242,7 @@ class RunFolder:
         damaged: list[str] = []
         for path in versions(self.checkpoint).values():
             try:
-                content = _read_checkpoint(self._own(path.name))
+                content = fields_of(_read_checkpoint(self._own(path.name)), path, "checkpoint")
             except _DamagedError as error:
                 damaged.append(str(error))
                 continue

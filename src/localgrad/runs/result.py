@@ -13,12 +13,33 @@ from localgrad.errors import LocalGradError
 Content = TypeVar("Content")
 
 SCHEMA = 1
-"""Version of the fields of result files; raised when a field changes its meaning."""
+"""Version of the fields of files; raised when a field changes its meaning."""
 
 
 def as_file(kind: str, values: Any) -> dict[str, Any]:
-    """What a result file holds: its kind, the schema of its fields, and the fields of a dataclass."""
-    return {"kind": kind, "schema": SCHEMA, **dataclasses.asdict(values)}
+    """What a file holds: its kind, the schema of its fields, and the fields of a dataclass or a table."""
+    return {"kind": kind, "schema": SCHEMA, **(values if isinstance(values, dict) else dataclasses.asdict(values))}
+
+
+def fields_of(values: Any, path: Path, kind: str | None = None) -> Any:
+    """What a file holds beside its kind and schema. Files of the first versions say neither, and are of schema 1.
+
+    Args:
+        values: what the file holds.
+        path: the file, for the message.
+        kind: what the file should be; any if None.
+
+    Raises:
+        LocalGradError: it is of another kind, or its schema is of a later version.
+    """
+    if not isinstance(values, dict):
+        return values
+    schema = values.get("schema", SCHEMA)
+    if type(schema) is not int or schema > SCHEMA:
+        raise LocalGradError(f"{path} has schema {schema!r}, this version reads up to {SCHEMA}: update localgrad")
+    if kind is not None and values.get("kind", kind) != kind:
+        raise LocalGradError(f"{path} has the kind {str(values['kind'])[:40]!r}, not {kind!r}: it is another file")
+    return {name: value for name, value in values.items() if name not in ("kind", "schema")}
 
 
 def from_file(content: type[Content], values: Any, path: Path) -> Content:
@@ -32,9 +53,7 @@ def from_file(content: type[Content], values: Any, path: Path) -> Content:
     Raises:
         LocalGradError: the schema is of a later version, or a field is missing, unknown or of another type.
     """
-    schema = values.get("schema", SCHEMA) if isinstance(values, dict) else SCHEMA
-    if not isinstance(schema, int) or schema > SCHEMA:
-        raise LocalGradError(f"{path} has schema {schema!r}, this version reads up to {SCHEMA}: update localgrad")
+    values = fields_of(values, path)
     try:
         return parse(content, values)
     except LocalGradError as problem:
