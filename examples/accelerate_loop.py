@@ -1,4 +1,5 @@
-"""Accelerate's loop in gradient-isolated blocks, with gradient accumulation: what `localgrad.isolate` adds is marked.
+"""Accelerate's loop in gradient-isolated blocks, with gradient accumulation: lines that `localgrad` adds
+or changes are marked.
 
     python examples/accelerate_loop.py
     accelerate launch examples/accelerate_loop.py --accumulate 4
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from sklearn.datasets import load_digits
 
-import localgrad
+import localgrad  # added
 from localgrad.models import cifar_resnet
 
 
@@ -34,10 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
 
     accelerator = Accelerator(gradient_accumulation_steps=options.accumulate, cpu=options.cpu)
     model = cifar_resnet(14)
-    objective = localgrad.dgl(num_classes=10)
-    isolation = localgrad.isolate(model, num_blocks=3, objective=objective, example=inputs[:2])  # added
+    isolation = localgrad.isolate(model, num_blocks=3, objective=localgrad.dgl(10), example=inputs[:2])  # added
     isolation.backward = accelerator.backward  # added: divides by the number of micro-batches, scales under float16
-    optimizer = torch.optim.SGD(isolation.trainable_parameters(), lr=0.05, momentum=0.9)  # changed
+    optimizer = torch.optim.SGD(isolation.trainable_parameters(), lr=0.05, momentum=0.9)  # was model.parameters()
+    isolation.save_with(optimizer)  # added: accelerator.save_state() writes the auxiliary networks too
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     losses: list[float] = []
     for epoch in range(options.epochs):
@@ -49,8 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
                 accelerator.backward(loss)
                 optimizer.step()
                 optimizer.zero_grad()
-        losses = [float(each) for each in (*isolation.losses, loss.detach())]
-        accelerator.print(f"epoch {epoch + 1}: " + ", ".join(f"{each:.3f}" for each in losses))
+        losses.append(loss.item())
+        accelerator.print(f"epoch {epoch + 1}: {losses[-1]:.3f}")
     return losses
 
 

@@ -1,33 +1,22 @@
-"""Hugging Face's Trainer in gradient-isolated blocks: what `localgrad.isolate` adds is marked.
+"""Hugging Face's Trainer in gradient-isolated blocks: lines that `localgrad` adds are marked.
 
     python examples/hf_trainer.py --folder runs/gpt2
     python examples/hf_trainer.py --folder runs/gpt2 --steps 200 --accumulate 2
     python examples/hf_trainer.py --folder runs/gpt2 --steps 400 --resume
 
-A small GPT-2 with random weights on the bytes of a text; the auxiliary networks are saved beside each checkpoint.
+A small GPT-2 with random weights on the bytes of a text. Each checkpoint's optimizer state holds the auxiliary
+networks.
 """
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 from transformers.trainer_utils import get_last_checkpoint
 
-import localgrad
-
-
-class SaveIsolation(transformers.TrainerCallback):
-    """Writes the auxiliary networks into each checkpoint."""
-
-    def __init__(self, isolation: localgrad.Isolation) -> None:
-        self.isolation = isolation
-
-    def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / "isolation.pt"
-        torch.save(self.isolation.state_dict(), path)
+import localgrad  # added
 
 
 def main(arguments: Sequence[str] | None = None) -> transformers.Trainer:
@@ -51,15 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> transformers.Trainer:
         transformers.GPT2Config(vocab_size=256, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False, **sizes)
     )
 
-    isolation = localgrad.isolate(  # added
-        model,
-        num_blocks=2,
-        objective=localgrad.readout("lm_head", norm="transformer.ln_f"),
-        targets="labels",
-        example={name: value[None] for name, value in rows[0].items()},
-    )
+    objective, example = localgrad.readout("lm_head", norm="transformer.ln_f"), {"input_ids": text[None, :64]}  # added
+    isolation = localgrad.isolate(model, num_blocks=2, objective=objective, targets="labels", example=example)  # added
     isolation.backward = lambda loss: trainer.accelerator.backward(loss / options.accumulate)  # added
-    optimizer = torch.optim.AdamW(isolation.trainable_parameters(), 1e-3)  # added
+    optimizer = isolation.save_with(torch.optim.AdamW(isolation.trainable_parameters(), 1e-3))  # added
     trainer = transformers.Trainer(
         model,
         transformers.TrainingArguments(
@@ -72,13 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> transformers.Trainer:
         ),
         train_dataset=rows,
         optimizers=(optimizer, None),  # added
-        callbacks=[SaveIsolation(isolation)],  # added
     )
     last = get_last_checkpoint(str(options.folder)) if options.resume else None
-    if last:
-        isolation.load_state_dict(torch.load(Path(last) / "isolation.pt"))  # added
     trainer.train(resume_from_checkpoint=last)
-    print("local losses of the last batch:", ", ".join(f"{loss:.3f}" for loss in isolation.losses))
     return trainer
 
 

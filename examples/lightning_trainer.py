@@ -1,4 +1,4 @@
-"""Lightning's Trainer in gradient-isolated blocks: what `localgrad.isolate` adds is marked.
+"""Lightning's Trainer in gradient-isolated blocks: lines that `localgrad` adds are marked.
 
     python examples/lightning_trainer.py
     python examples/lightning_trainer.py --epochs 20 --accumulate 2
@@ -10,7 +10,6 @@ module of the LightningModule, so that checkpoints hold the auxiliary networks.
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import lightning
 import torch
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-import localgrad
+import localgrad  # added
 from localgrad.models import cifar_resnet
 
 
@@ -28,25 +27,19 @@ class Digits(lightning.LightningModule):
     def __init__(self, accumulate: int) -> None:
         super().__init__()
         self.net = cifar_resnet(14)
-        objective, example = localgrad.dgl(num_classes=10), torch.zeros(2, 3, 8, 8)
+        objective, example = localgrad.dgl(num_classes=10), torch.zeros(2, 3, 8, 8)  # added
         self.isolation = localgrad.isolate(self.net, num_blocks=3, objective=objective, example=example)  # added
         self.isolation.backward = lambda loss: (loss / accumulate).backward()  # added
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
-        inputs, self.isolation.targets = batch  # added
-        loss = F.cross_entropy(self.net(inputs), batch[1])
-        self.log_dict({f"loss {i + 1}": each for i, each in enumerate([*self.isolation.losses, loss])}, prog_bar=True)
+        inputs, classes = batch
+        self.isolation.targets = classes  # added
+        loss = F.cross_entropy(self.net(inputs), classes)
+        self.log("loss", loss, prog_bar=True)
         return loss
 
-    def optimizer_zero_grad(self, *args: Any) -> None:  # added: Lightning would zero between forward and backward
-        pass
-
-    def optimizer_step(self, epoch: int, index: int, optimizer: Any, closure: Any = None) -> None:  # added
-        optimizer.step(closure=closure)
-        optimizer.zero_grad()
-
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.isolation.trainable_parameters(), lr=0.05, momentum=0.9)  # changed
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)  # the auxiliary networks are among them
 
 
 def main(arguments: Sequence[str] | None = None) -> lightning.Trainer:

@@ -128,11 +128,14 @@ def test_without_cuts_it_is_the_loop_alone() -> None:
 def test_a_loss_reaches_its_own_block_and_nothing_else() -> None:
     model, isolation = _isolated(momentum=man())
     blocks = [set(isolation.trainable_parameters(block)) for block in range(3)]
-    loss = _loss(model, isolation)
+    output = _loss(model, isolation)
+    assert all(parameter.grad is None for block in blocks for parameter in block)  # they come in the backward pass
+    output.backward()
+    assert all(parameter.grad is not None for block in blocks for parameter in block)
     local = {p: p.grad.clone() for block in blocks[:2] for p in block}
-    assert all(parameter.grad is None for parameter in blocks[2])
-    loss.backward()
-    assert all(parameter.grad is not None for parameter in blocks[2])
+    model.zero_grad()
+    (0 * _loss(model, isolation)).backward()  # the last loss counts nothing; the others are the same
+    assert not any(parameter.grad.any() for parameter in blocks[2])
     assert all(torch.equal(parameter.grad, gradient) for parameter, gradient in local.items())
     assert all(p.grad is None for momentum in isolation.momenta for p in momentum.ema.parameters())
     assert not blocks[0] & blocks[1] and not blocks[1] & blocks[2]

@@ -1,5 +1,7 @@
 """Isolation in the loops that people have: their trainers' weights against a plain loop's, on one process and two."""
 
+import copy
+import io
 import re
 import shutil
 import warnings
@@ -16,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import localgrad
 from helpers.cases import IMAGE, NUM_CLASSES, batch
-from helpers.examples import example
+from helpers.examples import FOLDER, example
 from helpers.processes import run_ranks
 from localgrad import LocalGradError, isolate, man
 from localgrad.models import cifar_resnet
@@ -98,15 +100,8 @@ def test_lightning_with_accumulation_and_checkpoints(tmp_path: Path) -> None:
         def training_step(self, part: tuple[Tensor, Tensor], index: int) -> Tensor:
             return loss_of(self.net, self.isolation, part)
 
-        def optimizer_zero_grad(self, *args: Any) -> None:
-            pass
-
-        def optimizer_step(self, epoch: int, index: int, optimizer: Any, closure: Any = None) -> None:
-            optimizer.step(closure=closure)
-            optimizer.zero_grad()
-
         def configure_optimizers(self) -> Any:
-            return torch.optim.SGD(self.isolation.trainable_parameters(), 0.1, 0.9)
+            return torch.optim.SGD(self.parameters(), 0.1, 0.9)
 
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     module = Module()
@@ -134,8 +129,11 @@ def test_the_trainer_of_transformers_resumes_with_the_isolations_state(tmp_path:
     assert resumed.state.global_step == 4
     # weights that come out of a file lie elsewhere in memory, which changes the order of some sums
     assert_same(dict(whole.model.state_dict()), dict(resumed.model.state_dict()), 1e-6)
-    written = [torch.load(tmp_path / run / "checkpoint-4" / "isolation.pt") for run in ("run", "other")]
-    assert_same(*written, 1e-6)
+    kept = [
+        torch.load(tmp_path / run / "checkpoint-4" / "optimizer.pt")["auxiliary_networks"] for run in ("run", "other")
+    ]
+    assert kept[0] and any(key.endswith("weight") for key in kept[0])
+    assert_same(*kept, 1e-6)
 
 
 def test_a_gradient_scaler_scales_local_losses_and_skips_for_all() -> None:
@@ -263,17 +261,80 @@ def test_what_several_processes_cannot_do_is_refused() -> None:
         assert "reach is 2 under DDP" in reaching
 
 
+LOOPS = {
+    "plain_loop": (4, "sklearn", ["--epochs", "1", "--images", "200"]),
+    "accelerate_loop": (6, "accelerate", ["--epochs", "1", "--images", "200", "--cpu"]),
+    "lightning_trainer": (5, "lightning", ["--epochs", "1", "--images", "200", "--accelerator", "cpu"]),
+    "hf_trainer": (6, "transformers", ["--cpu", "--steps", "2", "--layers", "2", "--width", "16"]),
+}
+
+
+def stock(name: str) -> tuple[str, int]:
+    """An example's script without `localgrad`, and how many of its lines were added or changed."""
+    lines = (FOLDER / f"{name}.py").read_text().splitlines()
+    kept = [
+        line.replace("isolation.trainable_parameters()", "model.parameters()")
+        for line in lines
+        if not re.search("# added(:|$)", line)
+    ]
+    changed = sum("# was model.parameters()" in line for line in lines)
+    return "\n".join(kept), len(lines) - len(kept) + changed
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_stock_script_needs_six_lines_at_the_most(name: str) -> None:
+    script, count = stock(name)
+    assert count == LOOPS[name][0] <= 6
+    code = script.split('"""', 2)[2]  # the network of the examples is all that is left of this library
+    assert not re.search("isolat|localgrad", code.replace("from localgrad.models import cifar_resnet", ""))
+    compile(script, name, "exec")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["plain_loop", "accelerate_loop", "lightning_trainer"])
-def test_the_examples_run(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip(
-        {"plain_loop": "sklearn", "accelerate_loop": "accelerate", "lightning_trainer": "lightning"}[name]
-    )
-    flags = {"plain_loop": ["--momentum"], "accelerate_loop": ["--cpu"], "lightning_trainer": ["--accelerator", "cpu"]}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        example(name).main(["--epochs", "1", "--images", "200", *flags[name]])
-    assert re.search(r"\d\.\d\d", capsys.readouterr().out)
+@pytest.mark.parametrize("name", LOOPS)
+def test_the_examples_run_with_and_without_these_lines(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, needs, flags = LOOPS[name]
+    pytest.importorskip(needs)
+    flags = [*flags, "--folder", str(tmp_path / "run")] if name == "hf_trainer" else flags
+    without: dict[str, Any] = {"__file__": str(FOLDER / f"{name}.py"), "__name__": name}
+    exec(stock(name)[0], without)
+    for main in (example(name).main, without["main"]):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            main(flags)
+        assert re.search(r"\d\.\d", capsys.readouterr().out)
     with pytest.raises(SystemExit):
         example(name).main(["--help"])
-    assert "isolate" in capsys.readouterr().out
+    assert "localgrad" in capsys.readouterr().out
+
+
+def test_auxiliary_networks_ride_in_the_optimizers_state() -> None:
+    model, isolation = isolated()
+    optimizer = isolation.save_with(torch.optim.SGD(isolation.trainable_parameters(), 0.1, 0.9))
+    for step in range(2):
+        loss_of(model, isolation, batch(step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    written = io.BytesIO()
+    torch.save((model.state_dict(), optimizer.state_dict()), written)
+    torch.manual_seed(1)
+    again, other = isolated()
+    with torch.no_grad():
+        for parameter in (*again.parameters(), *other.parameters()):
+            parameter.add_(1)
+    resumed = other.save_with(torch.optim.SGD(other.trainable_parameters(), 0.1, 0.9))
+    weights, kept = torch.load(io.BytesIO(written.getvalue()), weights_only=True)
+    again.load_state_dict(weights)
+    resumed.load_state_dict(kept)
+    assert_same(state(model, isolation), state(again, other))
+    for pair, used in (((model, isolation), optimizer), ((again, other), resumed)):
+        loss_of(*pair, batch(5)).backward()
+        used.step()
+    assert_same(state(model, isolation), state(again, other))
+    assert list(copy.deepcopy(optimizer).state_dict()) == ["state", "param_groups"]  # a copy is not of these networks
+    with pytest.raises(LocalGradError, match=r"holds no auxiliary networks.*saved without"):
+        resumed.load_state_dict(torch.optim.SGD(other.trainable_parameters(), 0.1, 0.9).state_dict())
+    with pytest.raises(LocalGradError, match="optimizer is a list: give an optimizer of PyTorch"):
+        other.save_with([optimizer])

@@ -248,14 +248,46 @@ def test_after_a_failure_the_next_batch_trains() -> None:
     assert len(isolation.losses) == 1
 
 
-@pytest.mark.parametrize("set_to_none", [True, False])
-def test_gradients_that_are_zeroed_between_forward_and_backward(set_to_none: bool) -> None:
-    model = Net()
-    isolation = isolate(model, ["layers.0"], objective=CLASSIFIER, example=INPUTS)
-    isolation.targets = TARGETS
-    loss = F.cross_entropy(model(INPUTS), TARGETS)
-    model.zero_grad(set_to_none=set_to_none)
-    with pytest.raises(LocalGradError, match=r"were zeroed before the backward pass: call optimizer.zero_grad"):
-        loss.backward()
-    model.zero_grad()
-    run(model, isolation)
+class Keeping(nn.Module):
+    """Layers that keep the mean of their output, as experts keep their balance loss, and the model their sum."""
+
+    class Layer(nn.Linear):
+        def forward(self, inputs: Tensor) -> Tensor:
+            output = super().forward(inputs)
+            self.balance = {"mean": output.mean()}
+            return output
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(self.Layer(8, 8) for _ in range(3)))
+        self.head = nn.Linear(8, NUM_CLASSES)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        features = self.layers(inputs)
+        self.balance = sum(layer.balance["mean"] for layer in self.layers)
+        return self.head(features)
+
+
+@pytest.mark.parametrize(
+    ("loss", "refused"),
+    [
+        (lambda model: model.layers[0].balance["mean"], "'layers.0.balance'"),
+        (lambda model: model.layers[1].balance["mean"], "'layers.1.balance'"),
+        (lambda model: model.balance, "'balance'"),
+        (lambda model: model.layers[2].balance["mean"], None),
+        (lambda model: model.layers[0].balance["mean"].detach(), None),
+    ],
+    ids=["of the first block", "of the second", "of all", "of the last", "detached"],
+)
+def test_a_loss_that_stays_on_a_module_of_a_local_block(loss: Callable[[Keeping], Tensor], refused: str | None) -> None:
+    model = Keeping()
+    isolation = isolate(model, ["layers.0", "layers.1"], objective=CLASSIFIER, example=INPUTS)
+    for _ in range(2):
+        isolation.targets = TARGETS
+        whole = F.cross_entropy(model(INPUTS), TARGETS) + 0.1 * loss(model)
+        if refused is None:
+            whole.backward()
+        else:
+            with pytest.raises(LocalGradError, match=f"a loss is made of {refused}.*objective of your own"):
+                whole.backward()
+        model.zero_grad()

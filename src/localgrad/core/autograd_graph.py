@@ -29,14 +29,15 @@ def made_at(node: Node) -> int:
     return node._sequence_nr()
 
 
-def derives_from(tensor: Tensor, leaf: Tensor) -> bool:
-    """Whether a tensor is made from a leaf of its graph; the leaf itself is."""
-    if tensor is leaf or tensor.grad_fn is None:
-        return tensor is leaf
+def derives_from(tensor: Tensor, *leaves: Tensor) -> bool:
+    """Whether a tensor is made from one of these leaves of its graph; a leaf itself is."""
+    wanted = {id(leaf) for leaf in leaves}
+    if tensor.grad_fn is None:
+        return id(tensor) in wanted
     seen, waiting = set[Node](), [tensor.grad_fn]
     while waiting:
         node = waiting.pop()
-        if leaf_of(node) is leaf:
+        if id(leaf_of(node)) in wanted:
             return True
         for following, _ in node.next_functions:
             if following is not None and following not in seen:

@@ -1,8 +1,10 @@
-"""The auxiliary networks of a block: momentum and objective, built for one site."""
+"""The auxiliary networks of a block: momentum and objective, built for one site, and kept beside the model."""
 
 # pyright: reportUnnecessaryIsInstance=false
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,3 +76,16 @@ def build_auxiliaries(
             )
         else:
             yield None, None
+
+
+def follow_model(networks: nn.Module, momenta: Iterable[Any], model: nn.Module) -> None:
+    """Put auxiliary networks on the model's device and in training mode, and settle their averages."""
+    device = next(model.parameters()).device
+    if any(parameter.device != device for parameter in itertools.islice(networks.parameters(), 1)):
+        networks.to(device)
+    if not networks.training:
+        networks.train()
+    for momentum in momenta:
+        if momentum is not None:
+            momentum.settle()
+            momentum.match_modes()

@@ -1,6 +1,5 @@
 """Isolation: the model's own forward pass, cut by hooks, with local losses that are back-propagated on the way."""
 
-import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -10,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from localgrad.core.arguments import ForwardArguments
-from localgrad.core.auxiliary import build_auxiliaries
+from localgrad.core.auxiliary import build_auxiliaries, follow_model
 from localgrad.core.cuts import check_cuts, even_cuts, named_cuts
+from localgrad.core.kept import KeptTensors
+from localgrad.core.local_gradients import SUMMED, LocalGradients
 from localgrad.core.local_pass import BACKWARD, LocalPass
 from localgrad.core.momentum import Momentum
 from localgrad.core.observed import as_arguments, first_floating, observe
@@ -19,15 +20,11 @@ from localgrad.core.parts import Part, described, parts_of
 from localgrad.core.reach import check_reach
 from localgrad.core.recompute import Recomputed
 from localgrad.core.replicas import active_ddp, begin_alike, leave_no_more, leave_to_isolation
+from localgrad.core.saved_with import AnyOptimizer, keep_in
 from localgrad.core.site import Objective
 from localgrad.core.tables import hooks_after, hooks_before
 from localgrad.core.unchanged import Unchanged
 from localgrad.errors import LocalGradError, LocalGradWarning
-
-SUMMED = (
-    "gradients are accumulated over batches, and those of local losses are summed: divide these losses as you divide "
-    "your own, isolation.backward = lambda loss: (loss / n).backward()"
-)
 
 
 class Isolation(nn.Module):
@@ -68,6 +65,7 @@ class Isolation(nn.Module):
         self._ddp: int | None = None
         self._observing = False
         self._pass: LocalPass | None = None
+        self._gradients: LocalGradients | None = None
         self._losses: list[Tensor] = []
         self._hooks: list[tuple[dict[int, Any], Any]] = [
             (hooks_before(model), model.register_forward_pre_hook(self._begin, with_kwargs=True)),
@@ -90,6 +88,11 @@ class Isolation(nn.Module):
         self._parts, self._local = parts, [parameter for part in parts[:-1] for parameter in part.parameters]
         self._install()
 
+    def _auxiliary(self, block: int) -> list[nn.Parameter]:
+        """Parameters of a block's auxiliary networks."""
+        networks = () if self._parts[block].unit is None else (self.momenta[block], self.objectives[block])
+        return [parameter for network in networks if network for parameter in network.parameters()]
+
     def _install(self) -> None:
         (model,) = self._model
         for block, part in enumerate(self._parts[:-1]):
@@ -103,6 +106,7 @@ class Isolation(nn.Module):
             module.forward = Recomputed(module)
         leave_to_isolation(model, self._local)
         self._unchanged = Unchanged(model, self._hooks)
+        self._kept = KeptTensors(model, self._local if self._reach == 1 else [])
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the model's forward pass."""
@@ -113,33 +117,23 @@ class Isolation(nn.Module):
         if not self._parts:
             self.build(args, kwargs)
         self._unchanged.check()
-        if self.backward is None and self._unchanged.accumulates():
+        stepped = self._unchanged.stepped()
+        if self.backward is None and not stepped and self._unchanged.has_gradients():
             warnings.warn(SUMMED, LocalGradWarning, stacklevel=3)
             self.backward = BACKWARD
-        self._follow_model()
+        follow_model(self, self.momenta, model)
         ddp = active_ddp()
         if ddp is not None and id(ddp) != self._ddp:
             begin_alike(ddp, self._local, self, self._reach)
             self._ddp = id(ddp)
-        given = self._arguments.targets(args, kwargs)
+        given, networks = self._arguments.targets(args, kwargs), (self.objectives, self.momenta)
         batch = self.targets if given is None else given, self._arguments.inputs(args, kwargs)
-        backward = self.backward or BACKWARD
-        self._pass = LocalPass(self.objectives, self.momenta, self._parts, batch, backward, ddp, self._reach)
+        self._pass = LocalPass(*networks, self._parts, batch, self.backward or BACKWARD, self._reach)
+        trained = [(part.parameters, self._auxiliary(block)) for block, part in enumerate(self._parts[:-1])]
+        self._gradients = LocalGradients(trained, ddp, stepped, self._gradients)
         self._waiting = {parameter: block for parameter, block in self._tied.items() if parameter.requires_grad}
         for parameter, block in self._waiting.items():
             parameter.requires_grad_(block == 0)
-
-    def _follow_model(self) -> None:
-        """Put the auxiliary networks on the model's device and in training mode, and settle their averages."""
-        device = next(self._model[0].parameters()).device
-        if any(parameter.device != device for parameter in itertools.islice(self.parameters(), 1)):
-            self.to(device)
-        if not self.training:
-            self.train()
-        for momentum in self.momenta:
-            if momentum is not None:
-                momentum.settle()
-                momentum.match_modes()
 
     def _leave(self, block: int, module: nn.Module, args: Any, output: Any) -> Any:
         """After a cut's module."""
@@ -169,19 +163,15 @@ class Isolation(nn.Module):
     def _end(self, model: nn.Module, args: Any, output: Any) -> None:
         """After the model's forward pass, also after one that failed, which has no output."""
         done, self._pass = self._pass, None
-        if done is None or self._observing:
+        if done is None or self._gradients is None:
             return
+        self._gradients.set_aside(output, self._parts[-1].parameters)
         self.targets, self._losses = None, done.losses
         for parameter in self._waiting:
             parameter.requires_grad_(True)
-        if output is not None and (done.is_waiting or done.reached < len(self._parts) - 1):
-            part = self._parts[done.reached - done.is_waiting]
-            missing = part.following[0] if done.is_waiting else part
-            raise LocalGradError(
-                f"{missing.name!r} was not run in this forward pass, so a block was not trained: cut around modules "
-                "that run for every batch (switch layerdrop off)"
-            )
-        done.watch(output)
+        if output is not None:
+            self._kept.refuse_backward()
+            done.check_whole()
 
     @property
     def cuts(self) -> tuple[str, ...]:
@@ -206,9 +196,15 @@ class Isolation(nn.Module):
         found: list[nn.Parameter] = []
         for index, part in enumerate(self._parts):
             if block in (None, index):
-                networks = () if part.unit is None else (self.momenta[index], self.objectives[index])
-                found += [*part.parameters, *(p for network in networks if network for p in network.parameters())]
+                found += [*part.parameters, *self._auxiliary(index)]
         return [parameter for parameter in dict.fromkeys(found) if parameter.requires_grad]
+
+    def save_with(self, optimizer: AnyOptimizer) -> AnyOptimizer:
+        """Let `optimizer.state_dict()` hold the auxiliary networks too, and its `load_state_dict` load them.
+
+        Trainers that save and load the optimizer then need nothing else to resume a training. Returns the optimizer.
+        """
+        return keep_in(optimizer, self)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The tensors of the auxiliary networks alone; the model has its own."""
@@ -288,8 +284,7 @@ def isolate(
     Raises:
         LocalGradError: a cut is no module, is not called once, or gives no features; a block reads a tensor from inside
             another one; there is no module for momentum to copy; the model is wrapped already. While training: no
-            targets; gradients zeroed between forward and backward; modules, parameters, dtype or hooks changed; a cut
-            not reached.
+            targets; modules, parameters, dtype or hooks changed; a cut not reached.
 
     Source: as `split`; hooks and the waiting loss are this library's own.
     """

@@ -6,14 +6,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from localgrad.core.autograd_graph import derives_from
 from localgrad.core.copied_call import as_called, detached
 from localgrad.core.observed import first_floating, tensors_in
 from localgrad.core.parts import Part
 from localgrad.core.reach import Span
-from localgrad.core.replicas import average_gradients
 from localgrad.core.trees import mapped
 from localgrad.core.versions import version
 from localgrad.errors import LocalGradError
@@ -30,7 +28,6 @@ class LocalPass:
         parts: the blocks, the last included.
         batch: targets and inputs, for the objectives.
         backward: back-propagates a loss.
-        ddp: the wrapper over whose processes local gradients are averaged.
         reach: number of blocks that a loss trains, its own included.
 
     Attributes:
@@ -46,11 +43,10 @@ class LocalPass:
         parts: Sequence[Part],
         batch: tuple[Any, Tensor | None],
         backward: Callable[[Tensor], Any],
-        ddp: DistributedDataParallel | None,
         reach: int,
     ) -> None:
         self.objectives, self.momenta, self.parts = objectives, momenta, parts
-        self.batch, self.backward, self.ddp = batch, backward, ddp
+        self.batch, self.backward = batch, backward
         self.reached, self.is_waiting, self.losses = 0, False, list[Tensor]()
         self.features = self.leaf = torch.empty(0)
         self.entry = torch.empty(0)  # what the block was given, where its gradient goes on to the one before
@@ -107,36 +103,21 @@ class LocalPass:
         leaf.requires_grad_(False)
         return mapped(lambda t: t.detach() if id(t) in inner and t is not leaf else t, (args, kwargs))
 
-    def watch(self, output: Any) -> None:
-        """Refuse to go on if the local gradients are gone when the gradient of the model's output comes."""
-        firsts = [next((p for p in part.parameters if p.grad is not None), None) for part in self.parts[:-1]]
-        kept = [(p, p.grad.data_ptr(), version(p.grad)) for p in firsts if p is not None and p.grad is not None]
-
-        def check(gradient: Tensor) -> None:
-            seen = [(p, p.grad.data_ptr(), version(p.grad)) if p.grad is not None else None for p, _, _ in kept]
-            if any(now is None or now[1:] != before[1:] for now, before in zip(seen, kept, strict=True)):
-                kept.clear()
-                raise LocalGradError(
-                    "gradients of local blocks, which come in the forward pass, were zeroed before the backward pass: "
-                    "call optimizer.zero_grad() after optimizer.step(), not between loss and backward (Lightning does: "
-                    "override optimizer_zero_grad with nothing, and zero at the end of optimizer_step)"
-                )
-            kept.clear()  # once a batch
-
-        for tensor in tensors_in(output):
-            if tensor.grad_fn is not None:
-                tensor.register_hook(check)  # pyright: ignore[reportUnknownMemberType]
+    def check_whole(self) -> None:
+        """Refuse a pass that did not come through all blocks."""
+        if self.is_waiting or self.reached < len(self.parts) - 1:
+            part = self.parts[self.reached - self.is_waiting]
+            missing = part.following[0] if self.is_waiting else part
+            raise LocalGradError(
+                f"{missing.name!r} was not run in this forward pass, so a block was not trained: cut around modules "
+                "that run for every batch (switch layerdrop off)"
+            )
 
     def _train(
         self, block: int, features: Tensor, mixed: Tensor, reach_features: Callable[[], Tensor | None] = lambda: None
     ) -> Tensor | None:
         """Back-propagate the block's local loss, and move the EMA if what it follows has changed since."""
         objective: Any = self.objectives[block]
-        networks = [network for network in (objective, self.momenta[block]) if network is not None]
-        auxiliary = [parameter for network in networks for parameter in network.parameters()]
-        if all(parameter.grad is None for parameter in self.parts[block].parameters):
-            for parameter in auxiliary:  # model.zero_grad(), as the Trainer of transformers calls it, means these too
-                parameter.grad = None
         before, kind = version(features), features.device.type
         try:
             loss = objective(mixed, *self.batch)
@@ -155,9 +136,6 @@ class LocalPass:
             gradient = reach_features()
         self.losses.append(loss.detach())
         momentum = self.momenta[block]
-        if self.ddp is not None:
-            own = [*self.parts[block].parameters, *auxiliary]
-            average_gradients(self.ddp, [parameter for parameter in own if parameter.requires_grad])
         if momentum is not None:
             momentum.follow()
         return gradient

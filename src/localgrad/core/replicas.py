@@ -65,10 +65,8 @@ def begin_alike(
 def average_gradients(ddp: DistributedDataParallel, parameters: Sequence[nn.Parameter]) -> None:
     """Average the gradients of these parameters over the processes of a DDP wrapper, one message a dtype.
 
-    Nothing under `no_sync`. Where a process has no gradient it counts as zeros.
+    Where a process has no gradient it counts as zeros.
     """
-    if not ddp.require_backward_grad_sync:
-        return
     wrapper: Any = ddp
     by_kind: dict[torch.dtype, list[Tensor]] = {}
     for parameter in parameters:

@@ -21,16 +21,17 @@ class Unchanged:
         for name, module in modules.items():
             self.held += [(f"{name}.{key}".strip("."), table, key, value) for table, key, value in slots(module)]
         self.dtypes = [(name, parameter, parameter.dtype) for name, parameter in model.named_parameters()]
-
-        self.trained = next((parameter for parameter in model.parameters() if parameter.requires_grad), None)
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.version = -1
 
-    def accumulates(self) -> bool:
-        """Whether gradients of the batch before are still there, and its weights; asked once a batch."""
-        if self.trained is None:
-            return False
-        before, self.version = self.version, version(self.trained)
-        return self.version == before and self.trained.grad is not None
+    def stepped(self) -> bool:
+        """Whether weights have changed since this was asked last; once a batch."""
+        before, self.version = self.version, sum(map(version, self.trained))
+        return self.version != before
+
+    def has_gradients(self) -> bool:
+        """Whether there are gradients of batches before."""
+        return any(parameter.grad is not None for parameter in self.trained)
 
     def check(self) -> None:
         """Refuse to go on where the model is no longer what was isolated."""
