@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from localgrad.commands.main import main
 from localgrad.commands.reproduce import _tell_failures
@@ -27,9 +29,11 @@ from localgrad.results import reproduce
 from localgrad.results.cells import Cell, plan_cells
 from localgrad.results.reproduce import run_cells
 from localgrad.results.reproduce_table import show_table
+from localgrad.results.table_images import RowImages, images_of, other_images
 from localgrad.results.tables import mean_std
 from localgrad.runs.files import write_json
 from localgrad.runs.result import Result, as_file
+from localgrad.training.interrupts import InterruptedRun
 from localgrad.training.trainer import fit
 
 EPOCHS = 8
@@ -486,12 +490,61 @@ def test_images_that_cannot_be_had_are_said_once_before_any_run(
 
 def test_rows_of_a_table_are_trained_on_the_same_images(tmp_path: Path) -> None:
     one, other = plan_cells("digits", seeds=(0,), changes={}, output=tmp_path)[:2]
-    known = {reproduce._images_key(one): ("first", Fingerprint("train", 40, 10, "abc"))}
+    known = {images_of(one.config.name): RowImages("first", Fingerprint("train", 40, 10, "abc"))}
     data, optim = replace(other.config.data, train_limit=40), replace(other.config.optim, epochs=1)
     fit(replace(other.config, data=data, optim=optim), other.run.path, quiet=True)
-    assert "its images are not those of first: 1,437 in 10 classes, not 40" in str(
-        reproduce._other_images(other, known)
-    )
-    assert reproduce._other_images(other, {}) is None
+    assert "its images are not those of first: 1,437 in 10 classes, not 40" in str(other_images(other, known))
+    assert other_images(other, {}) is None
     said = str(reproduce._prediction(other, [one, other], 1))
     assert said.startswith("about ") and "to the end of the table" in said
+
+
+def _folder(path: Path, first: int) -> Path:
+    """Twenty images of two classes, as no other `first` makes them."""
+    for number in range(20):
+        label = path / "ab"[number % 2]
+        label.mkdir(parents=True, exist_ok=True)
+        pixels = torch.full((8, 8, 3), first + number, dtype=torch.uint8).numpy()
+        Image.fromarray(pixels).save(label / f"{number:02d}.png")
+    return path
+
+
+def test_other_images_are_noticed_before_a_run_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No run of the table is finished; the first row was started, on images that have changed since."""
+    started: list[str] = []
+
+    def start(cell: Cell, *_: Any) -> Any:
+        started.append(cell.name)
+        cell.run.path.mkdir(parents=True, exist_ok=True)
+        write_json(cell.run.path / "config.json", to_dict(cell.config))
+        raise InterruptedRun("interrupted", signal.SIGINT)
+
+    monkeypatch.setattr(reproduce, "_start", start)
+    data = {"data.source": str(_folder(tmp_path / "images", 0)), "data.test_fraction": 0.2, "data.image_size": 8}
+    cells = _cells(tmp_path / "table", **data, **{"data.train_limit": 8, "data.test_limit": 2})
+    for _ in range(2):  # the same images may be read as often as one likes
+        with pytest.raises(InterruptedRun):
+            run_cells(cells)
+    shutil.rmtree(tmp_path / "images")
+    _folder(tmp_path / "images", 50)
+    with pytest.raises(LocalGradError) as error:
+        run_cells(cells)
+    assert started == ["digits-e2e-seed0"] * 2
+    assert "was begun with other images than those of --data" in str(error.value)
+    assert "but others or in another order" in str(error.value)
+    assert str(error.value).count("\n") == 2
+    with pytest.raises(LocalGradError, match="was begun with other images"):  # a row that was not started
+        run_cells(cells[1:2])
+    shutil.rmtree(tmp_path / "table" / "runs" / "digits-e2e-seed0")
+    with pytest.raises(InterruptedRun):  # nothing was begun: these are the table's images now
+        run_cells(cells)
+
+
+def test_a_damaged_file_of_the_tables_images_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reproduce, "_start", pytest.fail)
+    cells = _cells(tmp_path, **{"data.source": str(_folder(tmp_path / "images", 0)), "data.test_fraction": 0.2})
+    cells[0].run.path.mkdir(parents=True)
+    write_json(cells[0].run.path / "config.json", to_dict(cells[0].config))
+    write_json(tmp_path / "runs" / "images.json", {"a": {"run": 3}})
+    with pytest.raises(LocalGradError, match=r"images\.json.*run"):
+        run_cells(cells)

@@ -15,14 +15,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from localgrad.config.schema import TrainConfig
-from localgrad.data.fingerprint import Fingerprint
 from localgrad.data.sources import check_source
 from localgrad.errors import LocalGradError
-from localgrad.recipes import recipe
 from localgrad.results.cells import Cell, load_result
+from localgrad.results.table_images import check_images, other_images
 from localgrad.runs.files import lock, make_folder, write_json
 from localgrad.runs.result import as_file
 from localgrad.training.interrupts import InterruptedRun, noted_interrupts
@@ -45,7 +43,8 @@ def run_cells(cells: Sequence[Cell], *, jobs: int = 1) -> dict[str, str]:
         Why each run that failed did so, by name; the others were run nevertheless.
 
     Raises:
-        LocalGradError: `jobs` is less than 1, the folder cannot be written, or another process is running these.
+        LocalGradError: `jobs` is less than 1, the folder cannot be written, another process is running these, or the
+            images are not those that the table was begun with.
         KeyboardInterrupt: interrupted; every process has saved what it had, and the same call goes on from there.
     """
     if jobs < 1:
@@ -59,11 +58,12 @@ def run_cells(cells: Sequence[Cell], *, jobs: int = 1) -> dict[str, str]:
         return failures
     for data in {cell.config.data.source: cell.config.data for cell in waiting}.values():
         check_source(data)  # once, before every run would find out by itself
-    jobs, images, predicted = min(jobs, len(waiting)), _images_of(cells), False
+    jobs, predicted = min(jobs, len(waiting)), False
     running: dict[str, tuple[Cell, subprocess.Popen[bytes]]] = {}
     places: dict[str, int] = {}
     output, num_done = waiting[0].output, len(cells) - len(waiting) - len(failures)
     with _locked(output) as held, noted_interrupts() as interrupted, TableDisplay(len(cells), num_done) as display:
+        images = check_images(cells, waiting)
         try:
             while (waiting or running) and not interrupted.is_set():
                 while waiting and len(running) < jobs:
@@ -85,7 +85,7 @@ def run_cells(cells: Sequence[Cell], *, jobs: int = 1) -> dict[str, str]:
                     del running[name]
                     if process.returncode:
                         failures[name] = _reason(cell, process.returncode)
-                    elif problem := _other_images(cell, images):
+                    elif problem := other_images(cell, images):
                         failures[name] = problem
                     else:
                         _collect(cell, failures)
@@ -98,32 +98,6 @@ def run_cells(cells: Sequence[Cell], *, jobs: int = 1) -> dict[str, str]:
         if interrupted.is_set():
             raise InterruptedRun("interrupted; the same command goes on from there", interrupted.number)
     return failures
-
-
-def _images_key(cell: Cell) -> tuple[Any, ...]:
-    """Rows with the same of this are trained on the same images."""
-    data = recipe(cell.config.name).config.data
-    return data.source, data.subset, data.train_split, data.test_split
-
-
-def _images_of(cells: Sequence[Cell]) -> dict[tuple[Any, ...], tuple[str, Fingerprint]]:
-    """Name of a finished run, and the fingerprint of its training images, for each set of images."""
-    found: dict[tuple[Any, ...], tuple[str, Fingerprint]] = {}
-    for cell in cells:
-        images = load_result(cell.result).train_images if cell.state == "done" else None
-        if images is not None:
-            found.setdefault(_images_key(cell), (cell.name, images))
-    return found
-
-
-def _other_images(cell: Cell, known: dict[tuple[Any, ...], tuple[str, Fingerprint]]) -> str | None:
-    """Why a finished run cannot stand in the table, where it had other training images than the runs before."""
-    images = load_result(cell.run.result).train_images
-    if images is None:
-        return None
-    name, before = known.setdefault(_images_key(cell), (cell.name, images))
-    difference = images.difference(before)
-    return None if difference is None else f"its images are not those of {name}: {difference}"
 
 
 def _prediction(cell: Cell, cells: Sequence[Cell], jobs: int) -> str | None:

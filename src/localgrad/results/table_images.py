@@ -1,0 +1,108 @@
+"""The images of a table: all its rows are trained on the same ones, however often it is interrupted."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from localgrad.config.typed import parse
+from localgrad.data.config import DataConfig
+from localgrad.data.fingerprint import Fingerprint
+from localgrad.data.loading import load_images
+from localgrad.errors import LocalGradError
+from localgrad.recipes import RECIPES, recipe
+from localgrad.results.cells import Cell, load_result
+from localgrad.runs.files import read_json, write_json
+from localgrad.runs.folder import RunFolder
+
+
+@dataclass(frozen=True)
+class RowImages:
+    """The training images of the first row that was started on a set."""
+
+    run: str
+    images: Fingerprint
+
+
+Known = dict[str, RowImages]
+"""For each set, by what its recipes call it, the images that it is known by."""
+
+
+def check_images(cells: Sequence[Cell], waiting: Sequence[Cell]) -> Known:
+    """Refuses, before a run begins, images that are not those that the table was begun with.
+
+    Those are known from runs that are finished or started, and from `runs/images.json`, which is written here, before
+    the first run. Labels and a sample of the files are read; no set is decoded.
+
+    Args:
+        cells: runs of the table, in a folder that is there.
+        waiting: those of them that are to be run.
+
+    Raises:
+        LocalGradError: the images are others, or cannot be had, or a file of the folder is damaged.
+    """
+    output = cells[0].output
+    known = _known(output)
+    for key, cell in {images_of(cell.config.name): cell for cell in waiting}.items():
+        images = _fingerprint(cell.config.data)
+        if images is None:
+            continue
+        first = known.setdefault(key, RowImages(cell.name, images))
+        difference = first.images.difference(images)
+        if difference is not None:
+            raise LocalGradError(
+                f"{output} was begun with other images than those of --data {cell.config.data.source}:\n"
+                f"  the training images of {first.run} were {difference}.\n"
+                "  Give --data FOLDER with those images, or another --output."
+            )
+    write_json(_file(output), {key: asdict(first) for key, first in known.items()})
+    return known
+
+
+def images_of(name: str) -> str:
+    """What the rows of this name are trained on; rows with the same have the same images."""
+    data = recipe(name).config.data
+    return " ".join(str(part) for part in (data.source, data.subset, data.train_split, data.test_split))
+
+
+def other_images(cell: Cell, known: Known) -> str | None:
+    """Why a finished run cannot stand in the table, where it had other training images than the runs before."""
+    images = load_result(cell.run.result).train_images
+    if images is None:
+        return None
+    first = known.setdefault(images_of(cell.config.name), RowImages(cell.name, images))
+    difference = images.difference(first.images)
+    return None if difference is None else f"its images are not those of {first.run}: {difference}"
+
+
+def _known(output: Path) -> Known:
+    found: Known = {}
+    runs = [*_runs(output)]
+    if runs and _file(output).exists():
+        found |= parse(dict[str, RowImages], read_json(_file(output)), str(_file(output)))
+    for name, row, images in runs:
+        if images is not None and row in RECIPES:
+            found.setdefault(images_of(row), RowImages(name, images))
+    return found
+
+
+def _runs(output: Path) -> Iterator[tuple[str, str, Fingerprint | None]]:
+    """Name, row and training images of the runs that are finished or started."""
+    for path in sorted(output.glob("*-seed*.json")):
+        yield path.stem, path.stem.rpartition("-seed")[0], load_result(path).train_images
+    for path in sorted(output.glob("runs/*-seed*/config.json")):
+        saved = RunFolder(path.parent).images
+        parts = parse(dict[str, Fingerprint], read_json(saved), str(saved)) if saved.exists() else {}
+        yield path.parent.name, path.parent.name.rpartition("-seed")[0], parts.get("train")
+
+
+def _file(output: Path) -> Path:
+    return output / "runs" / "images.json"
+
+
+def _fingerprint(config: DataConfig) -> Fingerprint | None:
+    """Of the training images; None where they come with a package."""
+    return load_images(replace(config, streaming=True), _ignore)[0].fingerprint if config.on_disk else None
+
+
+def _ignore(sentence: str) -> None:
+    """What is said of the images; each run says it."""
