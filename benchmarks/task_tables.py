@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from localgrad.results.tables import mean_std
+
 Result = dict[str, Any]
 
 
@@ -18,13 +20,6 @@ def results(folder: Path, pattern: str) -> dict[str, list[Result]]:
         if re.fullmatch(pattern, name):
             rows.setdefault(name, []).append(json.loads(path.read_text()))
     return rows
-
-
-def mean(values: Sequence[float], digits: int) -> str:
-    """The mean, with the deviation over seeds where there are several."""
-    if len(values) < 2:
-        return f"{values[0]:.{digits}f}"
-    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
 def average(rows: Sequence[Result], field: str) -> float | None:
@@ -111,11 +106,11 @@ def language_table(folder: Path, setting: str) -> str:
             str(blocks),
             LANGUAGE[order[kind]],
             str(len(runs)),
-            mean([run["validation_loss"] for run in runs], 4),
+            mean_std([run["validation_loss"] for run in runs], 4),
             number(average(runs, "perplexity"), 2),
             "" if whole is None or order[kind] == "e2e" else f"{loss - whole:+.4f}",
             closed(whole, average(rows.get(f"{setting}-k{blocks}-readout", []), "validation_loss"), loss),
-            mean(exits, 3) if exits else "",
+            mean_std(exits, 3) if exits else "",
             f"{runs[0]['trained_parameters'] / 1e6:.2f} M",
             number(average(runs, "seconds"), 0),
         ]
@@ -131,7 +126,7 @@ def segmentation_table(folder: Path) -> str:
     for name in (name for name in PIXELS if name in rows):
         runs, peak = rows[name], average(rows[name], "peak_mib")
         share = "" if whole is None or peak is None else f"{100 * peak / whole:.0f} %"
-        ious = mean([run["mean_iou"] for run in runs], 2)
+        ious = mean_std([run["mean_iou"] for run in runs], 2)
         cells = [PIXELS[name], str(len(runs)), ious, number(peak, 0), share, number(average(runs, "seconds"), 0)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -146,7 +141,7 @@ def selfsupervised_table(folder: Path) -> str:
     ]
     for name in (name for name in STAGES if name in rows):
         runs = rows[name]
-        stages = [mean([run["probe_accuracies"][stage] for run in runs], 1) for stage in range(4)]
+        stages = [mean_std([run["probe_accuracies"][stage] for run in runs], 1) for stage in range(4)]
         cells = [STAGES[name], str(len(runs)), *stages]
         cells += [number(average(runs, "peak_mib"), 0), number(average(runs, "seconds"), 0)]
         lines.append(f"| {' | '.join(cells)} |")

@@ -99,9 +99,10 @@ def test_predict_prints_classes_and_probabilities(
 ) -> None:
     files = sorted((photographs / "bee").glob("*.JPG"))[:2]
     assert main(["predict", str(run), *map(str, files), "--top", "2"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.startswith(str(file)) for line, file in zip(lines, files, strict=True)] == [True, True]
-    assert all(line.count("%") == 2 for line in lines)
+    said = capsys.readouterr().out
+    for file in files:
+        (line,) = [line for line in said.splitlines() if str(file) in line]
+        assert line.count("%") == 2
     assert main(["predict", str(run), str(photographs), "--json"]) == 0
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(found) == 24 and {*found[0]["probabilities"]} == {*CLASSES}

@@ -28,7 +28,7 @@ def predict(
     best: bool = False,
     json_lines: bool = False,
 ) -> int:
-    """Prints a line an image.
+    """Prints the most probable classes of each image.
 
     Args:
         run_folder: Folder of a finished run.
@@ -85,7 +85,7 @@ def _probabilities(loaded: Any, pixels: Any) -> list[list[float]]:
 
 
 def _show(paths: list[Path], classes: list[str], found: list[list[float]], top: int, as_json: bool) -> None:
-    width = max(len(str(path)) for path in paths)
+    rows: list[tuple[str, str]] = []
     for path, probabilities in zip(paths, found, strict=True):
         order = sorted(range(len(classes)), key=lambda number: -probabilities[number])
         if as_json:
@@ -93,7 +93,11 @@ def _show(paths: list[Path], classes: list[str], found: list[list[float]], top: 
             print(json.dumps({"image": str(path), "class": classes[order[0]], "probabilities": every}))
             continue
         said = "  ".join(f"{classes[number]} {probabilities[number]:.1%}" for number in order[:top])
-        print(f"{path!s:{width}}  {said}")
+        rows.append((str(path), said))
+    if rows:
+        from localgrad.results.terminal import print_table
+
+        print_table(["image", "classes, the most probable first"], rows, left=[0, 1])
 
 
 def _files(images: Sequence[Path]) -> Iterator[Path]:

@@ -100,21 +100,21 @@ def _train(config: TrainConfig, run_dir: Path, *, resume: bool, dry_run: bool, q
     if not dry_run:
         check_source(config.data)  # before anything takes long
         check_writable(run_dir, "--run-dir")
-    with loading(quiet):
+    with loading(quiet, more=not dry_run):
         from localgrad.config.checks import validate
         from localgrad.config.methods import with_defaults
         from localgrad.config.saved import to_dict
         from localgrad.training.devices import as_launched
 
-        if not dry_run:
-            from lightning.fabric.utilities.rank_zero import rank_zero_only
-
-            from localgrad.training.trainer import fit
-
     config = validate(as_launched(config))
     if dry_run:
         print(json.dumps(to_dict(with_defaults(config)), indent=2))
         return 0
+    with loading(quiet):
+        from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+        from localgrad.training.trainer import fit
+
     try:
         result = fit(config, run_dir, resume=resume, quiet=quiet)
     except KeyboardInterrupt as interruption:

@@ -9,7 +9,7 @@ from localgrad.results.kinds import StepTimes
 from localgrad.results.names import command, without_paths
 from localgrad.results.page import Cell, Grid, Part, Picture, Studio, plain
 from localgrad.results.read import File
-from localgrad.results.tables import Row, Table, parameters_text, seconds_text, step_key
+from localgrad.results.tables import Row, Table, parameters_text, seconds_text, spread, step_key
 
 
 def _paths(rows: Sequence[Row]) -> list[Path]:
@@ -23,9 +23,9 @@ def described(table: Table) -> str:
 
 def error_cell(row: Row) -> Cell:
     """Mean of the test error, and standard deviation where there are several runs."""
-    deviation = row.deviation("test_error")
-    spread = "" if deviation is None else f" ± {deviation:.2f}"
-    return Cell(spread, strong=f"{row.mean('test_error'):.2f}", small=(f"n = {len(row.runs)}",))
+    return Cell(
+        spread(row.values("test_error")), strong=f"{row.mean('test_error'):.2f}", small=(f"n = {len(row.runs)}",)
+    )
 
 
 def command_id(detail: str, position: int) -> str:

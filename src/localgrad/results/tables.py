@@ -269,9 +269,13 @@ def place(config: TrainConfig, num_blocks: int) -> tuple[Any, ...]:
 
 
 def mean_std(values: Sequence[float], digits: int = 2) -> str:
-    """`mean ± std`, with the standard deviation of a sample (n - 1), which one value has none of."""
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{deviation}"
+    """`mean ± std` as every table shows it."""
+    return f"{statistics.fmean(values):.{digits}f}{spread(values, digits)}"
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """` ± std`, the standard deviation of a sample (n - 1); nothing for one value."""
+    return f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
 
 
 def seconds_text(seconds: float | None) -> str:
