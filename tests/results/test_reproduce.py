@@ -545,6 +545,6 @@ def test_a_damaged_file_of_the_tables_images_is_named(tmp_path: Path, monkeypatc
     cells = _cells(tmp_path, **{"data.source": str(_folder(tmp_path / "images", 0)), "data.test_fraction": 0.2})
     cells[0].run.path.mkdir(parents=True)
     write_json(cells[0].run.path / "config.json", to_dict(cells[0].config))
-    write_json(tmp_path / "runs" / "images.json", {"a": {"run": 3}})
+    write_json(tmp_path / "runs" / "images.json", as_file("table-images", {"sets": {"a": {"run": 3}}}))
     with pytest.raises(LocalGradError, match=r"images\.json.*run"):
         run_cells(cells)

@@ -13,6 +13,10 @@ from localgrad.recipes import RECIPES, recipe
 from localgrad.results.cells import Cell, load_result
 from localgrad.runs.files import read_json, write_json
 from localgrad.runs.folder import RunFolder
+from localgrad.runs.result import as_file, fields_of
+
+KIND = "table-images"
+"""Kind of the file."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ def check_images(cells: Sequence[Cell], waiting: Sequence[Cell]) -> Known:
                 f"  the training images of {first.run} were {difference}.\n"
                 "  Give --data FOLDER with those images, or another --output."
             )
-    write_json(_file(output), {key: asdict(first) for key, first in known.items()})
+    write_json(_file(output), as_file(KIND, {"sets": {key: asdict(first) for key, first in known.items()}}))
     return known
 
 
@@ -78,7 +82,10 @@ def _known(output: Path) -> Known:
     found: Known = {}
     runs = [*_runs(output)]
     if runs and _file(output).exists():
-        found |= parse(dict[str, RowImages], read_json(_file(output)), str(_file(output)))
+        saved = fields_of(read_json(_file(output)), _file(output), KIND)
+        found |= parse(
+            dict[str, RowImages], saved.get("sets") if isinstance(saved, dict) else saved, str(_file(output))
+        )
     for name, row, images in runs:
         if images is not None and row in RECIPES:
             found.setdefault(images_of(row), RowImages(name, images))
@@ -90,9 +97,7 @@ def _runs(output: Path) -> Iterator[tuple[str, str, Fingerprint | None]]:
     for path in sorted(output.glob("*-seed*.json")):
         yield path.stem, path.stem.rpartition("-seed")[0], load_result(path).train_images
     for path in sorted(output.glob("runs/*-seed*/config.json")):
-        saved = RunFolder(path.parent).images
-        parts = parse(dict[str, Fingerprint], read_json(saved), str(saved)) if saved.exists() else {}
-        yield path.parent.name, path.parent.name.rpartition("-seed")[0], parts.get("train")
+        yield path.parent.name, path.parent.name.rpartition("-seed")[0], RunFolder(path.parent).known_images("train")
 
 
 def _file(output: Path) -> Path:

@@ -131,22 +131,30 @@ class RunFolder:
         Raises:
             LocalGradError: the number of images, their classes, or a sample of them differ.
         """
-        if not self.images.exists():
-            return
-        saved = fields_of(read_json(self.images), self.images, "images")
         for part, images in (("train", train), ("test", test)):
-            if images is None or images.fingerprint is None:
+            before = self.known_images(part)
+            if images is None or images.fingerprint is None or before is None:
                 continue
-            try:
-                before = parse(Fingerprint, saved.get(part) if isinstance(saved, dict) else saved, part)
-            except LocalGradError as error:
-                raise LocalGradError(f"{self.images} was changed or cut short ({error}): remove it") from None
             difference = before.difference(images.fingerprint)
             if difference is not None:
                 raise LocalGradError(
                     f"{self.path} was trained with other images than those of --data {images.config.source}:\n"
                     f"  its {before.split} images were {difference}.\n  Give --data FOLDER with the images of the run."
                 )
+
+    def known_images(self, part: str) -> Fingerprint | None:
+        """The fingerprint of the run's images to `train` or to `test` on; None where it is of an earlier version.
+
+        Raises:
+            LocalGradError: the file is damaged.
+        """
+        if not self.images.exists():
+            return None
+        saved = fields_of(read_json(self.images), self.images, "images")
+        try:
+            return parse(Fingerprint, saved.get(part) if isinstance(saved, dict) else saved, part)
+        except LocalGradError as error:
+            raise LocalGradError(f"{self.images} was changed or cut short ({error}): remove it") from None
 
     def keep_images(self, train: ImageSet, test: ImageSet) -> None:
         """Saves the fingerprints of the run's images, for `check_images`."""
