@@ -192,7 +192,7 @@ def gpu_memory_table(path: Path) -> str:
     ]
     lines += [
         f"| {r['row']} | {r['blocks']} | {r['predicted_gib']:.2f} | {r['measured_gib']:.2f} | "
-        f"{r['error_percent']:.1f} % |"
+        f"{round(r['error_percent'], 1) + 0.0:.1f} % |"  # no minus before zero
         for r in json.loads(path.read_text())["rows"]
     ]
     return "\n".join(lines)

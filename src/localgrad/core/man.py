@@ -150,7 +150,8 @@ def manpp(
         A function of the next block's units that builds the module.
 
     Raises:
-        SettingsError, CannotSitError: as `man`.
+        SettingsError: as `man`.
+        CannotSitError: as `man`.
 
     Source: MAN++ (TPAMI 2026, doi 10.1109/TPAMI.2026.3679406; https://arxiv.org/abs/2507.16279), released code,
     `networks/resnetDGL_MANPP.py`.

@@ -40,7 +40,7 @@ Layouts = Any
 class Stage:
     """The blocks that one rank trains in block-parallel training.
 
-    Every rank makes all the blocks with the same weights, and makes a Stage of them. Then::
+    Every rank makes all the blocks with the same weights, and makes a Stage of them. Then:
 
         stage = Stage(blocks, place(costs, num_stages=2))
         optimizers = [torch.optim.SGD(block.trainable_parameters(), lr=0.1) for block in stage.blocks]

@@ -76,7 +76,7 @@ def plan(
     accumulation, and both. Where a batch may be parted, compare K blocks with these rows of K = 1.
 
     Args:
-        model: as for `split`; it is not changed. A model that `isolate` cuts is measured by `isolated_peak`.
+        model: as for `split`; it is not changed. For a model that `isolate` cuts see `plan_isolated`.
         example: a batch of the size to train with, such as `torch.empty(128, 3, 224, 224, device="meta")`. In bf16 its
             device decides whose autocast is meant: the processor's for an example on the CPU, else CUDA's.
         objective: the local objective.
