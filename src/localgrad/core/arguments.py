@@ -1,4 +1,4 @@
-"""What a model's forward pass is given: which tensor are the inputs, and what the targets."""
+"""Arguments of a model's forward pass: which of them are the inputs and the targets."""
 
 from collections.abc import Mapping, Sequence
 from inspect import Parameter, signature

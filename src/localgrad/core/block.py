@@ -55,7 +55,7 @@ class Block(nn.Module):
         self.takes: torch.Size | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles of a block are of no model, and unchecked."""
+        """Copies and pickles of a block belong to no model, and are checked again."""
         return {**self.__dict__, "origin": None, "checked": None}
 
     def forward(self, features: Tensor, targets: Any, inputs: Tensor, *, cut_loss: bool = False) -> tuple[Tensor, ...]:
@@ -85,7 +85,7 @@ class Block(nn.Module):
         if self.objective is None:
             nothing = torch.zeros((), device=features.device)
             return nothing if self.criterion is None else self.criterion(features, targets)
-        compiling = torch.compiler.is_compiling()  # a version is nothing that can be compiled
+        compiling = torch.compiler.is_compiling()  # version counters cannot be compiled
         before = 0 if compiling else version(features)
         loss = self.objective(self._mixed(features), targets, inputs)
         if not compiling and version(features) != before:
@@ -103,9 +103,9 @@ class Block(nn.Module):
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def check_training(self) -> None:
-        """Refuse to train in evaluation mode, as `model.eval()` leaves the body, and `model.train()` the rest.
+        """Refuse to train in evaluation mode, or after a change of something that the trace keeps as a constant.
 
-        Where the model has changed since in what blocks took for constant, this is refused too.
+        `model.eval()` leaves the body in evaluation mode; `model.train()` does not reach the auxiliary networks.
         """
         self._frozen.check()
         body = not self._layers or any(module.training for module in self._layers)
@@ -150,9 +150,9 @@ class Block(nn.Module):
         return predict(self._mixed(features))
 
     def auxiliary_state_dict(self) -> dict[str, Tensor]:
-        """Momentum and objective tensors, under `momentum.` and `objective.`; the model has all others.
+        """Tensors of momentum and objective, under `momentum.` and `objective.`.
 
-        These are the body's, and what a momentum's copies share with the next block.
+        The model's own are left out: the body's, and frozen ones that the copies share with the next block.
         """
         shared = self.momentum.shared() if isinstance(self.momentum, MomentumAuxiliary) else []
         left_out = {id(parameter) for parameter in shared}

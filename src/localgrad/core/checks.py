@@ -1,4 +1,4 @@
-"""What a local step checks of its blocks and optimizers: all of it once, then what may have changed."""
+"""Checks of blocks and optimizers before a local step: all of them once, later only what may have changed."""
 
 import inspect
 import warnings
@@ -50,7 +50,9 @@ def check_optimizers(blocks: Sequence[nn.Module], optimizers: Sequence[Optimizer
 
 
 def check_step(blocks: Sequence[nn.Module], optimizers: Sequence[Optimizers]) -> None:
-    """Refuse blocks and optimizers that would not train what is meant; cheap where nothing changed since it was asked.
+    """Refuse blocks and optimizers that would train something else than the model's blocks.
+
+    The full check runs once, and again when something has changed.
 
     Raises:
         LocalGradError: a block is in evaluation mode, or no longer the model's; its optimizers have other parameters
@@ -96,7 +98,7 @@ class Checked:
         return any(parameter.grad is not None for parameter, _, _ in self._flags)
 
     def holds(self, optimizers: Sequence[Any]) -> bool:
-        """Whether nothing has changed since."""
+        """Whether blocks and optimizers are as they were."""
         groups = _groups(optimizers)
         return (
             len(optimizers) == len(self._optimizers)
@@ -116,7 +118,7 @@ def _groups(optimizers: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def check_parameters(index: int, block: Block, optimizers: Sequence[Any]) -> None:
-    """Refuse optimizers that step what is not their block's, leave out what it would train, or share a parameter."""
+    """Refuse optimizers with parameters of another block, without some of their own block's, or with shared ones."""
     for optimizer in optimizers:
         _check_kind(index, optimizer)
     given = [parameter for group in _groups(optimizers) for parameter in group["params"]]
@@ -147,7 +149,7 @@ def check_parameters(index: int, block: Block, optimizers: Sequence[Any]) -> Non
 
 
 def _check_kind(index: int, optimizer: Any) -> None:
-    """Refuse what is no optimizer, or computes the loss again."""
+    """Refuse what is no optimizer, and optimizers whose step needs a closure."""
     if not hasattr(optimizer, "param_groups") or not callable(getattr(optimizer, "step", None)):
         raise LocalGradError(
             f"optimizer {index} is a {type(optimizer).__name__}: give a torch optimizer for each block, or a list of "

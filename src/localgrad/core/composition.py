@@ -1,4 +1,4 @@
-"""Whether pieces are the model that they were cut from: run side by side, in both modes."""
+"""Check that pieces compute what the model does: both run on the same batch, in training and evaluation mode."""
 
 import random
 from collections.abc import Generator, Sequence
@@ -19,12 +19,12 @@ from localgrad.errors import NotTraceableError
 
 @dataclass(frozen=True, eq=False)
 class _Outcome:
-    """What a run did.
+    """What one run of a model, or of its pieces, gave.
 
     Attributes:
         output: None where it is no tensor.
         buffers: after it.
-        drawn: where the random generators stand.
+        drawn: states of the random generators after it.
         reached: ids of the parameters that the output would send a gradient to.
         reentrant: how many parts are behind a reentrant checkpoint, which hides its parameters.
         kept: how many tensors its graph keeps.
@@ -39,9 +39,10 @@ class _Outcome:
 
 
 def check_composition(model: nn.Module, pieces: Sequence[Piece], samples: Tensor) -> list[bool] | None:
-    """Compare the pieces with the model in both modes: their outputs, what they draw at random, what they train.
+    """Compare pieces and model in both modes: outputs, buffers, random draws, and which parameters get a gradient.
 
-    Tracing freezes what it cannot see, and what a forward pass does between named submodules is not in them.
+    A trace keeps the values of what it cannot see (flags, numbers, branches), and named submodules leave out what the
+    forward pass does between them. Both show here.
 
     Returns:
         Whether each piece changes its input in place while training; None where there is no data to run on.
@@ -144,7 +145,7 @@ def _reached(output: Any) -> tuple[set[int], int]:
 
 @contextmanager
 def seeded(device: torch.device) -> Generator[None, None, None]:
-    """Every generator that a forward pass may draw from, seeded with 0; all of them come back as they were."""
+    """Context: all random generators are seeded with 0, and restored at the end."""
     python, arrays = random.getstate(), np.random.get_state()
     on_cpu = device.type in ("cpu", "meta")
     on_mps = torch.mps.get_rng_state() if device.type == "mps" else None  # which fork_rng cannot keep
@@ -164,7 +165,7 @@ def seeded(device: torch.device) -> Generator[None, None, None]:
 
 
 def _random_state(device: torch.device) -> tuple[Any, ...]:
-    """Where the generators stand."""
+    """States of the random generators."""
     states = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
     _, keys, position, *_ = np.random.get_state()
     return (*(state.tolist() for state in states), random.getstate(), keys.tolist(), position)  # pyright: ignore

@@ -1,4 +1,4 @@
-"""Copies of modules, whatever their last forward pass left on them."""
+"""Deep copies of modules, without the graphs of tensors that a forward pass left on them."""
 
 import copy
 from collections.abc import Iterable, Sequence
@@ -27,9 +27,10 @@ def deep_copy(module: Module, shared: Iterable[nn.Parameter] = ()) -> Module:
 
 
 def copied(source: Sequence[Unit], initial: str, *, share_frozen: bool = False) -> nn.Module:
-    """A copy of units in a row; with `initial="random"` from draws of its own, wherever a layer can reset itself.
+    """A copy of units in a row; with `initial="random"` layers that can reset themselves are drawn anew.
 
-    All of it is trainable; with `share_frozen` what the units do not train stays their own, frozen, in the copy.
+    All parameters of the copy are trainable. With `share_frozen` the units' frozen parameters are not copied: the copy
+    holds the same tensors.
     """
     whole = nn.ModuleList(unit.module for unit in source)
     copies = deep_copy(whole, [p for p in whole.parameters() if not p.requires_grad] if share_frozen else ())

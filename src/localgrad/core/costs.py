@@ -138,7 +138,7 @@ class CannotCountError(LocalGradError):
 
 @contextmanager
 def _counting(what: str) -> Generator[None, None, None]:
-    """Say which part does not run on tensors without data."""
+    """Context: name the part that does not run on tensors without data."""
     try:
         yield
     except Exception as error:  # of whatever class: it is the user's code
@@ -146,7 +146,7 @@ def _counting(what: str) -> Generator[None, None, None]:
 
 
 def without_data(targets: Any, given: int, samples: int, device: torch.device) -> Any:
-    """Targets of so many samples in the shapes of an example with `given`; classes where there is none."""
+    """Zeros like an example of targets, for `samples` instead of `given` samples; classes `(N,)` without one."""
     if targets is None:
         return torch.zeros(samples, dtype=torch.long, device=device)
 

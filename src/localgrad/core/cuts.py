@@ -1,4 +1,4 @@
-"""Where an isolated model is cut: calls of modules, by name, or evenly along a chain of equal ones."""
+"""Where an isolated model is cut: after named modules, or evenly along a chain of modules of one class."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -101,12 +101,13 @@ def named_cuts(model: nn.Module, run: ForwardPass, names: Sequence[str]) -> list
 
 
 def even_cuts(run: ForwardPass, num_blocks: int) -> list[Call]:
-    """K - 1 cuts that part the longest chain of equal modules evenly.
+    """K - 1 cuts that divide the longest chain of modules of one class evenly.
 
-    Of the modules with weights after which one tensor alone goes on, those of one class are a chain, if they are at
-    least half of the class. Layers that consist of several modules come before single ones, and of two equally long
-    chains the outer one; if no class has K members, all are taken together. Modules without weights (norms,
-    activations, pooling) stay with what they follow.
+    A model can be cut after a module if everything later is computed from that module's output. Modules of one class
+    at such places are a chain if they are at least half of their class. Chains of composite modules (residual units,
+    transformer layers) come before chains of single layers, and of two equally long chains the outer one is taken. If
+    no chain has K members, all modules with weights are one. Modules without matrices (norms, activations, pooling)
+    stay with the block before them.
 
     Raises:
         LocalGradError: there are not so many.

@@ -18,14 +18,14 @@ DEVICE_ASSERT = 710
 
 
 class OutOfMemoryError(DoesNotFitError, torch.OutOfMemoryError):
-    """A block that does not fit into the device's memory; torch's error too, for what makes batches smaller on that."""
+    """A block does not fit into the device's memory. It is torch's error too, for loops that then shrink the batch."""
 
 
 @contextmanager
 def explaining(
     block: Block, index: int, num_blocks: int, inputs: Tensor, targets: Any, first: bool
 ) -> Generator[None, None, None]:
-    """Say of an error inside which block it is, and what about the batch does not fit it, where that can be told.
+    """Context: an error inside names the block and, where the values tell, what about the batch does not fit.
 
     Args:
         block: the one that runs.
@@ -56,7 +56,7 @@ def explaining(
 
 
 def _stopped(error: Exception, index: int) -> str | None:
-    """What stopped the GPU; every later call fails too, so that nothing more can be found out."""
+    """What a kernel's assertion means; later calls fail as well, so the batch cannot be looked at."""
     if not isinstance(error, torch.AcceleratorError) or getattr(error, "error_code", None) != DEVICE_ASSERT:
         return None
     return (
@@ -66,7 +66,7 @@ def _stopped(error: Exception, index: int) -> str | None:
 
 
 def _misfit(error: Exception, block: Block, index: int, inputs: Tensor, targets: Any, first: bool) -> str | None:
-    """What about the batch does not fit the block."""
+    """What about the batch does not fit the block; None where the values do not tell."""
     labels = [leaf for leaf in leaves(targets) if isinstance(leaf, Tensor)]
     for tensor in labels:
         if tensor.shape[:1] != inputs.shape[:1]:
@@ -130,7 +130,7 @@ def one_value_a_channel(error: Exception, modules: Iterable[nn.Module], samples:
 
 
 def _is_of_shapes(error: Exception, block: Block, inputs: Tensor, first: bool) -> bool:
-    """Whether it is the shape that fails: of the inputs in the body of the first block, or of features in a head."""
+    """Whether a wrong shape is the cause: of the inputs in the first block's body, or of features in a head."""
     if isinstance(error, IndexError) or (isinstance(error, ValueError) and len(inputs) == 1):
         return False
     return not first or block.objective is not None or _body_fails(block, inputs)

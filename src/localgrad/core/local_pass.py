@@ -1,4 +1,4 @@
-"""One forward pass of an isolated model: local losses as the blocks end, back-propagated at once."""
+"""One forward pass of an isolated model: each local loss is back-propagated as soon as its block has ended."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -53,7 +53,7 @@ class LocalPass:
         self.span = Span(reach, len(parts)) if reach > 1 else None
 
     def leave(self, output: Any) -> Any:
-        """Train the next block on its output, and give that detached for everyone else."""
+        """Back-propagate the local loss of the block that ends here, and return its output detached."""
         block, features = self.reached, first_floating(output)
         assert features is not None
         self.reached += 1
@@ -72,9 +72,9 @@ class LocalPass:
         return mapped(lambda tensor: passed.get(id(tensor), detached(tensor)), output)
 
     def meet(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Train the waiting block on copies of `module`, which are called as it is, on features with their graph.
+        """Back-propagate the loss that waits; copies of `module`, called with its arguments, see the features first.
 
-        What happened to the features before the module is back-propagated too, but trains nothing of the next block.
+        Operations between the cut and the module are back-propagated too, and train nothing of the next block.
         Returns the arguments for the module itself, or None while it is not given the features.
         """
         block, features, leaf = self.reached - 1, self.features, self.leaf
@@ -141,7 +141,7 @@ class LocalPass:
         return gradient
 
     def _why(self, block: int, features: Tensor, error: Exception) -> str:
-        """What an objective failed on."""
+        """The message for an objective that fails: its features and targets."""
         targets = self.batch[0]
         if targets is None:
             return (
@@ -156,7 +156,7 @@ class LocalPass:
         )
 
     def _take_in(self, block: int, gradient: Tensor | None) -> None:
-        """Keep the block's graph for the losses of later ones, if they reach it."""
+        """Keep the block's graph where losses of later blocks reach it."""
         if self.span is not None:
             parameters = [parameter for parameter in self.parts[block].parameters if parameter.requires_grad]
             self.span.add(parameters, self.entry, self.features, gradient)

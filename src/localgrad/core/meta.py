@@ -11,7 +11,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def to_meta(module: Module) -> Module:
-    """A copy on `meta`, in the same mode; no data is copied on the way, nor graphs of tensors that it keeps."""
+    """A copy on `meta`, in the same mode. Neither data nor graphs of kept tensors are copied."""
     memo: dict[int, Tensor] = {}
     for layer in module.modules():
         for value in leaves(vars(layer)):

@@ -18,11 +18,10 @@ Call = Callable[[nn.Module, Tensor], Tensor]
 
 
 class MomentumAuxiliary(nn.Module):
-    """What stands between a block's features and its objective: copies of the next block's first unit.
+    """Copies of the next block's first units, between a block's features and its objective.
 
-    Parameters that the unit does not train are not copied: the copies hold the unit's own, and nobody moves them. The
-    average covers the unit's trained floating-point parameters. Each module of a copy is in the mode (training or
-    evaluation) of the module that it copies.
+    Frozen parameters are not copied: the copies hold the same tensors as the units. The average covers the units'
+    trained floating-point parameters. Each module of a copy is in the mode (training or evaluation) of its source.
 
     Attributes:
         bias: the trained copy of the next unit, a per-channel parameter in the fused form, or None.
@@ -83,7 +82,7 @@ class MomentumAuxiliary(nn.Module):
         return self.scale * biased + (2 - self.scale) * self._branch(self.ema, features, call)
 
     def _branch(self, branch: nn.Module, features: Tensor, call: Call) -> Tensor:
-        """One branch alone, so that a recomputed one is gone before the other is computed again."""
+        """One branch. Each is recomputed on its own, so that activations of one live at a time."""
 
         def run(features: Tensor) -> Tensor:
             if branch is self.bias and not self._bias_is_copy:
@@ -129,7 +128,7 @@ class MomentumAuxiliary(nn.Module):
             get_ema_multi_avg_fn(self.decay)(self.averages(), followed, 0)  # pyright: ignore
 
     def _structure(self) -> list[object]:
-        """What the copies were made of: the units' modules, and which of their parameters are trained."""
+        """The units' modules, and which of their parameters are trained, to notice a change."""
         modules = [module for unit in self._units for module in unit.modules()]
         return [*modules, *(p.requires_grad for module in modules for p in module.parameters(recurse=False))]
 

@@ -1,4 +1,4 @@
-"""One forward pass as it happened: which modules were called, and which parameters a loss of each would train."""
+"""One observed forward pass: the calls of modules in order, and the parameters that a loss at each would reach."""
 
 from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
@@ -205,7 +205,7 @@ def units_between(run: ForwardPass, start: int, cuts: Sequence[Call] = (), end: 
 
 
 def is_container(module: nn.Module) -> bool:
-    """Whether a module is a chain of others, or holds one as a stage does."""
+    """Whether a module is a chain of modules (`nn.Sequential`, a stage of blocks)."""
     return isinstance(module, CHAIN) or is_stage(module)
 
 
@@ -223,9 +223,10 @@ def takes(call: Call, source: Call) -> bool:
 
 
 def places_to_cut(run: ForwardPass) -> list[Call]:
-    """Calls after which everything else is made from what they returned (and from parameters), in order of their end.
+    """Calls after which everything later is computed from their output and from parameters, in order of their end.
 
-    In the autograd graph, whose nodes are numbered as they are made, no edge passes over them.
+    In the autograd graph, whose nodes are numbered as they are made, no other edge leads from before such a call to
+    after it.
     """
     edges, seen, waiting = list[tuple[int, int, Edge]](), set[Node](), list[Node]()
 
@@ -267,7 +268,7 @@ def places_to_cut(run: ForwardPass) -> list[Call]:
 
 
 def _made_on_the_way(call: Call, others: set[Node]) -> bool:
-    """Whether what else is used of a call's output, such as a position bias, was needed for its features."""
+    """Whether other tensors of a call's output (a position bias, say) are ancestors of its features."""
     assert call.source is not None
     seen, waiting = {call.source[0]}, [call.source[0]]
     while waiting and not others <= seen:

@@ -1,4 +1,4 @@
-"""The model that blocks were split from: noticed when it no longer has what they hold."""
+"""The model that blocks were split from. Training is refused when it no longer has the modules that blocks hold."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -43,7 +43,7 @@ class Origin:
         return [(own_buffers(owner), name, own_buffers(owner).get(name)) for _, _, owner, name in self.buffers]
 
     def unchanged(self) -> bool:
-        """Whether the model's own modules, outside of the blocks, have what they had; looks at each name once."""
+        """Whether the model's modules outside of the blocks hold the same children and parameters as before."""
         return all(holder.get(name) is value for holder, name, value in self._slots)
 
     def gone(self, parameters: Sequence[nn.Parameter]) -> list[str]:

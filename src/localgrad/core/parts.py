@@ -1,4 +1,4 @@
-"""What the blocks of an isolated model consist of, read from one forward pass."""
+"""The blocks of an isolated model: their cut, units and parameters, read from one observed forward pass."""
 
 import warnings
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Pieces: a traced forward pass, cut where one tensor is alive, as modules that hold the model's own."""
+"""Pieces: a traced forward pass, cut where exactly one tensor is alive; they hold the model's own modules."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Reach: local losses that train the blocks before their own too, each block's graph waiting for the last of them."""
+"""Reach: a local loss also trains blocks before its own. Graphs are kept until the last loss that reaches them."""
 
 # pyright: reportUnnecessaryIsInstance=false
 
@@ -76,7 +76,7 @@ class Span:
         self.waiting: list[_Waiting] = []
 
     def add(self, parameters: list[nn.Parameter], entry: Tensor, output: Tensor, gradient: Tensor | None) -> range:
-        """Take in the next block, with its loss's gradient at the output; gives the places of the blocks now done."""
+        """Add the next block with the gradient of its loss at the output; returns the blocks that are finished now."""
         self.waiting.append(_Waiting(entry, output, parameters))
         self.waiting[-1].receive(gradient)
         begin, at_end = self.finished, self.finished + len(self.waiting) == self.num_blocks
@@ -93,7 +93,7 @@ class Span:
         self.waiting.clear()
 
     def _descend(self, at_end: bool) -> None:
-        """Hand what is pending down from the last block to the first of those that wait, and finish that one or all."""
+        """Pass pending gradients from the last waiting block down to the first; finish the first, or all."""
         for place in reversed(range(len(self.waiting))):
             block, ends = self.waiting[place], at_end or place == 0
             passes_down = place > 0

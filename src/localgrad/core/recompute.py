@@ -1,4 +1,4 @@
-"""Activation checkpointing that counts a batch once."""
+"""Activation checkpointing that updates running statistics once a batch."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
@@ -18,8 +18,8 @@ def recomputed(
 ) -> Tensor:
     """`function(features)`, computed again in the backward pass instead of keeping its activations.
 
-    The running statistics of the module's batch norms are updated in the first pass only; any other buffer has in the
-    second pass the value that it had in the first, and keeps what the first made of it.
+    Running statistics of batch norms are updated in the first pass only. Other buffers start the second pass with the
+    values that they had before the first, and end with what the first made of them.
 
     Args:
         function: what `module` does with the features, `module` itself for one.
@@ -31,7 +31,7 @@ def recomputed(
         return function(features)
     if writes_input:
         return recomputed(lambda features: function(features.clone()), features, module)
-    if torch.compiler.is_compiling():  # what is compiled changes each buffer once, at the end
+    if torch.compiler.is_compiling():  # compiled code writes each buffer once, at the end
         return checkpoint(function, features, use_reentrant=False)  # pyright: ignore[reportReturnType]
     norms = [m for m in module.modules() if isinstance(m, NormBase)]
     begun = [
@@ -47,7 +47,7 @@ def recomputed(
 
 
 class _AsItWas:
-    """Puts the module back to before the first pass; entered once for each backward pass through a kept graph."""
+    """Context of the second pass: buffers and norms as they were before the first, undone at its end."""
 
     def __init__(self, norms: Sequence[Any], begun: Sequence[tuple[nn.Module, str, Tensor]]) -> None:
         self.norms, self.begun = norms, begun
@@ -58,7 +58,8 @@ class _AsItWas:
             buffers = own_buffers(module)
             self.left.callback(buffers.__setitem__, name, buffers[name])
             buffers[name] = value.clone()
-        for norm in self.norms:  # with factor 0 a running average stays; without one, fewer tensors would be saved
+        # factor 0, and tracking stays on: statistics do not change, and the same tensors are saved as in the first pass
+        for norm in self.norms:
             counted = norm.num_batches_tracked
             self.left.callback(setattr, norm, "momentum", norm.momentum)
             self.left.callback(setattr, norm, "num_batches_tracked", counted)

@@ -41,7 +41,7 @@ def active_ddp() -> DistributedDataParallel | None:
 def begin_alike(
     ddp: DistributedDataParallel, parameters: Sequence[nn.Parameter], networks: nn.Module, reach: int
 ) -> None:
-    """Give every process the values of the first, as DDP does for what it is not told to leave alone.
+    """Broadcast parameters and auxiliary networks from the first rank, as DDP does for the others.
 
     Raises:
         LocalGradError: DDP was not told to, or gradients of local blocks come in its backward pass.
@@ -63,7 +63,7 @@ def begin_alike(
 
 
 def average_gradients(ddp: DistributedDataParallel, parameters: Sequence[nn.Parameter]) -> None:
-    """Average the gradients of these parameters over the processes of a DDP wrapper, one message a dtype.
+    """Average gradients over the ranks of a DDP wrapper, with one all-reduce a dtype.
 
     Where a process has no gradient it counts as zeros.
     """

@@ -1,4 +1,4 @@
-"""Looking at a model by running it, with nothing left on it."""
+"""Run a model to look at it, and restore everything that the run changed."""
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def restored(model: nn.Module) -> Generator[Callable[[], None], None, None]:
-    """On leaving, also by an error, every module has the mode, the attributes and the buffers that it had before.
+    """Context: at its end, also after an error, every module has its modes, attributes and buffers of before.
 
     What a forward pass assigns to a module, or puts into its lists and dictionaries, is taken off again. A buffer that
     it exchanged or resized comes back itself, with its values.

@@ -1,4 +1,4 @@
-"""A site: where an objective sits, and what its factory needs to know."""
+"""A site: the place of an objective in the model, as its factory sees it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ Criterion = Callable[[Tensor, Any], Tensor]
 
 @dataclass(frozen=True)
 class Site:
-    """Where an objective sits; what a factory needs to know to build it.
+    """The place of an objective in the model; its factory builds it from this.
 
     Attributes:
         features: shape of the features that it gets, `(N, C, H, W)`, `(N, H, W, C)`, `(N, C, L)`, `(N, L, D)` or

@@ -116,7 +116,7 @@ def local_step(
 
 @contextmanager
 def _freed_on_failure(blocks: Sequence[nn.Module]) -> Generator[None, None, None]:
-    """No gradients of a batch that failed, or was interrupted, which the next one would add to."""
+    """Context: a batch that fails or is interrupted leaves no gradients for the next one to add to."""
     try:
         yield
     except BaseException:
@@ -238,7 +238,7 @@ def _pass(
 def _micro_batches(
     inputs: Any, targets: Any, features: Tensor | None, parts: int
 ) -> tuple[Tensor, list[tuple[Tensor, Any]], list[Any]]:
-    """The detached inputs, the parts of inputs and targets, and those of what the first block takes."""
+    """The detached inputs, their micro-batches with targets, and the micro-batches of the first block's features."""
     _check_batch(inputs, parts)
     inputs = inputs.detach() if inputs.requires_grad else inputs
     entry = inputs if features is None else features
@@ -261,7 +261,7 @@ def _check_batch(inputs: Any, parts: int) -> None:
 
 
 def _check_loss(loss: Any, block: Block) -> None:
-    """Refuse a loss that is no number, or from which no gradient reaches what is to be trained."""
+    """Refuse a loss that is no scalar, or that has no gradient while the block has parameters to train."""
     names = f"{block.names[0]}..{block.names[-1]}"
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         given = f"of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"

@@ -1,4 +1,4 @@
-"""The tables in which a module keeps what is its own and its hooks, for which PyTorch has no public names."""
+"""The tables of a module: children, parameters, buffers and hooks, which PyTorch keeps under private names."""
 
 from typing import Any
 

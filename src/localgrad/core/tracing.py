@@ -1,4 +1,4 @@
-"""Tracing: a model's forward pass as a graph, found with `torch.fx`, and what such a graph takes for constant."""
+"""Tracing: a model's forward pass as a graph of `torch.fx`, and the values that the graph keeps as constants."""
 
 import copy
 import inspect
@@ -71,9 +71,9 @@ class Traced:
 
 @dataclass(eq=False)
 class Frozen:
-    """What a trace has taken for constant, and what the blocks would miss if it changed.
+    """The constants of a trace, and the modules that blocks do not call, to notice later changes of the model.
 
-    A copy of it, as copying or pickling blocks makes, knows of nothing: copied blocks have no model to follow.
+    Copies and pickles of it are empty: copied blocks have no model to follow.
     """
 
     model: nn.Module | None = None
@@ -246,7 +246,7 @@ def _warn(message: str, kind: type[LocalGradWarning] = LocalGradWarning) -> None
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, without its details."""
+    """The first line of an error's message."""
     return str(error).strip().partition("\n")[0]
 
 

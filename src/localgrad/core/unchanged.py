@@ -1,4 +1,4 @@
-"""What must stay as it was while a model is isolated: its modules, its parameters, their dtype, and the hooks."""
+"""A model's modules, parameters, dtypes and hooks must stay the same while it is isolated."""
 
 from typing import Any
 

@@ -120,7 +120,7 @@ def units(
 
 
 def match_mode(wrappers: Iterable[nn.Module], model: nn.Module) -> None:
-    """Put what is not the model's own in its mode; its own modules may be frozen one by one, and stay as they are."""
+    """Give wrapper modules the model's mode. The model's own modules keep theirs: norms may be frozen one by one."""
     own = set(model.modules())
     for module in (part for wrapper in wrappers for part in wrapper.modules()):
         if module not in own:
@@ -128,7 +128,7 @@ def match_mode(wrappers: Iterable[nn.Module], model: nn.Module) -> None:
 
 
 def _samples(model: nn.Module, example: Tensor) -> Tensor:
-    """Two samples that the model runs on, with a finite output if there are such: of the example, or random ones.
+    """Two samples that the model runs on: of the example or normal random ones, those with a finite output first.
 
     Raises:
         LocalGradError: it runs on neither.
@@ -167,7 +167,7 @@ def _samples(model: nn.Module, example: Tensor) -> Tensor:
 
 
 def _holds_data(samples: Tensor) -> bool:
-    """Whether values look like data: not all equal, nor what uninitialised memory holds."""
+    """Whether values look like data: not all equal, and not like uninitialised memory."""
     sizes = samples.double().abs()
     usual = (sizes == 0) | ((sizes > 1e-30) & (sizes < 1e9))
     return bool(usual.all()) and bool((samples != samples.flatten()[0]).any())

@@ -1,4 +1,4 @@
-"""How often tensors were changed in place, which PyTorch counts for each and gives no public name."""
+"""Version counters of tensors: PyTorch counts in-place changes, under a private name."""
 
 from collections.abc import Iterable
 

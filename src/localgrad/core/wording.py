@@ -1,4 +1,4 @@
-"""What PyTorch tells by words alone: for these it has no class, no code and no value, so their texts are read here."""
+"""Texts of PyTorch that are read because it gives no class, code or value for what they say."""
 
 import torch.distributed as dist
 

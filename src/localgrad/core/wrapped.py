@@ -1,4 +1,4 @@
-"""Models that come in a wrapper, or without their weights: unwrapped with a word, or refused with what to do."""
+"""Models in a wrapper: compiled ones are unwrapped with a warning, others are refused."""
 
 import warnings
 

@@ -1,4 +1,4 @@
-"""Barlow Twins: features of two views of an image that agree, number by number, and are not redundant."""
+"""Barlow Twins: features of two views of an image agree, and different features are decorrelated."""
 
 # pyright: reportUnnecessaryIsInstance=false
 

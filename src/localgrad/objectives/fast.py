@@ -1,4 +1,4 @@
-"""The same functions, faster on a processor: what the objectives compute there instead of their formulas.
+"""Faster forms of functions on a processor, which the objectives use there.
 
 Each is equal to its definition up to rounding (`tests/objectives/test_fast.py`). A tensor on `meta` stands for one on
 the processor.
@@ -23,7 +23,7 @@ _simulated: ContextVar[str | None] = ContextVar("simulated", default=None)
 
 @contextmanager
 def simulated_device(kind: str) -> Generator[None, None, None]:
-    """Choose the forms of this kind of device, for tensors without data that stand for its own."""
+    """Context: tensors without data stand for tensors on this kind of device, and objectives take its forms."""
     token = _simulated.set(kind)
     try:
         yield
@@ -32,7 +32,7 @@ def simulated_device(kind: str) -> Generator[None, None, None]:
 
 
 def is_on_processor(tensor: Tensor) -> bool:
-    """Whether a tensor is where the forms of this file are faster."""
+    """Whether a tensor is on a processor, or stands for one that is."""
     return (_simulated.get() or tensor.device.type) in ("cpu", "meta")
 
 

@@ -1,4 +1,4 @@
-"""InfoPro: keep what is needed to reconstruct the image, and tell classes apart."""
+"""InfoPro: a reconstruction loss of the image and a task loss."""
 
 import math
 from collections.abc import Callable, Sequence

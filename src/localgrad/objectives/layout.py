@@ -1,4 +1,4 @@
-"""What the objectives share: one view of features of any layout, and the checks of their arguments."""
+"""Features of any layout as maps, and checks of arguments, shared by the objectives."""
 
 # pyright: reportUnnecessaryIsInstance=false
 

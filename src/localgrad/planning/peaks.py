@@ -103,7 +103,7 @@ class Profile:
     parts: int = 1
 
     def ends_of(self, index: int, num_blocks: int) -> tuple[EndProfile, ...]:
-        """What a block with this index may end in."""
+        """Profiles of the ends of a block with this index."""
         if index == 0:
             return self.ends[0]
         return self.ends[2] if index == num_blocks - 2 else self.ends[1]
@@ -125,7 +125,7 @@ class Profile:
         return sums
 
     def _waiting(self, start: int) -> int:
-        """Gradients of the units before `start` that wait while the block from there is trained."""
+        """Bytes of gradients of earlier units that are alive while the block from `start` is trained."""
         return 0 if self.step_each_block else self._gradients_before[start]
 
     def peaks_from(self, start: int, ends: Sequence[EndProfile]) -> list[float]:
@@ -166,12 +166,12 @@ class Profile:
         return peaks
 
     def _end(self, ends: Sequence[EndProfile], start: int, stop: int) -> EndProfile:
-        """What a block of these units ends in: nothing where they train nothing and it is not the last."""
+        """Profile of the block's end; empty for a block that trains nothing and is not the last."""
         trains = self._gradients_before[stop + 1] > self._gradients_before[start]
         return ends[stop] if trains or stop == len(self.units) - 1 else NO_END
 
     def _passes_from(self, start: int) -> list[Pass]:
-        """Of each unit of a block from `start`: no gradient goes back beyond its first trained one."""
+        """The pass of each unit of a block from `start`: no gradient goes beyond the first trained unit."""
         before = self._gradients_before
         return [
             unit.first if before[position] == before[start] else unit.inner

@@ -35,9 +35,9 @@ class PlanRow:
         peak: bytes of weights, gradients, optimizer state, activations, auxiliary networks and temporary tensors.
         fits: whether the peak is within the budget; True without one.
         parts: number of micro-batches, `local_step(parts=...)`; 1 is the whole batch at once. With K = 1 it is
-            gradient accumulation as everybody knows it.
-        operations: floating-point operations of forward and backward passes, over those of end-to-end training with
-            the whole batch: about what the step takes of time, on a device that is busy.
+            gradient accumulation.
+        operations: floating-point operations of forward and backward passes, relative to end-to-end training
+            with the whole batch: about the time of a step on a busy device.
     """
 
     num_blocks: int
@@ -123,7 +123,7 @@ def plan(
 
 
 class Planner:
-    """A model profiled in every way that may be compared; rows follow by addition.
+    """A model profiled with and without recompute for each number of micro-batches; rows follow by addition.
 
     Args:
         model: as for `plan`, like `example`, `parts`, `names`, `channel_dim`.
@@ -191,7 +191,7 @@ class Planner:
         return rows
 
     def _fewest(self, budget: int | None) -> set[int]:
-        """The smallest number of blocks that fits, each way, where one does."""
+        """For each profile the smallest number of blocks that fits the budget, if any."""
         if budget is None:
             return set()
         fitting = (
@@ -201,7 +201,7 @@ class Planner:
         return {count for counts in fitting if (count := next(counts, None)) is not None}
 
     def _check_counts(self, counts: Sequence[int]) -> None:
-        """Refuse a number of blocks that the units, or the places where an objective may sit, do not make."""
+        """Refuse a number of blocks above the number of units or of places where an objective can sit."""
         most = self.plain.most_blocks
         for count in counts:
             check_num_blocks(count, len(self.found), why_whole(self.found))
@@ -215,7 +215,7 @@ class Planner:
                 )
 
     def nothing_fits(self, rows: Sequence[PlanRow], budget: int) -> DoesNotFitError:
-        """What to say where no row fits."""
+        """The error for a budget that no row fits."""
         least = min(rows, key=lambda row: row.peak)
         found = self.profiles[least.parts, least.recompute].units
         weights = sum(unit.lasting + unit.gradients for unit in found)
@@ -231,6 +231,6 @@ class Planner:
 
 
 def readable(count: float) -> str:
-    """In the largest unit that fits, rounded up: what is given back as a budget is enough."""
+    """Bytes as MiB or GiB, rounded up, so that the figure is enough when it is given as a budget."""
     size, unit = (2**30, "GiB") if count >= 2**30 else (2**20, "MiB")
     return f"{math.ceil(100 * count / size) / 100:.2f} {unit}"

@@ -1,4 +1,4 @@
-"""Profiles: what each unit and each auxiliary network does to memory in a step."""
+"""Profiles: the memory of each unit and each auxiliary network in a training step."""
 
 import copy
 from collections.abc import Callable, Generator, Sequence
@@ -97,7 +97,7 @@ def profile(
             if isinstance(modules, str):
                 ends[role].append(EndProfile(INFINITE, 0, 0, 0, 0, 0, refused=modules))
                 continue
-            # what copies share with the unit that they follow is there once; before the module gets other tensors
+            # frozen tensors that copies share with their unit count once
             shared = sum(p.nbytes for module in modules for p in module.parameters() if id(p) in counted)
             key = ("end", *setting, shape, dtype, *map(_signature, modules))
             if key not in known:
@@ -110,7 +110,7 @@ def profile(
 
 @contextmanager
 def _explained(what: str, modules: Sequence[nn.Module], samples: int) -> Generator[None, None, None]:
-    """Say which part it is that needs values to run, or more than one sample."""
+    """Context: name the part that needs values, or more than one sample, to run."""
     try:
         yield
     except (RuntimeError, NotImplementedError, ValueError) as error:
@@ -128,7 +128,7 @@ def _explained(what: str, modules: Sequence[nn.Module], samples: int) -> Generat
 
 
 def _signature(module: nn.Module) -> tuple[object, ...]:
-    """What the memory behaviour of a module depends on: types, settings and shapes; equal modules are profiled once."""
+    """Key of a module's memory behaviour: types, settings and shapes. Modules with equal keys are profiled once."""
     parts: list[object] = []
     for name, layer in named_modules(module):
         settings = [
@@ -147,7 +147,7 @@ def _signature(module: nn.Module) -> tuple[object, ...]:
 
 
 class _Before(torch.autograd.Function):
-    """Features of the units before: nobody outside holds them, and their gradient is dropped when it arrives."""
+    """Stand-in for the preceding units: an input that only the graph holds, with a gradient that is discarded."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, features: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ class _Before(torch.autograd.Function):
 
 
 class _After(torch.autograd.Function):
-    """The units after: they keep nothing, and give a gradient that is the engine's own, as in a real backward pass."""
+    """Stand-in for the following units: saves nothing, and returns a gradient that only the autograd engine holds."""
 
     @staticmethod
     def forward(ctx: Any, features: Tensor) -> Tensor:
@@ -204,7 +204,7 @@ def _run_unit(
     shared: bool = False,
     last: bool = False,
 ) -> Pass:
-    """What one forward and one backward pass show.
+    """Memory and operations of one forward and one backward pass.
 
     `first`: its input needs no gradient. `shared`: its input stays, for the unit before. `last`: its output stays.
     """
@@ -223,7 +223,7 @@ def _run_unit(
         output = result.untyped_storage().nbytes()
         rest: Any = _After.apply(result)
         held = [entry.detach()] * shared + [result.detach()] * last
-        is_input = result.untyped_storage() is entry.untyped_storage()  # changed in place, or looked at otherwise
+        is_input = result.untyped_storage() is entry.untyped_storage()  # changed in place, or a view
         before = counter.current
         del result
         keeps_output = counter.current == before
@@ -242,7 +242,7 @@ def _run_unit(
 
 
 def _set_gradients(module: nn.Module, accumulates: bool) -> None:
-    """None, or those of the micro-batches before."""
+    """Reset gradients: to None, or to zeros where earlier micro-batches have left theirs."""
     for parameter in module.parameters():
         parameter.grad = torch.zeros_like(parameter) if accumulates and parameter.requires_grad else None
 
@@ -258,7 +258,7 @@ def _auxiliary(
     criterion: Criterion,
     model: nn.Module | None,
 ) -> list[nn.Module] | str:
-    """Momentum and objective of the first, a middle or the last local block; why not, if it cannot end here."""
+    """Momentum and objective of the first, a middle or the last local block; the reason if no block can end here."""
     if objective is None:
         return "there is no objective"
     try:
@@ -277,7 +277,7 @@ def _profile_end(
     accumulates: bool,
     simulation: Simulation,
 ) -> EndProfile:
-    """Of momentum and objective, or of the criterion of the model's output where there are none."""
+    """Profile of momentum and objective, or of the criterion of the model's output where there are none."""
     modules = [simulation.place(module) for module in modules]
     trained = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
     passes: list[int] = []

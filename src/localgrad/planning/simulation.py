@@ -1,4 +1,4 @@
-"""Simulation: forward and backward passes on tensors without data, under bf16 autocast too."""
+"""Simulation: forward and backward passes on fake tensors, also under bf16 autocast."""
 
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
@@ -44,7 +44,7 @@ class _CudaRules(TorchFunctionMode):
 
 
 class Simulation:
-    """Where a step is simulated: on fake tensors, which have no data and behave as those of a processor.
+    """Fake tensors, which have no data, for a simulated step; they behave as tensors of a processor.
 
     `meta` tensors know no autocast, and take attention apart where real devices have one kernel for it. A fake tensor
     on CUDA would be closer, but its backward pass needs a GPU to be there.
@@ -69,7 +69,7 @@ class Simulation:
             yield
 
     def forward_pass(self) -> torch.autocast:
-        """What the forward pass of one block runs under; the casts of its weights are cached until it ends."""
+        """Autocast for the forward pass of one block; casts of its weights are cached until it ends."""
         return torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16-mixed")
 
     def place(self, module: nn.Module) -> nn.Module:
