@@ -4,12 +4,14 @@ import json
 import re
 import shutil
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from localgrad.commands import demo_table as demo
+from localgrad.commands import demo_time
 from localgrad.commands.main import main
 from localgrad.training import trainer
 
@@ -74,6 +76,30 @@ def test_a_damaged_result_is_said(folder: Path, tmp_path: Path, capsys: pytest.C
     said = capsys.readouterr().err
     assert "result.json is not readable as JSON" in said
     assert "digits-e2e-seed0 has no result that can be read; remove it, or give another --run-dir" in said
+
+
+def test_it_says_at_once_what_it_does_and_after_a_few_steps_how_long_that_takes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo_time, "_timed", lambda work: (work(), 100.0)[1])
+    assert main(["demo", "--run-dir", str(tmp_path), "--seeds", "0", *FAST]) == 0
+    first, second, *rest = capsys.readouterr().err.splitlines()
+    assert first.startswith("localgrad: trains one small network three ways, 1 seed each, on digits that need no down")
+    # 3 runs of an epoch: one batch of 40 images, one evaluation, and the first step, which takes longer in a run too
+    assert second == f"localgrad: about {900 / 60:.0f} min to the end, by a few timed steps on this machine"
+    assert any("digits-e2e: 1 block" in line for line in rest)
+    assert main(["demo", "--run-dir", str(tmp_path), "--seeds", "0", *FAST]) == 0
+    assert "to the end" not in capsys.readouterr().err  # nothing is left to do
+
+
+def test_what_is_predicted_grows_with_epochs_steps_and_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo_time, "_timed", lambda work: (work(), 100.0)[1])
+    config = demo._config("digits-dgl", 3, 130, 0)  # two full batches and a part
+    steps = -(-130 // config.optim.batch_size)
+    one = demo_time.predicted_seconds([config])
+    assert one == pytest.approx(100 + 3 * (100 * steps + 100), rel=0.02)
+    assert demo_time.predicted_seconds([config, replace(config, seed=1)]) == pytest.approx(2 * one, rel=0.02)
+    assert demo_time.predicted_seconds([]) == 0.0
 
 
 @pytest.mark.parametrize("columns", [40, 60, 100])

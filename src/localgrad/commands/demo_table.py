@@ -1,10 +1,12 @@
 """The demo: one small network, trained end-to-end, by blocks, and by blocks with momentum, side by side."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from localgrad.commands.demo_time import predicted_seconds
+from localgrad.commands.parse import tell
 from localgrad.config.methods import with_defaults
 from localgrad.config.saved import to_dict
 from localgrad.config.schema import TrainConfig
@@ -17,11 +19,19 @@ from localgrad.results.tables import Row, Table, mean_std, parameters_text, seco
 from localgrad.results.terminal import print_table
 from localgrad.runs.files import write_json
 from localgrad.runs.folder import RunFolder
+from localgrad.training.outlook import duration
 
 RECIPES = ("digits-e2e", "digits-dgl", "digits-dgl-man")
 
 
-def run_demo(folder: Path, *, epochs: int | None, train_limit: int | None, seeds: Sequence[int]) -> Table:
+def run_demo(
+    folder: Path,
+    *,
+    epochs: int | None,
+    train_limit: int | None,
+    seeds: Sequence[int],
+    say: Callable[[str], None] = print,
+) -> Table:
     """Train the three rows with every seed; what is finished in the folder is kept, what is half done goes on.
 
     Args:
@@ -29,6 +39,7 @@ def run_demo(folder: Path, *, epochs: int | None, train_limit: int | None, seeds
         epochs: instead of the recipes' own.
         train_limit: train on so many images only.
         seeds: one run each, of every row.
+        say: told how long it will take.
 
     Returns:
         The three rows, with a run for each seed.
@@ -37,11 +48,12 @@ def run_demo(folder: Path, *, epochs: int | None, train_limit: int | None, seeds
         LocalGradError: the folder holds a demo of other settings.
         KeyboardInterrupt: interrupted; the same call goes on from the checkpoint.
     """
-    runs = [
-        _finished(folder / f"{name}-seed{seed}", _config(name, epochs, train_limit, seed))
-        for seed in seeds
-        for name in RECIPES
-    ]
+    configs = [_config(name, epochs, train_limit, seed) for seed in seeds for name in RECIPES]
+    folders = [folder / f"{config.name}-seed{config.seed}" for config in configs]
+    waiting = [config for config, path in zip(configs, folders, strict=True) if not RunFolder(path).is_finished]
+    if waiting:
+        say(f"about {duration(predicted_seconds(waiting))} to the end, by a few timed steps on this machine")
+    runs = [_finished(path, config) for config, path in zip(configs, folders, strict=True)]
     return Table(tuple(row for table in tables(runs) for row in table.rows))
 
 
@@ -100,7 +112,7 @@ def main(
     check_seeds(seeds)
     from localgrad.results.figures import learning_curves, save_png
 
-    table = run_demo(folder, epochs=epochs, train_limit=train_limit, seeds=seeds)
+    table = run_demo(folder, epochs=epochs, train_limit=train_limit, seeds=seeds, say=tell)
     results = {row.label: [asdict(run.result) for run in row.runs] for row in table.rows}
     write_json(folder / "table.json", results)
     if drawn := learning_curves(table):
