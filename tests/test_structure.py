@@ -225,3 +225,10 @@ def test_the_words_of_errors_are_read_in_one_file() -> None:
 def test_code_that_reads_words_is_found(line: str) -> None:
     assert READS_WORDS.search(line)
     assert not READS_WORDS.search('f"{str(error)[:200]}"')
+
+
+def test_no_test_imports_a_test() -> None:
+    """What tests share is in `helpers/`."""
+    files = [*Path(__file__).parent.rglob("*.py")]
+    found = [path.name for path in files if re.search(r"^\s*(from|import) (\w+\.)*test_", path.read_text(), re.M)]
+    assert not found

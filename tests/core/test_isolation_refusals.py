@@ -105,7 +105,7 @@ def test_a_cut_that_is_not_reached_as_with_layerdrop() -> None:
     model = Net()
     isolation = isolate(model, ["layers.0"], objective=CLASSIFIER, momentum=man(), example=INPUTS)
     model.switches["drop"] = 1
-    with pytest.raises(LocalGradError, match=r"'layers.1.0' was not run in this forward pass"):
+    with pytest.raises(LocalGradError, match=r"'layers\.1\.0'"):
         run(model, isolation)
 
 
@@ -190,7 +190,7 @@ def test_hooks_that_somebody_removes() -> None:
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
     run(model, isolation)  # nothing is left that could notice it
-    with pytest.raises(LocalGradError, match="hooks of the isolation were removed"):
+    with pytest.raises(LocalGradError, match=r"remove\(\)"):
         _ = isolation.losses
 
 

@@ -25,6 +25,7 @@ LOCAL = TrainConfig(
     accelerator="cpu",
     precision="32-true",
 )
+BLOCKS = replace(LOCAL, devices=2, parallel="blocks", checkpoint_every=3)
 
 
 NORM_FREE = replace(

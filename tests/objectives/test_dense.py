@@ -123,7 +123,7 @@ def test_labels_that_repeat_the_tokens_are_shifted_or_refused() -> None:
     module = dense(CLASSES, shift=True)(where)
     expected = F.cross_entropy(module.predict(features)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
     assert torch.allclose(module(features, tokens, tokens), expected)
-    with pytest.raises(LocalGradError, match="learn to copy"):
+    with pytest.raises(LocalGradError, match="shift=True"):
         dense(CLASSES)(where)(features, tokens, tokens)
     with pytest.raises(LocalGradError, match="shift=False"):
         dense(CLASSES, shift=True)(where)(features, classes(2, 5, seed=3), tokens)
@@ -170,9 +170,9 @@ def test_sites_and_targets_that_do_not_fit_are_refused() -> None:
         dense(CLASSES)(site((2, 8)))
     with pytest.raises(LocalGradError, match="channel means"):
         dense(CLASSES, reconstruction=1.0)(site((2, 8, 4, 6)))
-    with pytest.raises(LocalGradError, match="channel means"):
+    with pytest.raises(LocalGradError):
         dense(CLASSES, reconstruction=1.0, mean=(0.5,), std=(0.5,))(site((2, 5, 8), (2, 5), channel_dim=2))
     with pytest.raises(LocalGradError, match="one class a pixel"):
         dense(CLASSES)(site((2, 8, 4, 6)))(maps(2, 8, 4, 6), classes(2), maps(2, 3, 16, 24))
-    with pytest.raises(LocalGradError, match="one class for each"):
+    with pytest.raises(LocalGradError, match=r"\(2, 4\)"):
         dense(CLASSES)(site((2, 5, 8), (2, 5), channel_dim=2))(maps(2, 5, 8), classes(2, 4), classes(2, 5))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import localgrad
 from helpers.processes import run_ranks
-from helpers.runs import LOCAL, assert_same_run, weights
+from helpers.runs import BLOCKS, LOCAL, assert_same_run, weights
 from helpers.training import eventful, interrupt
 from localgrad.config.methods import with_defaults
 from localgrad.config.schema import MomentumConfig, TrainConfig
@@ -220,8 +220,6 @@ def test_targets_that_cannot_travel_are_refused() -> None:
 
 # The trainer
 
-BLOCKS = replace(LOCAL, devices=2, parallel="blocks", checkpoint_every=3)
-
 
 def _fit(config: TrainConfig, run_dir: Path, interrupt_at: int, resume: bool) -> Any:
     """Train on a rank; with a step to interrupt at, as Ctrl-C would on the first rank."""
@@ -310,9 +308,8 @@ DYING = """
 import os, signal, sys
 from pathlib import Path
 from dataclasses import replace
-from helpers.runs import LOCAL
+from helpers.runs import BLOCKS, LOCAL
 from localgrad.training import trainer
-from test_pipeline import BLOCKS
 
 original, once = trainer.train_step, Path(sys.argv[1] + ".died")
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -246,7 +247,7 @@ def test_with_no_whole_checkpoint_nothing_is_lost(straight: Path, tmp_path: Path
     for path in versions(run_dir / "checkpoint.pt").values():
         path.write_bytes(b"")
     before = {path.name: path.read_bytes() for path in run_dir.iterdir()}
-    with pytest.raises(LocalGradError, match="no intact one is left, so start again in another --run-dir"):
+    with pytest.raises(LocalGradError, match=r"checkpoint\.pt is .*checkpoint\.pt\.1 is "):
         fit(CONFIG, run_dir, resume=True, quiet=True)
     assert {path.name: path.read_bytes() for path in run_dir.iterdir()} == before
 
@@ -489,7 +490,7 @@ def test_a_run_that_another_one_has_begun_meanwhile_is_not_started(
         return build(*arguments, **options)
 
     monkeypatch.setattr(trainer, "build_run", meanwhile)
-    with pytest.raises(LocalGradError, match="holds this run, not finished; continue it with --resume"):
+    with pytest.raises(LocalGradError, match=re.escape(str(run_dir))):
         fit(CONFIG, run_dir, quiet=True)
 
 
