@@ -309,3 +309,13 @@ class _Branching(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         return self.layer(inputs) if inputs.sum() > 0 else self.layer(-inputs)
+
+
+@pytest.mark.parametrize("momentum", [None, localgrad.man()], ids=["plain", "man"])
+def test_heads_that_differ_from_block_to_block_are_planned_where_they_sit(momentum: Any) -> None:
+    model = cifar_resnet(14, NUM_CLASSES).to("meta")
+    example = torch.empty(4, 3, 32, 32, device="meta")
+    auglocal = localgrad.auglocal(NUM_CLASSES, depth=4, pyramid=0.9)
+    for row in plan(model, example, objective=auglocal, momentum=momentum, num_blocks=[3, 5], parts=[1]):
+        real = step_peak(model, example, row.cuts, auglocal, momentum, recompute=row.recompute)
+        assert row.peak == pytest.approx(real, abs=64)

@@ -28,6 +28,7 @@ def plan_isolated(
     budget: int | None = None,
     targets: Any = None,
     loss: Callable[[Any], Tensor] | None = None,
+    reach: int = 1,
 ) -> list[PlanRow]:
     """Predict the peak memory of a step of any network that `isolate` trains; nothing is computed.
 
@@ -45,6 +46,7 @@ def plan_isolated(
         budget: bytes that a step may take.
         targets: the argument of forward that holds the targets, as "labels", or an example of what the objective
             takes: a tensor or tensors in any nesting.
+        reach: as for `isolate`.
         loss: the scalar loss of the model's output; of an output that has a `loss`, that, and else its sum.
 
     Returns:
@@ -57,11 +59,11 @@ def plan_isolated(
     if cuts is None:
         choices = [(number, None) if number > 1 else (None, []) for number in num_blocks]
     rows: list[PlanRow] = []
-    end_to_end = _step(model, example, [], None, objective, momentum, targets, loss, False)[1]
+    end_to_end = _step(model, example, [], None, objective, momentum, targets, loss, False, reach)[1]
     for number, names in choices:
         for recompute in (False, True):
             peak, operations, found = _step(
-                model, example, names, number, objective, momentum, targets, loss, recompute
+                model, example, names, number, objective, momentum, targets, loss, recompute, reach
             )
             fits = budget is None or peak <= budget
             relative = operations / end_to_end if end_to_end else 1.0
@@ -85,6 +87,7 @@ def _step(
     targets: Any,
     loss: Callable[[Any], Tensor] | None,
     recompute: bool,
+    reach: int,
 ) -> tuple[int, int, tuple[str, ...]]:
     """Peak bytes and operations of a step of a copy on `meta`, and the names of its cuts."""
     copied = to_meta(model).train()
@@ -101,6 +104,7 @@ def _step(
         targets=argument,
         example=batch,
         recompute=recompute,
+        reach=reach,
     )
     optimizer = torch.optim.SGD(isolation.trainable_parameters(), lr=0.01, momentum=0.9)
 

@@ -1,6 +1,6 @@
 """Peaks: the memory of any cuts by addition, and the cuts with the smallest peak."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -94,6 +94,8 @@ class Profile:
         step_each_block: whether a block's gradients are gone before the next block's forward pass.
         parts: number of micro-batches, one of which was profiled. A block passes all of them, and adds up their
             gradients, before the next block starts.
+        ends_at: what a block of this index, of so many, may end in, where an objective differs from block to block
+            (AugLocal's depth); without it `ends`.
     """
 
     units: tuple[UnitProfile, ...]
@@ -101,9 +103,12 @@ class Profile:
     batch: int
     step_each_block: bool = False
     parts: int = 1
+    ends_at: Callable[[int, int], tuple[EndProfile, ...]] | None = None
 
     def ends_of(self, index: int, num_blocks: int) -> tuple[EndProfile, ...]:
         """Profiles of the ends of a block with this index."""
+        if self.ends_at is not None:
+            return self.ends_at(index, num_blocks)
         if index == 0:
             return self.ends[0]
         return self.ends[2] if index == num_blocks - 2 else self.ends[1]
@@ -124,7 +129,7 @@ class Profile:
             sums.append(sums[-1] + unit.gradients)
         return sums
 
-    def _waiting(self, start: int) -> int:
+    def waiting(self, start: int) -> int:
         """Bytes of gradients of earlier units that are alive while the block from `start` is trained."""
         return 0 if self.step_each_block else self._gradients_before[start]
 
@@ -185,7 +190,7 @@ class Profile:
         for index, (start, stop) in enumerate(zip(starts, stops, strict=True)):
             ends = self.ends_of(index, len(stops))
             peak = self.peaks_from(start, ends)[stop - start]
-            worst = max(worst, gradients + self._waiting(start) + peak)
+            worst = max(worst, gradients + self.waiting(start) + peak)
             if index < len(cuts):
                 end = self._end(ends, start, stop)
                 lasting += end.lasting
@@ -218,11 +223,13 @@ class Profile:
         """
         check_num_blocks(num_blocks, len(self.units))
         last = len(self.units) - 1
-        tables = {ends: [self.peaks_from(start, ends) for start in range(last + 1)] for ends in self.ends}
+        tables: dict[tuple[EndProfile, ...], list[list[float]]] = {}
         fronts = {-1: [(0.0, 0, 0.0, ())]}
         for blocks in range(1, num_blocks + 1):
             longer: dict[int, list[tuple[float, int, float, tuple[int, ...]]]] = {}
             ends = self.ends_of(blocks - 1, num_blocks)
+            if ends not in tables:
+                tables[ends] = [self.peaks_from(start, ends) for start in range(last + 1)]
             table = tables[ends]
             stops = [last] if blocks == num_blocks else range(blocks - 1, last)
             for stop in stops:
@@ -236,7 +243,7 @@ class Profile:
                         (
                             lasting + end.lasting,
                             waiting + left,
-                            max(worst, waiting + self._waiting(cut + 1) + table[cut + 1][stop - cut - 1]),
+                            max(worst, waiting + self.waiting(cut + 1) + table[cut + 1][stop - cut - 1]),
                             (*cuts, stop),
                         )
                         for lasting, waiting, worst, cuts in front

@@ -5,6 +5,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,12 +15,15 @@ from torch import Tensor, nn
 from localgrad.core.meta import to_meta
 from localgrad.core.momentum import Momentum
 from localgrad.core.partition import check_num_blocks
+from localgrad.core.reach import check_reach
 from localgrad.core.site import Criterion, Objective
 from localgrad.core.units import check_example, check_model, units, why_whole
 from localgrad.errors import CannotSitError, DoesNotFitError, SettingsError
 from localgrad.planning.peaks import Profile
 from localgrad.planning.profile import profile
+from localgrad.planning.reaching import cuts_for_reach
 from localgrad.planning.simulation import Precision, check_precision
+from localgrad.planning.step_peak import step_cost
 
 USUAL_PARTS = 4
 
@@ -64,6 +68,7 @@ def plan(
     channel_dim: int | Mapping[str, int] | None = None,
     targets: Any = None,
     criterion: Criterion = F.cross_entropy,
+    reach: int = 1,
 ) -> list[PlanRow]:
     """Predict the peak memory of a training step, and find the cuts that make it smallest, without running it.
 
@@ -93,6 +98,8 @@ def plan(
         channel_dim: as in `split`.
         targets: an example of what objective and criterion take; classes `(N,)` if None.
         criterion: loss of the model's output, as in `split`.
+        reach: number of blocks that a loss trains, as in `local_step`. Above 1 the cuts are good ones by an estimate,
+            not proven to be the best, and each row's peak and operations are those of a step on `meta`. In float32.
 
     Returns:
         For each K, in the order of `num_blocks`, else ascending, a row for each of `parts` without and with
@@ -115,6 +122,7 @@ def plan(
         step_each_block=step_each_block,
         targets=targets,
         criterion=criterion,
+        reach=reach,
     )
     rows = planner.rows(num_blocks, budget)
     if not any(row.fits for row in rows):
@@ -128,6 +136,7 @@ class Planner:
     Args:
         model: as for `plan`, like `example`, `parts`, `names`, `channel_dim`.
         known: profiles of parts, to be shared by planners that have some in common.
+        reach: as for `plan`.
         settings: of `profile`.
     """
 
@@ -140,6 +149,7 @@ class Planner:
         channel_dim: int | Mapping[str, int] | None = None,
         *,
         known: dict[Any, Any] | None = None,
+        reach: int = 1,
         **settings: Any,
     ) -> None:
         if not callable(settings["objective"]):
@@ -149,6 +159,12 @@ class Planner:
         check_model(model)
         check_example(example)
         check_precision(settings["precision"])
+        check_reach(reach)
+        if reach > 1 and settings["precision"] != "32-true":
+            raise SettingsError(
+                f"reach is {reach} with precision {settings['precision']!r}: losses that reach several blocks are "
+                "planned in float32; give precision='32-true'"
+            )
         if parts is None:
             parts = (1, USUAL_PARTS) if len(example) >= 2 * USUAL_PARTS else (1,)
         if not parts or any(type(number) is not int or not 1 <= number <= len(example) for number in parts):
@@ -156,7 +172,11 @@ class Planner:
                 f"parts is {parts!r}: give numbers of micro-batches from 1 to {len(example)}, as [1, 4]"
             )
         blueprint = to_meta(model).train()
-        self.found = units(blueprint, torch.empty_like(example, device="meta"), names, channel_dim=channel_dim)
+        self.reach = reach
+        on_meta = torch.empty_like(example, device="meta")
+        self.found = units(blueprint, on_meta, names, channel_dim=channel_dim)
+        named: dict[str, Any] = {"names": names, "channel_dim": channel_dim, "reach": reach}
+        self.measured = partial(step_cost, blueprint, on_meta, **settings, **named)
         self.samples = len(example)
         known = {} if known is None else known
 
@@ -183,12 +203,19 @@ class Planner:
         end_to_end = self.plain.operations([])
         for count in counts:
             for (number, recompute), profiled in self.profiles.items():
-                ends = profiled.best_cuts(count)
-                peak = round(profiled.peak(ends))
-                cuts = tuple(self.found[end].name for end in ends)
-                operations = profiled.operations(ends) / end_to_end if end_to_end else 1.0
+                cuts, peak, total = self._cheapest(profiled, count, number, recompute)
+                operations = total / end_to_end if end_to_end else 1.0
                 rows.append(PlanRow(count, cuts, recompute, peak, budget is None or peak <= budget, number, operations))
         return rows
+
+    def _cheapest(self, profiled: Profile, count: int, parts: int, recompute: bool) -> tuple[tuple[str, ...], int, int]:
+        """Cuts into so many blocks, the peak of a step, and its operations."""
+        reaches = self.reach > 1 and count > 1
+        ends = cuts_for_reach(profiled, count, self.reach) if reaches else profiled.best_cuts(count)
+        cuts = tuple(self.found[end].name for end in ends)
+        if not reaches:
+            return cuts, round(profiled.peak(ends)), profiled.operations(ends)
+        return cuts, *self.measured(cuts=cuts, recompute=recompute, parts=parts)
 
     def _fewest(self, budget: int | None) -> set[int]:
         """For each profile the smallest number of blocks that fits the budget, if any."""

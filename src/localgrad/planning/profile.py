@@ -65,17 +65,13 @@ def profile(
         inputs = torch.empty((samples, *example.shape[1:]), dtype=example.dtype, device=simulation.device)
         wanted = without_data(targets, len(example), samples, simulation.device)
         whole = without_data(targets, len(example), len(example), torch.device("meta"))
-    part = torch.empty(inputs.shape, dtype=example.dtype, device="meta")
     batch = example.nbytes + sum(leaf.nbytes for leaf in leaves(whole) if isinstance(leaf, Tensor))
-    model = found[0].frozen.model
-    model = None if model is None or objective is None else to_meta(model)
     setting = (precision, simulation.cuda_rules, inputs.shape, example.dtype, parts > 1)
     known = {} if known is None else known
-    counted = {id(parameter) for unit in on_meta for parameter in unit.module.parameters()}
     features = inputs
     profiles: list[UnitProfile] = []
-    ends: list[list[EndProfile]] = [[], [], []]
-    for position, unit in enumerate(on_meta):
+    made: list[tuple[torch.Size, torch.dtype]] = []
+    for unit in on_meta:
         shared = bool(profiles) and profiles[-1].inner.keeps_output  # the input stays for the unit before
         key = ("unit", *setting, recompute, shared, features.shape, features.dtype, _signature(unit.module))
         if key not in known:
@@ -88,24 +84,76 @@ def profile(
         with simulation.running():
             features = torch.empty(shape, dtype=dtype, device=simulation.device)
         profiles.append(profiled)
-        rest = on_meta[position + 1 :]
-        following = rest[:-1] or rest
-        for role in range(3):
-            modules: list[nn.Module] | str = []
-            if following:
-                modules = _auxiliary(unit, following, rest, part, role, objective, momentum, criterion, model)
-            if isinstance(modules, str):
-                ends[role].append(EndProfile(INFINITE, 0, 0, 0, 0, 0, refused=modules))
-                continue
-            # frozen tensors that copies share with their unit count once
-            shared = sum(p.nbytes for module in modules for p in module.parameters() if id(p) in counted)
-            key = ("end", *setting, shape, dtype, *map(_signature, modules))
-            if key not in known:
-                with simulation.running(), _explained(f"the objective after {unit.name!r}", modules, samples):
-                    known[key] = _profile_end(modules, features, wanted, inputs, criterion, parts > 1, simulation)
-            ends[role].append(replace(known[key], lasting=known[key].lasting - shared))
-    first, middle, last = map(tuple, ends)
-    return Profile(tuple(profiles), (first, middle, last), batch, step_each_block, parts)
+        made.append((shape, dtype))
+    model = found[0].frozen.model
+    model = None if model is None or objective is None else to_meta(model)
+    factories = (objective, momentum, criterion, model)
+    ends = _Ends(on_meta, made, factories, (wanted, inputs), simulation, setting, known)
+    return Profile(tuple(profiles), ends.of_roles, batch, step_each_block, parts, ends.at if ends.differ else None)
+
+
+class _Ends:
+    """What momentum and objective do to memory, of any block that ends after any unit.
+
+    Attributes:
+        of_roles: after each unit, those of the first, a middle and the last local block of four.
+        differ: whether these consist of other layers, so that those of any other block may, too (AugLocal's).
+    """
+
+    def __init__(
+        self,
+        found: Sequence[Unit],
+        made: Sequence[tuple[torch.Size, torch.dtype]],
+        factories: tuple[Objective | None, Momentum | None, Criterion, nn.Module | None],
+        batch: tuple[Any, Tensor],
+        simulation: Simulation,
+        setting: tuple[Any, ...],
+        known: dict[Any, Any],
+    ) -> None:
+        self.units, self.made, self.factories, self.batch = found, made, factories, batch
+        self.simulation, self.setting, self.known = simulation, setting, known
+        self.counted = {id(parameter) for unit in found for parameter in unit.module.parameters()}
+        roles = [[self._end(position, role, 4) for position in range(len(found))] for role in range(3)]
+        first, middle, last = (tuple(end for end, _ in role) for role in roles)
+        self.of_roles = (first, middle, last)
+        self.differ = any(len({shapes for _, shapes in ends}) > 1 for ends in zip(*roles, strict=True))
+        self._at: dict[tuple[int, int], tuple[EndProfile, ...]] = {}
+
+    def at(self, index: int, num_blocks: int) -> tuple[EndProfile, ...]:
+        """Those of this block of so many, where it may end at all; elsewhere those of its role."""
+        if (index, num_blocks) not in self._at:
+            begin, stop = index, len(self.units) - num_blocks + index
+            role = self.of_roles[0 if index == 0 else 2 if index == num_blocks - 2 else 1]
+            self._at[index, num_blocks] = tuple(
+                self._end(position, index, num_blocks)[0] if begin <= position <= stop < len(role) - 1 else end
+                for position, end in enumerate(role)
+            )
+        return self._at[index, num_blocks]
+
+    def _end(self, position: int, index: int, num_blocks: int) -> tuple[EndProfile, Any]:
+        """That of a block, and the shapes of what its auxiliary networks consist of."""
+        unit, rest = self.units[position], self.units[position + 1 :]
+        objective, momentum, criterion, model = self.factories
+        wanted, inputs = self.batch
+        modules: list[nn.Module] | str = []
+        if rest:
+            example = torch.empty(inputs.shape, dtype=inputs.dtype, device="meta")
+            place, following = (index, num_blocks), rest[:-1] or rest
+            modules = _auxiliary(unit, following, rest, example, place, objective, momentum, criterion, model)
+        if isinstance(modules, str):
+            return EndProfile(INFINITE, 0, 0, 0, 0, 0, refused=modules), None
+        # frozen tensors that copies share with their unit count once
+        shared = sum(p.nbytes for module in modules for p in module.parameters() if id(p) in self.counted)
+        key = ("end", *self.setting, *self.made[position], *map(_signature, modules))
+        if key not in self.known:
+            shape, dtype = self.made[position]
+            with self.simulation.running(), _explained(f"the objective after {unit.name!r}", modules, len(inputs)):
+                features = torch.empty(shape, dtype=dtype, device=self.simulation.device)
+                accumulates = self.setting[-1]
+                profiled = _profile_end(modules, features, wanted, inputs, criterion, accumulates, self.simulation)
+            self.known[key] = profiled
+        made = tuple(each.shape for module in modules for each in module.parameters())
+        return replace(self.known[key], lasting=self.known[key].lasting - shared), made
 
 
 @contextmanager
@@ -252,17 +300,17 @@ def _auxiliary(
     following: Sequence[Unit],
     rest: Sequence[Unit],
     example: Tensor,
-    role: int,
+    place: tuple[int, int],
     objective: Objective | None,
     momentum: Momentum | None,
     criterion: Criterion,
     model: nn.Module | None,
 ) -> list[nn.Module] | str:
-    """Momentum and objective of the first, a middle or the last local block; the reason if no block can end here."""
+    """Momentum and objective of a block of so many; the reason if no block can end here."""
     if objective is None:
         return "there is no objective"
     try:
-        branches, head = build_auxiliary(unit, following, rest, example, role, 4, objective, momentum, criterion, model)
+        branches, head = build_auxiliary(unit, following, rest, example, *place, objective, momentum, criterion, model)
     except CannotSitError as error:
         return str(error)
     return [head] if branches is None else [branches, head]

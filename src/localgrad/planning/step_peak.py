@@ -1,7 +1,7 @@
-"""Peak memory of one local step, measured where the model is."""
+"""Peak memory and operations of one local step, measured where the model is."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,11 +14,16 @@ from localgrad.core.site import Criterion, Objective
 from localgrad.core.split import split
 from localgrad.core.step import local_step
 from localgrad.core.trees import leaves
-from localgrad.planning.measure import measure_peak
+from localgrad.planning.measure import Operations, measure_peak
 from localgrad.planning.simulation import Precision
 
 
-def step_peak(
+def step_peak(*args: Any, **options: Any) -> int:
+    """The peak alone of `step_cost`, whose arguments it takes."""
+    return step_cost(*args, **options)[0]
+
+
+def step_cost(
     model: nn.Module,
     example: Tensor,
     cuts: Sequence[str],
@@ -33,8 +38,9 @@ def step_peak(
     reach: int = 1,
     targets: Any = None,
     criterion: Criterion = F.cross_entropy,
-) -> int:
-    """Peak bytes of a `local_step` of a copy of the model, with SGD and all that lives in it included.
+    channel_dim: int | Mapping[str, int] | None = None,
+) -> tuple[int, int]:
+    """Peak bytes of a `local_step` of a copy of the model, with SGD and all that lives in it included, and operations.
 
     What `plan` predicts, measured where the model is; on `meta` nothing is computed. The first step makes the state of
     the optimizers, the second is measured.
@@ -48,6 +54,7 @@ def step_peak(
         parts: as in `local_step`, like `reach`.
         targets: an example of what objective and criterion take, as many as `example`; classes `(N,)` if None.
         criterion: loss of the model's output.
+        channel_dim: as for `split`.
     """
     device = example.device
     blocks = split(
@@ -60,6 +67,7 @@ def step_peak(
         recompute=recompute,
         criterion=criterion,
         targets=targets,
+        channel_dim=channel_dim,
     )
     if precision == "bf16-mixed":
         for block in blocks:
@@ -75,9 +83,10 @@ def step_peak(
         local_step(blocks, optimizers, inputs, wanted, step_each_block=step_each_block, parts=parts, reach=reach)
 
     step()
-    _, peak = measure_peak(step, device)
+    with Operations() as operations:
+        _, peak = measure_peak(step, device)
     given = [leaf for leaf in leaves(wanted) if isinstance(leaf, Tensor)]
     lasting = [inputs, *given, *(tensor for block in blocks for tensor in (*block.parameters(), *block.buffers()))]
     for optimizer in filter(None, optimizers):
         lasting += [value for state in optimizer.state.values() for value in state.values() if value is not None]
-    return peak + sum({tensor.untyped_storage(): tensor.nbytes for tensor in lasting}.values())
+    return peak + sum({tensor.untyped_storage(): tensor.nbytes for tensor in lasting}.values()), operations.total
