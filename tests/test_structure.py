@@ -28,6 +28,7 @@ FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names.s
 CORE = ("core", "objectives", "planning", "parallel")
 PRIVATE = {
     "core.autograd_graph": "_C _autograd _sequence_nr _top_saved_tensors_default_hooks",
+    "core.eager": "_disable_dynamo",
     "core.initialise": "_reset_parameters",
     "core.recompute": "_NormBase",
     "core.replicas": "_ddp_ignored _ddp_params_and_buffers_to_ignore _get_active_ddp_module _module_parameters"

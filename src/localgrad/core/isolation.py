@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from localgrad.core.arguments import ForwardArguments
 from localgrad.core.auxiliary import build_auxiliaries, follow_model
 from localgrad.core.cuts import check_cuts, even_cuts, named_cuts
+from localgrad.core.eager import eager
 from localgrad.core.kept import KeptTensors
 from localgrad.core.local_gradients import SUMMED, LocalGradients
 from localgrad.core.local_pass import BACKWARD, LocalPass
@@ -108,6 +109,7 @@ class Isolation(nn.Module):
         self._unchanged = Unchanged(model, self._hooks)
         self._kept = KeptTensors(model, self._local if self._reach == 1 else [])
 
+    @eager
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the model's forward pass."""
         if self._observing or not (torch.is_grad_enabled() and model.training):
@@ -135,6 +137,7 @@ class Isolation(nn.Module):
         for parameter, block in self._waiting.items():
             parameter.requires_grad_(block == 0)
 
+    @eager
     def _leave(self, block: int, module: nn.Module, args: Any, output: Any) -> Any:
         """After a cut's module."""
         if self._pass is None:
@@ -154,12 +157,14 @@ class Isolation(nn.Module):
             parameter.requires_grad_(block + 1 >= trainer)
         return self._pass.leave(output)
 
+    @eager
     def _meet(self, block: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before the first module of a block."""
         if self._pass is None or not self._pass.is_waiting or self._pass.reached != block:
             return None
         return self._pass.meet(module, args, kwargs)
 
+    @eager
     def _end(self, model: nn.Module, args: Any, output: Any) -> None:
         """After the model's forward pass, also after one that failed, which has no output."""
         done, self._pass = self._pass, None
