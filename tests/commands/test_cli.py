@@ -259,3 +259,20 @@ def test_replicas_are_shared_by_the_processes_that_torchrun_started(
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert main(["train", "digits-dgl", "--parallel", "blocks", "--replicas", "2", "--dry-run"]) == 0
     assert json.loads(capsys.readouterr().out)["devices"] == 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "cuts", "num_blocks"),
+    [
+        ((), ["layer2.0", "layer3.0", "layer4.0"], None),
+        (("--model.name", "timm:resnet10t"), None, 4),
+        (("--model.name=timm:resnet10t", "--num-blocks", "2"), None, 2),
+        (("--model.name", "timm:resnet10t", "--cuts", "layer1"), ["layer1"], None),
+    ],
+)
+def test_another_network_is_cut_into_as_many_blocks_not_at_the_recipes_units(
+    flags: tuple[str, ...], cuts: list[str] | None, num_blocks: int | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--data", "FOLDER", *flags, "--dry-run"]) == 0
+    config = json.loads(capsys.readouterr().out)
+    assert (config["cuts"], config["num_blocks"]) == (cuts, num_blocks)

@@ -129,6 +129,23 @@ def test_predict_refuses_all_broken_images_at_once(
     assert "is no run folder" in capsys.readouterr().err
 
 
+def test_predict_goes_on_past_broken_images_and_says_what_it_does_to_others(
+    run: Path, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "export"
+    folder.mkdir()
+    whole = (photographs / "ant" / "IMG_0.JPG").read_bytes()
+    (folder / "a.jpg").write_bytes(whole)
+    (folder / "cut.jpg").write_bytes(whole[:200])
+    (folder / "._a.jpg").write_bytes(b"a system's own")
+    Image.new("RGBA", (9, 9), (9, 9, 9, 0)).save(folder / "sticker.png")
+    assert main(["predict", str(run), str(folder)]) == 1
+    said = capsys.readouterr()
+    assert "1 of 3 given images cannot be used" in said.err and "cut.jpg" in said.err and "._a" not in said.err
+    assert "given: 1 of 2 images with transparent pixels, laid on white" in said.err
+    assert "a.jpg" in said.out and "sticker.png" in said.out
+
+
 def test_images_of_another_size_are_resized_where_the_run_takes_squares(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,9 +1,11 @@
 """Networks and weights of one's own: by module or file, pretrained, from a run, frozen; all checked before a step."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 import torchvision
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from localgrad.config.networks import build_model, check_scores, located_model
 from localgrad.config.schema import ModelConfig
 from localgrad.config.weights import load_weights
+from localgrad.data.config import digits, imagenette
 from localgrad.errors import LocalGradError
 from localgrad.models import cifar_resnet
 
@@ -60,6 +63,7 @@ def test_a_file_means_the_same_from_another_folder(own: Path, monkeypatch: pytes
         ("single.py:nett", r"has no function 'nett' \(did you mean net"),
         ("absent.py:net", "there is no file absent.py"),
         ("absent.module:net", r"cannot be imported \(No module named 'absent'\); run localgrad in its folder"),
+        ("single.py:nothing_like_it", r"has no function 'nothing_like_it'; it has .*net"),
         ("single.py:broken", r"failed: ZeroDivisionError: division by zero \(.*single.py, line 10\)"),
         ("single.py:number", "gave a int: it must give a torch.nn.Module"),
         ("resnet18", "give cifar_resnet, torchvision:NAME, timm:NAME, package.module:factory"),
@@ -104,6 +108,7 @@ def test_weights_of_a_run_or_file_go_in_and_another_head_begins_anew(tmp_path: P
     [
         ("other.pt", r"is not of this network: \d+ shapes differ, \d+ names are missing .*\n  Give the --model.name"),
         ("text.pt", "is no file of weights"),
+        ("whole.pt", "holds a whole model or other objects, .* save `model.state_dict\\(\\)` instead$"),
         ("list.pt", "holds no state dict"),
         ("absent.pt", "there is no such file, and only torchvision's and timm's networks have weights by name"),
         ("empty", "has no model.safetensors"),
@@ -114,6 +119,7 @@ def test_weights_that_cannot_be_used(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save(cifar_resnet(14).state_dict(), "other.pt")
+    torch.save(cifar_resnet(8), "whole.pt")
     Path("text.pt").write_text("no weights")
     torch.save([1, 2], "list.pt")
     Path("empty").mkdir()
@@ -140,7 +146,9 @@ def test_torchvisions_weights_by_their_names(weights: str, monkeypatch: pytest.M
     model = build_model(config, 3)
     said = load_weights(model, config, 3)
     assert said == "weights of torchvision's resnet18 (IMAGENET1K_V1); fc begins anew, for 3 classes"
-    assert asked == ["IMAGENET1K_V1"]
+    assert load_weights(model, config, 3, imagenette("x")) == said
+    assert "normalised with --data.mean 0.485 0.456 0.406" in str(load_weights(model, config, 3, digits()))
+    assert {*asked} == {"IMAGENET1K_V1"}
     assert torch.equal(model.get_parameter("layer4.1.conv2.weight"), pretrained["layer4.1.conv2.weight"])
     with pytest.raises(LocalGradError, match="torchvision:resnet18 has default, IMAGENET1K_V1; or give a file"):
         load_weights(model, ModelConfig("torchvision:resnet18", weights="IMAGENET21K"), 3)
@@ -154,6 +162,39 @@ def test_weights_without_network_are_one_line(monkeypatch: pytest.MonkeyPatch) -
     config = ModelConfig("torchvision:resnet18", weights="default")
     with pytest.raises(LocalGradError, match=r"not in the cache and cannot be fetched \(no network\); give a file$"):
         load_weights(build_model(config, 3), config, 3)
+
+
+def hub_with(name: str, state: dict[str, Tensor], folder: Path) -> Path:
+    """The hub's cache with one model in it, as its client leaves it."""
+    model = folder / f"models--timm--{name}"
+    (model / "refs").mkdir(parents=True)
+    (model / "snapshots" / "abc").mkdir(parents=True)
+    (model / "refs" / "main").write_text("abc")
+    save_file(state, model / "snapshots" / "abc" / "model.safetensors")
+    return folder
+
+
+def test_timms_weights_come_the_way_timm_loads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the hub's cache, for there is no network here; its means and deviations are not those of the images."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(1)
+    pretrained = timm.create_model("vit_tiny_patch16_224").state_dict()
+    cache = hub_with("vit_tiny_patch16_224.augreg_in21k_ft_in1k", pretrained, tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    data = imagenette("x")
+    for weights in ("default", "augreg_in21k_ft_in1k"):
+        config = ModelConfig("timm:vit_tiny_patch16_224", weights=weights)
+        model = build_model(config, 3)
+        said = str(load_weights(model, config, 3, data))
+        assert "; head begins anew, for 3 classes; they were trained on images normalised with --data.mean 0.5" in said
+        assert torch.equal(model.get_parameter("blocks.3.mlp.fc1.weight"), pretrained["blocks.3.mlp.fc1.weight"])
+    assert "normalised" not in str(load_weights(model, config, 3, replace(data, mean=(0.5,) * 3, std=(0.5,) * 3)))
+    other = ModelConfig("timm:vit_tiny_patch16_224", weights="augreg_in21k")
+    with pytest.raises(
+        LocalGradError, match=r"^--model.weights augreg_in21k: timm/vit_.* is not in the cache, and HF_HU"
+    ):
+        load_weights(build_model(other, 3), other, 3)
 
 
 def trained(model: nn.Module, holds: Callable[[str], bool]) -> set[bool]:

@@ -810,7 +810,7 @@ def unreachable(*_: Any, **__: Any) -> None:
 
 
 def test_no_network_and_not_cached_fails_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", unreachable)
     started = time.perf_counter()
     with pytest.raises(
         LocalGradError, match=r"ufldl-stanford/svhn: no such folder here, not in the cache, and .* cannot be reached"
@@ -827,7 +827,7 @@ def test_no_network_takes_the_cached_set(small: Path, monkeypatch: pytest.Monkey
     cached.rename(tmp_path / "owner___small0")
     for file in (tmp_path / "owner___small0").rglob("*.arrow"):
         file.rename(file.with_name(f"small0-{file.stem.split('-')[-1]}.arrow"))
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", unreachable)
     ours, _ = load(replace(PLAIN, source="owner/small0"))
     assert isinstance(ours, Images) and isinstance(expected, Images) and torch.equal(ours.images, expected.images)
 
@@ -837,7 +837,7 @@ def test_a_hub_name_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         assert arguments == {"path": "owner/absent", "name": "part"}
         raise DatasetNotFoundError("Dataset 'owner/absent' doesn't exist\non the Hub")
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: None)
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *_, **__: None)
     monkeypatch.setattr(datasets, "load_dataset", absent)
     with pytest.raises(
         LocalGradError,

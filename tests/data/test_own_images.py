@@ -23,7 +23,7 @@ import torch
 from datasets import config as settings
 from PIL import Image, TiffImagePlugin
 
-from localgrad.data import sources
+from localgrad.data import hub
 from localgrad.data.config import DataConfig
 from localgrad.data.decoding import BrokenImageError, decode
 from localgrad.data.fingerprint import Fingerprint, fingerprint
@@ -388,7 +388,7 @@ def test_a_folder_is_known_by_its_absolute_path(tmp_path: Path, monkeypatch: pyt
     assert config.source == str(tmp_path / "here" / "mine") and located(config) == config
     monkeypatch.chdir(tmp_path)
     assert len(load_images(config)[0]) == 12
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", pytest.fail)  # a name alone is never looked up anywhere
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", pytest.fail)  # a name alone is never looked up anywhere
     with pytest.raises(LocalGradError, match=r"'mine' is not a folder; .* has the folders 'here': .*OWNER/NAME"):
         load_images(replace(PLAIN, source="mine"))
 
@@ -423,7 +423,7 @@ def test_a_hub_name_without_network_fails_once_and_soon(monkeypatch: pytest.Monk
         asked.append(options)
         raise OSError("no network")
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", unreachable)
     monkeypatch.setattr(datasets, "load_dataset", pytest.fail)
     begin = time.monotonic()
     with pytest.raises(LocalGradError, match=r"^--data owner/name: no such folder here, .* cannot be reached: [^\n]*$"):
@@ -433,8 +433,8 @@ def test_a_hub_name_without_network_fails_once_and_soon(monkeypatch: pytest.Monk
 
 def test_a_hub_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """As one with many addresses, of which each has the whole limit."""
-    monkeypatch.setattr(sources, "HUB_SECONDS", 0.1)
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: time.sleep(3))
+    monkeypatch.setattr(hub, "HUB_SECONDS", 0.1)
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *_, **__: time.sleep(3))
     begin = time.monotonic()
     with pytest.raises(LocalGradError, match="owner/name"):
         check_source(replace(PLAIN, source="owner/name"))
@@ -449,7 +449,7 @@ def test_a_name_that_the_hub_does_not_have_is_said(monkeypatch: pytest.MonkeyPat
     def absent(*_: Any, **__: Any) -> None:
         raise Absent
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", absent)
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", absent)
     with pytest.raises(LocalGradError, match=r"the hub has no such set, or it is private: .* `hf auth login`[^\n]*$"):
         check_source(replace(PLAIN, source="owner/name"))
 
@@ -460,6 +460,21 @@ def test_a_stream_of_folders_reads_the_same_images(tmp_path: Path) -> None:
     assert isinstance(streamed, ImageStream)
     for ours, theirs in zip(train.batches(5, train=False), streamed.batches(5, train=False), strict=True):
         assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+
+
+@pytest.mark.parametrize("names", [("labels.csv",), ("train.csv", "test.csv")])
+def test_a_table_beside_the_images_names_them(names: tuple[str, ...], tmp_path: Path) -> None:
+    """As many sets come: one folder of images, and a table with a path and a class in each line."""
+    (tmp_path / "img").mkdir()
+    for name in names:
+        lines = ["file_name,species"]
+        for i in range(10):
+            picture(i).save(tmp_path / "img" / f"{name}{i}.png")
+            lines.append(f"img/{name}{i}.png,{['bee', 'ant'][i % 2]}")
+        (tmp_path / name).write_text("\n".join(lines))
+    share = {"test_fraction": 0.2} if len(names) == 1 else {}
+    train, test, _ = load(tmp_path, label_column="species", **share)
+    assert (len(train), len(test)) == ((8, 2) if share else (10, 10)) and train.class_names == ("ant", "bee")
 
 
 def test_described_images_take_their_labels_from_the_description(tmp_path: Path) -> None:

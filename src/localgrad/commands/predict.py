@@ -8,6 +8,7 @@ Examples:
 
 import json
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,33 +45,50 @@ def predict(
     if top < 1:
         raise LocalGradError(f"--top is {top}: give 1 or more")
     with loading():
-        from localgrad.data.decoding import BrokenImageError, broken, decode
-        from localgrad.runs.load import load_run
+        import torch
 
-    import torch
+        from localgrad.data.decoding import broken
+        from localgrad.runs.load import load_run
 
     loaded = load_run(run_folder, best=best)
     paths = list(_files(images))
-    size = loaded.transform.config.image_size
-    inputs, used, problems, resized = [], [], [], 0
+    read, problems = _read(paths, loaded)
+    if problems:
+        problem = broken("given", problems, len(paths), "Leave them out, or repair them.")
+        if not read:
+            raise problem
+        tell(str(problem))
+    _show([*read], loaded.classes, _probabilities(loaded, torch.stack([*read.values()])), top, json_lines)
+    return 1 if problems else 0
+
+
+def _read(paths: list[Path], loaded: Any) -> tuple[dict[Path, Any], list[tuple[str, str]]]:
+    """The pixels (3, H, W) of the images, and what is wrong with the others. Says what was done to them."""
+    import torch
+
+    from localgrad.data.decoding import BrokenImageError, decode, remarked
+
+    config = loaded.transform.config
+    read: dict[Path, Any] = {}
+    problems: list[tuple[str, str]] = []
+    remarks, resized = Counter[str](), 0
     for path in paths:
         try:
-            image, _ = decode(path)
+            image, seen = decode(path)
         except BrokenImageError as error:
             problems.append((str(path), str(error)))
             continue
-        resized += loaded.transform.config.resize is None and image.size != (size, size)
-        inputs.append(torch.from_numpy(loaded.transform.pixels(image)))
-        used.append(path)
-    if problems:
-        raise broken("given", problems, len(paths), "Leave them out, or repair them.")
+        remarks.update(seen)
+        resized += config.resize is None and image.size != (config.image_size, config.image_size)
+        read[path] = torch.from_numpy(loaded.transform.pixels(image))
+    for sentence in remarked(len(read), remarks, "given"):
+        tell(sentence)
     if resized:
         tell(
-            f"{resized} of {len(paths)} images are resized to {size} x {size} pixels, which the network was trained on"
+            f"{resized} of {len(paths)} images are resized to {config.image_size} x {config.image_size} pixels, which "
+            "the network was trained on"
         )
-    probabilities = _probabilities(loaded, torch.stack(inputs))
-    _show(used, loaded.classes, probabilities, top, json_lines)
-    return 0
+    return read, problems
 
 
 def _probabilities(loaded: Any, pixels: Any) -> list[list[float]]:
@@ -101,11 +119,17 @@ def _show(paths: list[Path], classes: list[str], found: list[list[float]], top: 
 
 
 def _files(images: Sequence[Path]) -> Iterator[Path]:
+    """The files themselves, and those in folders but for a system's own."""
     from localgrad.data.decoding import suffixes
+    from localgrad.data.folders import is_hidden
 
     for path in images:
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes())
+            found = sorted(
+                file
+                for file in path.rglob("*")
+                if file.suffix.lower() in suffixes() and not any(map(is_hidden, file.relative_to(path).parts))
+            )
             if not found:
                 raise LocalGradError(f"{path} has no images")
             yield from found

@@ -43,8 +43,7 @@ def main(arguments: Sequence[str]) -> int:
     folder = Path(name)
     is_folder = (folder / "config.json").exists()
     default = _default(name, folder if is_folder else None)
-    if any(flag.partition("=")[0] == "--num-blocks" for flag in flags) and "--cuts" not in flags:
-        default = replace(default, cuts=None)  # a number of blocks stands instead of the recipe's cuts
+    default = _with_own_cuts(default, {flag.partition("=")[0] for flag in flags})
     return call(_command(name, default, folder if is_folder else None), flags, f"localgrad train {name}", HELP)
 
 
@@ -57,6 +56,16 @@ def _default(name: str, folder: Path | None) -> TrainConfig:
 
         return RunFolder(folder).config()
     return own_images() if name == OWN else recipe(name).config
+
+
+def _with_own_cuts(default: TrainConfig, flags: set[str]) -> TrainConfig:
+    """The recipe without its cuts where a number of blocks is given, or another network, which has other units.
+
+    Another network is cut into as many blocks as the recipe's.
+    """
+    if default.cuts is None or "--cuts" in flags or not flags & {"--num-blocks", "--model.name"}:
+        return default
+    return replace(default, cuts=None, num_blocks=len(default.cuts) + 1)
 
 
 def _command(name: str, default: TrainConfig, folder: Path | None) -> Callable[..., int]:

@@ -93,7 +93,10 @@ def _factory(where: str, name: str) -> Callable[..., Any]:
     factory = getattr(module, name, None)
     if not callable(factory):
         have = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise LocalGradError(f"{where} has no function {name!r}{closest(name, have)}")
+        own = [key for key in have if getattr(vars(module)[key], "__module__", "") == module.__name__] or have
+        raise LocalGradError(
+            f"{where} has no function {name!r}{closest(name, own)}; it has {', '.join(own[:9]) or 'none'}"
+        )
     return factory
 
 
@@ -127,12 +130,14 @@ def _module(where: str) -> ModuleType:
 
 
 def _call(factory: Callable[..., Any], name: str, num_classes: int) -> nn.Module:
+    called = name
     try:
         accepted = inspect.signature(factory).parameters.values()
         takes = any(each.name == "num_classes" or each.kind is each.VAR_KEYWORD for each in accepted)
+        called = f"{name}(num_classes={num_classes})" if takes else f"{name}()"
         model = factory(num_classes=num_classes) if takes else factory()
     except Exception as error:
-        raise _failed(name, error) from error
+        raise _failed(called, error) from error
     if not isinstance(model, nn.Module):
         raise LocalGradError(f"{name} gave a {type(model).__name__}: it must give a torch.nn.Module")
     return model
@@ -141,8 +146,9 @@ def _call(factory: Callable[..., Any], name: str, num_classes: int) -> nn.Module
 def _failed(name: str, error: Exception) -> LocalGradError:
     """What one's own code raised, with the line of it."""
     last = traceback.extract_tb(error.__traceback__)[-1]
-    said = " ".join(str(error).split())[:200]
-    return LocalGradError(f"{name} failed: {type(error).__name__}: {said} ({last.filename}, line {last.lineno})")
+    said = f"{name} failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    own = last.filename != __file__  # else it could not even be called
+    return LocalGradError(f"{said} ({last.filename}, line {last.lineno})" if own else said)
 
 
 def check_scores(model: nn.Module, name: str, image_size: int, num_classes: int) -> None:

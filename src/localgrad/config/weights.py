@@ -2,13 +2,18 @@
 
 import importlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from torch import Tensor, nn
 
 from localgrad.config.schema import ModelConfig
+from localgrad.data.config import DataConfig
+from localgrad.data.hub import cache_alone, hub_lacks
 from localgrad.errors import LocalGradError, closest
 
 MOST_NAMED = 5
@@ -37,7 +42,18 @@ def freeze(model: nn.Module, names: Sequence[str]) -> None:
             parameter.requires_grad_(False)
 
 
-def load_weights(model: nn.Module, config: ModelConfig, num_classes: int) -> str | None:
+@dataclass(frozen=True)
+class Weights:
+    """A state dict, and where it is from."""
+
+    state: dict[str, Tensor]
+    origin: str
+    mean: tuple[float, ...] | None = None
+    """Mean and deviation by which the images were normalised that it was trained on; None where nobody says."""
+    std: tuple[float, ...] | None = None
+
+
+def load_weights(model: nn.Module, config: ModelConfig, num_classes: int, data: DataConfig | None = None) -> str | None:
     """Loads the weights that the config says, in place; the head stays new where it has other classes.
 
     Args:
@@ -45,17 +61,29 @@ def load_weights(model: nn.Module, config: ModelConfig, num_classes: int) -> str
         config: `weights` is `default`, `imagenet`, a name that torchvision or timm gives its weights, a file of
             safetensors or a state dict, or a run folder; None leaves the model as it is.
         num_classes: that the model was built for.
+        data: how the images are normalised; None where that does not matter.
 
     Returns:
-        What was done, in a sentence; None if nothing.
+        What was done, in a sentence, and that the weights know other means and deviations; None if nothing.
 
     Raises:
         LocalGradError: there are no such weights, they cannot be had, or they are another network's.
     """
     if config.weights is None:
         return None
-    state, origin = _state(config, config.weights)
-    return f"weights of {origin}{_put(model, state, origin, num_classes)}"
+    found = _state(config, config.weights)
+    said = f"weights of {found.origin}{_put(model, found.state, found.origin, num_classes)}"
+    return said if data is None else said + _otherwise_normalised(found, data)
+
+
+def _otherwise_normalised(weights: Weights, data: DataConfig) -> str:
+    if weights.mean is None or weights.std is None:
+        return ""
+    pairs = zip([*weights.mean, *weights.std], [*data.mean, *data.std], strict=True)
+    if all(abs(theirs - ours) < 0.01 for theirs, ours in pairs):
+        return ""
+    mean, std = (" ".join(f"{value:.3g}" for value in values) for values in (weights.mean, weights.std))
+    return f"; they were trained on images normalised with --data.mean {mean} --data.std {std}, yours are otherwise"
 
 
 def _put(model: nn.Module, state: dict[str, Tensor], origin: str, num_classes: int) -> str:
@@ -91,15 +119,14 @@ def _is_head(model: nn.Module, name: str, num_classes: int) -> bool:
     return isinstance(weight, Tensor) and weight.shape[0] == num_classes
 
 
-def _state(config: ModelConfig, weights: str) -> tuple[dict[str, Tensor], str]:
-    """A state dict, and what to call where it is from."""
+def _state(config: ModelConfig, weights: str) -> Weights:
     path = Path(weights).expanduser()
     if path.is_dir():
         path = path / "model.safetensors"
         if not path.is_file():
             raise LocalGradError(f"{weights} has no model.safetensors: give the folder of a finished run, or a file")
     if path.is_file():
-        return _from_file(path), str(path)
+        return Weights(_from_file(path), str(path))
     library, _, name = config.name.rpartition(":")
     try:
         if library == "torchvision":
@@ -125,6 +152,11 @@ def _from_file(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds for a broken file, or one that holds code
+        if isinstance(error, UnpicklingError) and is_zipfile(path):  # PyTorch wrote it, with more than tensors in it
+            raise LocalGradError(
+                f"--model.weights {path} holds a whole model or other objects, which are not loaded from a file: save "
+                "`model.state_dict()` instead"
+            ) from error
         said = " ".join(str(error).split())[:160]
         raise LocalGradError(f"--model.weights {path} is no file of weights ({said})") from error
     for key in ("state_dict", "model"):  # as many training programs write it
@@ -135,7 +167,7 @@ def _from_file(path: Path) -> dict[str, Tensor]:
     return {name.removeprefix("module."): value for name, value in state.items()}
 
 
-def _torchvision(name: str, weights: str) -> tuple[dict[str, Tensor], str]:
+def _torchvision(name: str, weights: str) -> Weights:
     import torchvision
 
     known = torchvision.models.get_model_weights(name)
@@ -144,14 +176,28 @@ def _torchvision(name: str, weights: str) -> tuple[dict[str, Tensor], str]:
     if wanted not in named:
         have = ", ".join(["default", *(each.name for each in known)])
         raise LocalGradError(f"--model.weights {weights}: torchvision:{name} has {have}; or give a file")
-    return named[wanted].get_state_dict(progress=False, check_hash=True), f"torchvision's {name} ({named[wanted].name})"
+    chosen = named[wanted]
+    prepared: Any = chosen.transforms()
+    state = chosen.get_state_dict(progress=False, check_hash=True)
+    mean, std = getattr(prepared, "mean", None), getattr(prepared, "std", None)
+    return Weights(state, f"torchvision's {name} ({chosen.name})", mean, std)
 
 
-def _pretrained_timm(full: str, name: str, weights: str) -> tuple[dict[str, Tensor], str]:
+def _pretrained_timm(full: str, name: str, weights: str) -> Weights:
     timm = import_timm(full)
     tags = timm.list_pretrained(f"{name.partition('.')[0]}.*")
     tagged = name if weights in ("default", "imagenet") else f"{name.partition('.')[0]}.{weights}"
     if not tags or (tagged != name and tagged not in tags):
         have = ", ".join(["default", *(tag.partition(".")[2] for tag in tags)]) if tags else "none by name"
         raise LocalGradError(f"--model.weights {weights}: {full} has {have}; or give a file")
-    return timm.create_model(tagged, pretrained=True).state_dict(), f"timm's {tagged}"
+    hub = getattr(timm.get_pretrained_cfg(tagged), "hf_hub_id", None)
+    why = hub_lacks(hub, "model", "a file") if hub else None
+    try:
+        with cache_alone(why is not None):
+            model = timm.create_model(tagged, pretrained=True)
+    except OSError as error:  # not in the cache
+        if why is None:
+            raise
+        raise LocalGradError(f"--model.weights {weights}: {hub} is not in the cache, and {why}") from error
+    known = model.pretrained_cfg
+    return Weights(model.state_dict(), f"timm's {tagged}", known.get("mean"), known.get("std"))

@@ -10,22 +10,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from glob import escape, has_magic
 from pathlib import Path
-from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from localgrad.data.config import DataConfig
 from localgrad.data.decoding import suffixes
 from localgrad.data.folders import ImageFolder, image_folder, is_hidden, labelled, split_named
+from localgrad.data.hub import hub_lacks
 from localgrad.errors import LocalGradError
 
 if TYPE_CHECKING:
     import datasets
 
-HUB_SECONDS = 5.0
-"""How long to wait for the hub's answer, in all."""
-_UNREACHABLE = "the Hugging Face hub cannot be reached: give --data FOLDER, or connect and try again"
-_ABSENT = "the hub has no such set, or it is private: give another name, or sign in with `hf auth login`"
-_OFFLINE = "HF_HUB_OFFLINE is set: give --data FOLDER, or unset it"
 _TABLES = {
     ".parquet": "parquet",
     ".arrow": "arrow",
@@ -133,34 +128,6 @@ def _is_cached(owner: str, name: str) -> bool:
     return any(path.is_dir() for path in home.glob(f"{escape(owner)}___{escape(camelcase_to_snakecase(name))}/*/*/*"))
 
 
-def hub_lacks(source: str) -> str | None:
-    """Why a set cannot be had from the hub now; None where it can.
-
-    One request, for `load_dataset` by itself retries for half a minute and then looks into its cache. A page that some
-    network shows instead of the hub is no answer of the hub.
-    """
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    if constants.HF_HUB_OFFLINE:
-        return _OFFLINE
-    found = [_UNREACHABLE]
-
-    def ask() -> None:
-        try:
-            HfApi().dataset_info(source, timeout=HUB_SECONDS)
-            found.append("")
-        except RepositoryNotFoundError:
-            found.append(_ABSENT)
-        except Exception:  # of a class that depends on the version
-            found.append(_UNREACHABLE)
-
-    asking = Thread(target=ask, daemon=True)  # its own limit counts for each address of the hub
-    asking.start()
-    asking.join(HUB_SECONDS)
-    return found[-1] or None
-
-
 @contextmanager
 def _quiet(offline: bool = False) -> Iterator[None]:
     """Without the progress bars of `datasets`, and only with its cache if offline; the user's settings come back."""
@@ -242,7 +209,9 @@ def _folder(folder: Path, config: DataConfig) -> Source:
     if images and (_classes(folder) > 1 or not tables):
         return _images(folder)
     if tables:
-        return _loaded(str(folder), _table_arguments(folder, config), root=str(folder))
+        beside = _tables_beside(folder) if images else {}
+        arguments = beside or _table_arguments(folder, config)
+        return _loaded(str(folder), arguments, root=str(folder))
     odd = ", ".join(f"{count} {suffix}" for suffix, count in kinds.most_common(5)) or "nothing"
     how = next((_CONVERT[suffix] for suffix, _ in kinds.most_common() if suffix in _CONVERT), None)
     raise LocalGradError(
@@ -322,6 +291,22 @@ def _table_arguments(folder: Path, config: DataConfig, images: bool = False) -> 
         return {"path": str(folder), "data_files": files}
     declared = config.subset and datasets.get_dataset_config_names(str(folder)) != ["default"]
     return {"path": str(folder), "name": config.subset if declared else None}
+
+
+def _tables_beside(folder: Path) -> dict[str, Any]:
+    """What `load_dataset` is given where a table beside the images names them; by itself it reads the images alone.
+
+    A table called as a split is that split, and any other one is `train`. Nothing where they are of several kinds.
+    """
+    tables = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in _TABLES and not is_hidden(path.name)]
+    if len({path.suffix.lower() for path in tables}) != 1:
+        return {}
+    files: dict[str, list[str]] = {}
+    for path in tables:
+        known = [word for word in ("train", "validation", "test") if split_named(word, [path.stem])]
+        files.setdefault(path.stem if known else "train", []).append(escape(str(path)))
+    suffix = tables[0].suffix.lower()
+    return {"path": _TABLES[suffix], "data_files": files, **({"sep": "\t"} if suffix == ".tsv" else {})}
 
 
 def _patterns(folder: Path, name: str) -> list[str]:

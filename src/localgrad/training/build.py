@@ -100,7 +100,7 @@ def _network(config: TrainConfig, num_classes: int, fresh: bool, say: Callable[[
     model = build_model(config.model, num_classes)
     if is_own(config.model):
         check_scores(model, config.model.name, config.data.image_size, num_classes)
-    if fresh and (loaded := load_weights(model, config.model, num_classes)):
+    if fresh and (loaded := load_weights(model, config.model, num_classes, config.data)):
         say(loaded)
     return model
 
