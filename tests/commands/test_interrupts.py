@@ -49,6 +49,7 @@ class Press(MetaPathFinder):
         if name == {module!r}:
             os.kill(os.getpid(), signal.SIGINT)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background of a script hands on "ignore"
 sys.meta_path.insert(0, Press())
 sys.argv = ["localgrad", *{words!r}]
 from localgrad.__main__ import main

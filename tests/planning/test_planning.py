@@ -257,7 +257,8 @@ def test_more_blocks_take_less_memory_and_the_model_stays_as_it_is() -> None:
 def test_powers_of_two_are_tried_up_to_the_most_that_there_can_be() -> None:
     rows = plan(cifar_resnet(8), EXAMPLE, objective=localgrad.classifier(10), parts=[1])
     assert [row.num_blocks for row in rows if not row.recompute] == [1, 2, 4, 5]
-    rows = plan(cifar_resnet(8, NUM_CLASSES), EXAMPLE, objective=OBJECTIVES["infopro"], momentum=localgrad.man())
+    model, infopro = cifar_resnet(8, NUM_CLASSES), OBJECTIVES["infopro"]
+    rows = plan(model, EXAMPLE, objective=infopro, momentum=localgrad.man(), parts=[1])
     assert rows[-1].num_blocks == 4  # after the last residual unit there is only `fc` to copy, which gives a vector
 
 
@@ -273,28 +274,28 @@ def test_the_smallest_number_of_blocks_that_fits_is_among_the_rows() -> None:
 
 def test_what_is_impossible_is_refused_with_what_would_fit() -> None:
     model = cifar_resnet(8, NUM_CLASSES)
-    dgl = localgrad.dgl(NUM_CLASSES)
+    dgl, example = localgrad.dgl(NUM_CLASSES), EXAMPLE[:4]  # too few for rows in parts, which would double the time
     with pytest.raises(LocalGradError, match="budget is 0: give a whole number of bytes more than 0"):
-        plan(model, EXAMPLE, objective=dgl, budget=0)
+        plan(model, example, objective=dgl, budget=0)
     with pytest.raises(LocalGradError, match=r"budget is 0.01 MiB.*the unit 'layer1.0' alone needs.*") as refused:
-        plan(model, EXAMPLE, objective=dgl, budget=1000)
+        plan(model, example, objective=dgl, budget=1000)
     enough = re.search(r"give (\d+\.\d\d) MiB or a smaller batch", str(refused.value))
     assert enough
-    assert any(row.fits for row in plan(model, EXAMPLE, objective=dgl, budget=round(float(enough[1]) * 2**20)))
+    assert any(row.fits for row in plan(model, example, objective=dgl, budget=round(float(enough[1]) * 2**20)))
     with pytest.raises(LocalGradError, match="num_blocks is 9: the model has 5 units"):
-        plan(model, EXAMPLE, objective=dgl, num_blocks=[2, 9])
+        plan(model, example, objective=dgl, num_blocks=[2, 9])
     message = (
         r"num_blocks is 5: momentum and objective cannot sit after layer3\.0, which leaves 1 to 4 blocks; .* \(infopro "
     )
     with pytest.raises(LocalGradError, match=message):
-        plan(model, EXAMPLE, objective=OBJECTIVES["infopro"], momentum=localgrad.man(), num_blocks=[5])
+        plan(model, example, objective=OBJECTIVES["infopro"], momentum=localgrad.man(), num_blocks=[5])
     with pytest.raises(LocalGradError, match="precision is 'bf16': it is one of '32-true', 'bf16-mixed'"):
-        plan(model, EXAMPLE, objective=dgl, precision="bf16")  # pyright: ignore[reportArgumentType]
+        plan(model, example, objective=dgl, precision="bf16")  # pyright: ignore[reportArgumentType]
     with pytest.raises(LocalGradError, match="_Branching does not run without data"):
         plan(_Branching(), torch.empty(2, 4), objective=localgrad.classifier(3))
     for precision in ("32-true", "bf16-mixed"):
         with pytest.raises(LocalGradError, match="the objective after 'conv1' cannot be profiled without data"):
-            plan(model, EXAMPLE, objective=lambda site: _ReadsValues(), precision=precision)
+            plan(model, example, objective=lambda site: _ReadsValues(), precision=precision)
 
 
 class _ReadsValues(nn.Module):

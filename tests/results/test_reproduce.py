@@ -119,6 +119,7 @@ def _assert_is_the_run_of(cell: Cell, tmp_path: Path) -> None:
     assert stored["device"] and stored["wall_seconds"] > 0 and stored["peak_memory_bytes"] > 0
 
 
+@pytest.mark.slow
 def test_a_table_from_an_interrupt_to_the_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

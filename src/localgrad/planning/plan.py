@@ -110,6 +110,7 @@ def plan(
             what would fit), a K is out of range, the precision is unknown, the model cannot be split, or a unit or
             objective cannot run on tensors without data.
     """
+    _check_request(num_blocks, budget)  # before profiling, which takes longer
     planner = Planner(
         model,
         example,
@@ -128,6 +129,14 @@ def plan(
     if not any(row.fits for row in rows):
         raise planner.nothing_fits(rows, budget or 0)
     return rows
+
+
+def _check_request(num_blocks: Any, budget: Any) -> None:
+    """Refuse a budget or numbers of blocks of another type."""
+    if budget is not None and (not isinstance(budget, int) or budget <= 0):
+        raise SettingsError(f"budget is {budget!r}: give a whole number of bytes more than 0, such as 8 * 2**30")
+    if num_blocks is not None and not isinstance(num_blocks, Sequence):
+        raise SettingsError(f"num_blocks is {num_blocks!r}: give the numbers to try, such as [2, 4, 8]")
 
 
 class Planner:
@@ -188,10 +197,7 @@ class Planner:
 
     def rows(self, num_blocks: Sequence[int] | None, budget: int | None) -> list[PlanRow]:
         """The rows of `plan`, whether one fits or not."""
-        if budget is not None and (not isinstance(budget, int) or budget <= 0):
-            raise SettingsError(f"budget is {budget!r}: give a whole number of bytes more than 0, such as 8 * 2**30")
-        if num_blocks is not None and not isinstance(num_blocks, Sequence):
-            raise SettingsError(f"num_blocks is {num_blocks!r}: give the numbers to try, such as [2, 4, 8]")
+        _check_request(num_blocks, budget)
         most = self.plain.most_blocks
         if num_blocks:
             counts = num_blocks
