@@ -89,7 +89,7 @@ def test_the_summary_says_what_was_run_when_and_on_what(tmp_path: Path) -> None:
     whole, best, gain, memory, _ = finding[1:]
     assert whole == "30.00|n = 1"
     assert best == "28.00|DGL + MAN, 15 blocks|n = 1"
-    assert gain == "1.00|DGL: 1.00 (n = 1)"
+    assert gain == "1.00|DGL: 1.00 (n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}1)"
     assert memory.startswith("0.15|2 MiB of 11 MiB")
 
 

@@ -63,6 +63,13 @@ def test_a_browser_shows_the_page_without_a_complaint(tab: Tab, written: Path, w
     assert tab.complaints() == []
 
 
+def test_words_of_the_findings_lie_beside_each_other_on_a_phone(tab: Tab, written: Path) -> None:
+    tab.open(written, width=400)
+    cells = "[...document.querySelectorAll('table.cards td')].filter((each) => each.clientHeight)"
+    beyond = tab.run(f"{cells}.map((each) => each.scrollHeight - each.clientHeight)")
+    assert len(beyond) > 4 and max(beyond) <= 0, "a label that is longer than its value ends above the next one"
+
+
 def test_ink_and_paper_differ_by_day_by_night_and_in_print(tab: Tab, written: Path) -> None:
     body = "getComputedStyle(document.body)"
     texts = "[...document.querySelectorAll('svg text')].map((text) => getComputedStyle(text).fill)"

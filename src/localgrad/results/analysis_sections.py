@@ -9,6 +9,7 @@ from localgrad.results import analysis_figures as drawings
 from localgrad.results import figures
 from localgrad.results.analysis_figures import class_name, label_of, title_of
 from localgrad.results.kinds import Alignment, AnalysedRun, Analysis, Pictures, Plan, Probe, StepTimes
+from localgrad.results.names import device_text
 from localgrad.results.page import Cell, Grid, Part, Picture, Studio, plain
 from localgrad.results.read import File
 from localgrad.results.tables import BUDGET, own_fields, place
@@ -174,7 +175,7 @@ def speeds(files: Sequence[File[StepTimes]], studio: Studio) -> Part:
     for file in files:
         settings = {name: value for name, value in file.values.settings.items() if value is not None}
         words = ", ".join(f"{name.replace('_', ' ')} {_words(value)}" for name, value in settings.items())
-        caption = f"Seconds of one training step, in turns on {file.values.device}"
+        caption = f"Seconds of one training step, in turns on {device_text(file.values.device)}"
         title = str(settings.get("network") or file.path.stem)
         drawn = figures.step_times(file.values, title)
         pictures.append(studio.picture(drawn, f"{caption}: {words}." if words else f"{caption}.", [file.path]))

@@ -99,3 +99,8 @@ def _without_folder(word: str) -> str:
     """`path/to/NAME` for an absolute path of any system."""
     absolute = PurePosixPath(word).is_absolute() or PureWindowsPath(word).is_absolute()
     return f"path/to/{last_part(word)}" if absolute else word
+
+
+def device_text(device: str) -> str:
+    """A device as a page calls it: `2 threads` where the file has `2 thread(s)`."""
+    return device.replace("1 thread(s)", "1 thread") if device.endswith(" 1 thread(s)") else device.replace("(s)", "s")

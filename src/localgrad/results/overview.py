@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from localgrad.results.findings import Finding, Gain, finding
+from localgrad.results.names import device_text
 from localgrad.results.page import Cell, Grid
 from localgrad.results.read import Results
 from localgrad.results.sections import error_cell, seconds_of
@@ -31,7 +32,7 @@ def facts(found: Results, grouped: Sequence[Table]) -> list[tuple[str, str]]:
         "What": _counted(found, grouped),
         "Networks and images": _several(table.title for table in grouped),
         "When": when,
-        "On": _several(each.device for each in results),
+        "On": _several(device_text(each.device) for each in results),
         "Software": software,
     }
     return [(name, text) for name, text in listed.items() if text]
@@ -105,8 +106,10 @@ def _gains(gains: Sequence[Gain]) -> Cell:
     if not gains:
         return Cell("-")
     ordered = sorted(gains, key=lambda gain: -gain.mean)
+    equals = "n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}"
     lines = tuple(
-        f"{gain.without.label}: {_signed(mean_std(gain.differences))} (n = {len(gain.differences)})" for gain in ordered
+        f"{gain.without.label}: {_signed(mean_std(gain.differences))} ({equals}{len(gain.differences)})"
+        for gain in ordered
     )
     return Cell(strong=_signed(ordered[0].mean), small=lines)
 

@@ -11,7 +11,7 @@ from jinja2 import Environment, StrictUndefined
 
 from localgrad.results import analysis_sections, overview, sections
 from localgrad.results.kinds import Pictures
-from localgrad.results.names import dataset_label
+from localgrad.results.names import dataset_label, device_text
 from localgrad.results.page import Cell, Detail, Grid, Part, Picture, Studio
 from localgrad.results.read import File, Results, read_results
 from localgrad.results.tables import Table, one_a_seed, setting, tables
@@ -56,6 +56,7 @@ def page(found: Results, folder: Path) -> str:
     return environment.from_string(here.joinpath("report.html.j2").read_text()).render(
         policy=POLICY,
         style=here.joinpath("report.css").read_text(),
+        title=_title(folder),
         name=folder.resolve().name,
         version=version("localgrad"),
         facts=overview.facts(found, grouped),
@@ -63,6 +64,11 @@ def page(found: Results, folder: Path) -> str:
         pictures=_front(found, grouped, studio),
         details=details,
     )
+
+
+def _title(folder: Path) -> str:
+    name = folder.resolve().name
+    return "Results" if name.lower() in ("", "results", "runs") else f"Results of {name}"
 
 
 def _front(found: Results, grouped: Sequence[Table], studio: Studio) -> list[Picture]:
@@ -133,7 +139,7 @@ def _files(found: Results, studio: Studio) -> Part:
             Cell(studio.name(path)),
             Cell((values.commit or "")[:12]),
             Cell(values.versions.get("torch", "")),
-            Cell(values.device),
+            Cell(device_text(values.device)),
             Cell((values.date or "")[:10]),
         ]
         for path, values in sorted(origins, key=lambda origin: origin[0])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from localgrad.results import figures
 from localgrad.results.kinds import StepTimes
-from localgrad.results.names import command, without_paths
+from localgrad.results.names import command, device_text, without_paths
 from localgrad.results.page import Cell, Grid, Part, Picture, Studio, plain
 from localgrad.results.read import File
 from localgrad.results.tables import Row, Table, parameters_text, seconds_text, spread, step_key
@@ -132,7 +132,9 @@ def costs(table: Table, speeds: Sequence[File[StepTimes]], studio: Studio) -> It
     for device in table.devices:
         seconds = seconds_of(table, device, speeds)
         pictures = [trade_off(table, device, seconds, studio)] if len(table.on(device)) > 1 else []
-        yield Part("Memory and time", f"On {device}.", [_cost_grid(table, device, seconds, studio)], pictures)
+        yield Part(
+            "Memory and time", f"On {device_text(device)}.", [_cost_grid(table, device, seconds, studio)], pictures
+        )
 
 
 def _cost_grid(table: Table, device: str, seconds: Seconds, studio: Studio) -> Grid:
@@ -169,8 +171,8 @@ def trade_off(table: Table, device: str, seconds: Seconds, studio: Studio) -> Pi
     named = ", ".join(f"{mark} for {rival}" for rival, (_, mark) in figures.RIVALS.items() if rival in marks and rival)
     colors = f"a color is an objective{f', a {named}' if named else ''}"
     caption = (
-        f"Test error of all runs against the peak memory of a step on {device}: {described(table)}. Points are "
-        f"numbered as in the legend; {colors}. The area of a point is the "
+        f"Test error of all runs against the peak memory of a step on {device_text(device)}: {described(table)}. "
+        f"Points are numbered as in the legend; {colors}. The area of a point is the "
         f"time of a step, which the legend has in seconds, {timed}; the dotted line joins the points that no other "
         "beats in both."
     )
