@@ -23,11 +23,6 @@ torch.set_num_threads(1)
 
 WITH_64_PIXELS = [
     "resnet18",
-    "resnet50",
-    "resnet101",
-    "resnext50_32x4d",
-    "wide_resnet50_2",
-    "vgg16_bn",
     "densenet121",
     "mobilenet_v3_large",
     "efficientnet_b0",
@@ -35,15 +30,21 @@ WITH_64_PIXELS = [
     "regnet_y_400mf",
     "swin_t",
 ]
-TIMM_SIZES = {
-    "resnet50": 64,
-    "vit_tiny_patch16_224": 224,
-    "deit3_small_patch16_224": 224,
-    "convnext_atto": 64,
-    "mixer_s16_224": 224,
-    "swin_tiny_patch4_window7_224": 224,
-    "efficientnet_b0": 64,
-    "regnety_002": 64,
+BOTTLENECKS: dict[str, dict[str, int]] = {
+    "resnet": {},
+    "resnext": {"groups": 32, "width_per_group": 4},
+    "wide_resnet": {"width_per_group": 128},
+}
+SWIN = {"img_size": 64, "window_size": 2, "embed_dim": 24}
+TIMM: dict[str, dict[str, Any]] = {  # whole architectures, where they allow it with fewer layers and smaller images
+    "resnet50": {},
+    "vit_tiny_patch16_224": {"img_size": 64, "depth": 3},
+    "deit3_small_patch16_224": {"img_size": 64, "depth": 3},
+    "convnext_atto": {},
+    "mixer_s16_224": {"img_size": 64},
+    "swin_tiny_patch4_window7_224": SWIN,
+    "efficientnet_b0": {},
+    "regnety_002": {},
 }
 
 
@@ -55,9 +56,14 @@ def plain_chain() -> nn.Module:
 
 MODELS = {
     **{name: (functools.partial(vision.get_model, name, weights=None, num_classes=7), 64) for name in WITH_64_PIXELS},
-    "vit_b_16": (functools.partial(vision.vit_b_16, image_size=32), 32),
+    **{
+        name: (functools.partial(vision.ResNet, vision.resnet.Bottleneck, [1, 2, 1, 1], 7, **options), 64)
+        for name, options in BOTTLENECKS.items()
+    },
+    "vgg16_bn": (functools.partial(vision.vgg16_bn, num_classes=7, init_weights=False), 64),
+    "vit": (functools.partial(vision.VisionTransformer, 32, 16, 3, 3, 48, 96), 32),
     "googlenet": (functools.partial(vision.googlenet, aux_logits=False, init_weights=False), 64),
-    **{f"timm {n}": (functools.partial(timm.create_model, n), size) for n, size in TIMM_SIZES.items()},
+    **{f"timm {name}": (functools.partial(timm.create_model, name, **options), 64) for name, options in TIMM.items()},
     "plain": (plain_chain, 16),
     "cifar_resnet8": (functools.partial(cifar_resnet, 8), 16),
     "cifar_resnet32": (functools.partial(cifar_resnet, 32), 16),
@@ -69,7 +75,9 @@ def composed(found: list[Unit], inputs: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.filterwarnings("ignore::localgrad.errors.DefaultsWarning")
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "vgg16_bn" else ()) for name in MODELS]
+)
 def test_the_units_are_the_model(name: str) -> None:
     make, size = MODELS[name]
     torch.manual_seed(0)
@@ -122,7 +130,7 @@ def test_pooling_of_the_stem_stays_and_pooling_of_the_head_goes_with_the_head() 
 
 
 def test_stages_are_cut_into_their_blocks() -> None:
-    found = units(timm.create_model("swin_tiny_patch4_window7_224"), torch.empty(1, 3, 224, 224))
+    found = units(timm.create_model("swin_tiny_patch4_window7_224", **SWIN), torch.empty(1, 3, 64, 64))
     assert "layers.2.blocks.5" in [unit.name for unit in found]
 
 
@@ -130,9 +138,9 @@ def test_stages_are_cut_into_their_blocks() -> None:
     ("make", "size", "dims"),
     [
         (lambda: vision.get_model("swin_t", weights=None), 96, {3}),
-        (lambda: timm.create_model("swin_tiny_patch4_window7_224"), 224, {3}),
+        (lambda: timm.create_model("swin_tiny_patch4_window7_224", **SWIN), 64, {3}),
         (lambda: vision.get_model("convnext_tiny", weights=None), 96, {1}),
-        (lambda: vision.get_model("vgg16_bn", weights=None), 64, {1}),
+        (lambda: vision.get_model("mobilenet_v2", weights=None), 64, {1}),
     ],
 )
 def test_the_channel_dim_of_maps(make, size: int, dims: set[int]) -> None:
