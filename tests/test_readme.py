@@ -66,3 +66,29 @@ def test_the_figures_of_the_documents_are_those_of_the_results(monkeypatch: pyte
     memory = (Path(__file__).parents[1] / "docs" / "memory.md").read_text()
     assert module.filled(memory.replace("15.56", "14.56")) == memory
     assert "15.56" in memory
+
+
+def test_every_flag_that_is_documented_is_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from localgrad.commands.main import COMMANDS, main
+    from localgrad.commands.parse import SHORT
+
+    root = Path(__file__).parents[1]
+    pages = [root / "README.md", root / "CONTRIBUTING.md", root / "benchmarks" / "README.md", *root.glob("docs/*.md")]
+    texts = {str(path): path.read_text() for path in pages}
+    texts |= {name: str(importlib.import_module(f"localgrad.commands.{name}").__doc__) for name in COMMANDS}
+    flags, count = {}, 0
+    monkeypatch.setenv("COLUMNS", "110")
+    for name in COMMANDS:
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        flags[name] = {word.strip(",") for word in capsys.readouterr().out.split() if word.startswith("-")}
+    flags["train"] |= {*SHORT}
+    flags["predict"] |= {"--json"}
+    for where, text in texts.items():
+        for name, given in re.findall(rf"localgrad ({'|'.join(COMMANDS)})( [^`\n#|]*)?", text.replace("\\\n", " ")):
+            for flag in re.findall(r"(?<![\w-])--?[a-zA-Z][\w.-]*", given):
+                assert flag.rstrip(".") in flags[name], (where, name, flag)
+                count += 1
+    assert count > 50

@@ -259,7 +259,7 @@ def _images(folder: Path) -> Source:
         return datasets.Dataset.from_dict({"image": paths, "label": labels}, features=kinds)
 
     if not _classes(folder):
-        raise _unlabelled(found.root, sum(path.is_file() for path in found.root.iterdir()))
+        raise _unlabelled(found.root, sum(path.suffix.lower() in suffixes() for path in found.root.rglob("*")))
     notes = [] if found.root == folder else [f"reads the images of {found.root}"]
     return Source(list(found.splits), read, lambda: notes + found.left_out(), str(found.root), found)
 
