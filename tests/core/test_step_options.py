@@ -416,3 +416,26 @@ def test_copies_of_blocks_are_unchecked_and_train() -> None:
     copies = copy.deepcopy(blocks)
     assert all(block.origin is None and block.checked is None for block in copies)
     local_step(copies, sgd(copies), *batch())
+
+
+def test_deferred_optimizers_sum_the_losses_of_batches_and_that_is_said() -> None:
+    blocks = without_norms()
+    optimizers = [Deferred(block.trainable_parameters(), 0.1) for block in blocks]
+    inputs, targets = torch.randn(2, 6).double(), torch.arange(2)
+    local_step(blocks, optimizers, inputs, targets)
+    with pytest.warns(UserWarning, match=r"gradients of batches are summed.*backward=accelerator.backward"):
+        local_step(blocks, optimizers, inputs, targets)
+
+
+def test_an_objective_that_cannot_take_the_targets_is_named() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 5))
+
+    def of_tokens(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(scores.flatten(0, 1), targets.flatten())
+
+    inputs, targets = torch.randn(2, 6, 8), torch.zeros(2, 6, dtype=torch.long)
+    blocks = localgrad.split(model, inputs, cuts=["0"], objective=localgrad.classifier(5), criterion=of_tokens)
+    optimizers = [torch.optim.SGD(block.trainable_parameters(), 0.1) for block in blocks]
+    message = r"objective of block 0 fails on targets torch.int64 \(2, 6\): give it a criterion= of its own, or take"
+    with pytest.raises(LocalGradError, match=message):
+        local_step(blocks, optimizers, inputs, targets)

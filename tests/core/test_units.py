@@ -272,7 +272,12 @@ def test_a_skip_over_two_layers_keeps_them_in_one_unit() -> None:
             r"does not run on the example of shape \(2, 4\) and torch.int64",
         ),
         (nn.Sequential(nn.Linear(4, 3)), torch.empty(4), r"example is \(4,\)"),
-        (nn.Sequential(nn.Linear(4, 3)), "images", r"example is 'images'"),
+        (nn.Sequential(nn.Linear(4, 3)), "images", r"example is a str"),
+        (
+            nn.Sequential(nn.Linear(4, 3)),
+            (torch.empty(2, 4), None),
+            r"example is a tuple: .* goes to localgrad.isolate",
+        ),
         (nn.Sequential(nn.Linear(4, 3)), torch.empty(2, 5), r"does not run on the example of shape \(2, 5\)"),
     ],
 )
@@ -290,7 +295,7 @@ def test_outputs_and_arguments_that_are_not_one_tensor_are_refused() -> None:
         def forward(self, inputs: torch.Tensor):
             return self.pack(self.layer(inputs))
 
-    with pytest.raises(LocalGradError, match=r"returns .*dict: it must return one tensor"):
+    with pytest.raises(LocalGradError, match=r"returns a dict: it must return one tensor"):
         units(Returns(lambda x: {"logits": x}), torch.empty(2, 4))
 
     class Two(nn.Module):
@@ -560,3 +565,11 @@ def test_channels_of_volumes_and_before_a_convolution_of_sequences_come_first() 
     assert [unit.channel_dim for unit in found if len(unit.features) == 5] == [1] * (len(found) - 1)
     mixed = nn.Sequential(nn.Linear(10, 12), nn.ReLU(), nn.Conv1d(6, 8, 1), nn.Flatten(), nn.Linear(96, 5))
     assert [unit.channel_dim for unit in units(mixed, torch.empty(2, 6, 10))][:2] == [1, 1]
+
+
+def test_a_forward_that_was_replaced_on_the_model_is_named() -> None:
+    model = plain_chain()
+    own = model.forward
+    model.forward = lambda inputs: own(inputs).half().float()  # as Accelerate's prepare does
+    with pytest.raises(LocalGradError, match=r"Sequential.forward was replaced .* split the model first"):
+        units(model, torch.randn(2, 3, 16, 16))

@@ -1,6 +1,7 @@
 """One class a pixel or a token: losses against float64 formulas, layouts, refusals."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -176,3 +177,38 @@ def test_sites_and_targets_that_do_not_fit_are_refused() -> None:
         dense(CLASSES)(site((2, 8, 4, 6)))(maps(2, 8, 4, 6), classes(2), maps(2, 3, 16, 24))
     with pytest.raises(LocalGradError, match=r"\(2, 4\)"):
         dense(CLASSES)(site((2, 5, 8), (2, 5), channel_dim=2))(maps(2, 5, 8), classes(2, 4), classes(2, 5))
+
+
+class Doubled(nn.Module):
+    """A criterion with an ignored class of its own."""
+
+    ignore_index = 3
+
+    def forward(self, scores: Tensor, targets: Tensor) -> Tensor:
+        return 2 * F.cross_entropy(scores, targets, ignore_index=self.ignore_index)
+
+
+def test_the_models_criterion_is_taken_where_none_is_given() -> None:
+    weighed = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 5.0, 1.0, 1.0]), label_smoothing=0.1)
+    features, targets = maps(2, 8, 4, 6), classes(2, 16, 24)
+    for criterion in (weighed, Doubled()):
+        with_model = replace(site((2, 8, 4, 6)), criterion=criterion)
+        head = dense(CLASSES)(with_model)
+        scores = F.interpolate(head.predict(features), size=(16, 24), mode="bilinear")
+        assert torch.allclose(head(features, targets, torch.empty(0)), criterion(scores, targets))
+        assert all(id(criterion) != id(module) for module in head.modules())  # it is the model's, not the head's
+        own = dense(CLASSES, ignore_index=2)(with_model)
+        plain = F.interpolate(own.predict(features), size=(16, 24), mode="bilinear")
+        expected = F.cross_entropy(plain, targets, ignore_index=2)
+        assert torch.allclose(own(features, targets, torch.empty(0)), expected)
+    tokens = dense(CLASSES, shift=True)(replace(site((2, 6, 8), (2, 6), 2), criterion=Doubled()))
+    ids = torch.tensor([[0, 1, 2, 3, 1, 0], [3, 3, 0, 1, 2, 2]])
+    scores = tokens.predict(maps(2, 6, 8))
+    expected = Doubled()(scores[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert torch.allclose(tokens(maps(2, 6, 8), ids, ids), expected)
+
+
+def test_targets_of_several_labels_a_pixel_by_the_models_criterion() -> None:
+    head = dense(CLASSES)(replace(site((2, 8, 4, 6)), criterion=nn.BCEWithLogitsLoss()))
+    labels = torch.randint(0, 2, (2, CLASSES, 16, 24)).float()
+    assert head(maps(2, 8, 4, 6), labels, torch.empty(0)).isfinite()

@@ -68,6 +68,11 @@ def check_composition(model: nn.Module, pieces: Sequence[Piece], samples: Tensor
         own, cut = (_outcome(model, run, modules, samples, training) for run in (model, composed))
         # auxiliary heads, which are left out, may draw too
         if own.output is not None and not (_alike(own, cut) and own.drawn == cut.drawn):
+            if "forward" in vars(model):
+                raise NotTraceableError(
+                    f"{name}.forward was replaced (Accelerate's prepare(model) does that), and blocks would "
+                    "not run it: split the model first and prepare the blocks, or use localgrad.isolate"
+                )
             raise NotTraceableError(
                 f"{name}, cut into units, does not compute what it did in {_mode(training)}: its forward pass draws "
                 "random numbers, changes a buffer or branches outside of a torch.nn layer; move that into a submodule "

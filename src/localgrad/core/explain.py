@@ -1,5 +1,6 @@
 """Errors of a batch, told from the values that were given, not from the words of PyTorch."""
 
+import traceback
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from typing import Any
@@ -49,6 +50,8 @@ def explaining(
         reason = _stopped(error, index)
         if reason is None and not isinstance(error, torch.AcceleratorError):
             reason = _misfit(error, block, index, inputs, targets, first)
+        if reason is None and block.objective is not None and _is_inside(error, block.objective):
+            reason = _objective_fails(index, targets)
         if reason is None:
             error.add_note(f"in block {index} of {num_blocks} ({names}), with inputs of shape {tuple(inputs.shape)}")
             raise
@@ -121,6 +124,20 @@ def _label_misfit(error: Exception, block: Block, index: int, inputs: Tensor, la
             f"{index}: give one class a sample, (N,) of torch.int64, as targets.long(), or probabilities (N, C)"
         )
     return None
+
+
+def _objective_fails(index: int, targets: Any) -> str:
+    shown = [f"{each.dtype} {tuple(each.shape)}" for each in leaves(targets) if isinstance(each, Tensor)]
+    return (
+        f"the objective of block {index} fails on targets {', '.join(shown) or type(targets).__name__}: give it a "
+        "criterion= of its own, or take an objective that keeps places apart (localgrad.dense, localgrad.readout)"
+    )
+
+
+def _is_inside(error: Exception, module: nn.Module) -> bool:
+    """Whether the error was raised in a method of this module, or deeper."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_locals.get("self") is module for frame, _ in frames)
 
 
 def one_value_a_channel(error: Exception, modules: Iterable[nn.Module], samples: int) -> bool:

@@ -2,6 +2,7 @@
 
 # pyright: reportUnnecessaryIsInstance=false
 
+import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from operator import methodcaller
@@ -14,14 +15,20 @@ from torch.optim import Optimizer
 from localgrad.core.block import Block
 from localgrad.core.checks import Optimizers, check_optimizers, check_step, inner, of_block
 from localgrad.core.explain import explaining
+from localgrad.core.local_pass import BACKWARD
 from localgrad.core.reach import Span, check_reach
 from localgrad.core.trees import batch_parts
 from localgrad.core.versions import version
-from localgrad.errors import LocalGradError, SettingsError
+from localgrad.errors import LocalGradError, LocalGradWarning, SettingsError
 
 Context = Callable[[int], AbstractContextManager[Any]]
 Backward = Callable[[Tensor], Any]
 Step = Callable[[Optimizer], Any]
+
+SUMMED = (
+    "optimizers wait for a later batch, and the gradients of batches are summed: divide the losses as you divide your "
+    "own, backward=lambda loss: (loss / n).backward(), or backward=accelerator.backward"
+)
 
 
 def local_step(
@@ -34,7 +41,7 @@ def local_step(
     parts: int = 1,
     reach: int = 1,
     context: Context = nullcontext,
-    backward: Backward = Tensor.backward,  # pyright: ignore[reportUnknownMemberType]
+    backward: Backward = BACKWARD,
     step: Step = methodcaller("step"),
 ) -> list[Tensor]:
     """Train every block on one batch.
@@ -93,6 +100,8 @@ def local_step(
     """
     check_reach(reach)
     check_step(blocks, optimizers)
+    if backward is BACKWARD and any(inner(block).accumulates for block in blocks):
+        warnings.warn(SUMMED, LocalGradWarning, stacklevel=2)
 
     def update(index: int, loss: Tensor) -> None:
         apply_updates([blocks[index]], [optimizers[index]], step)
@@ -135,7 +144,7 @@ def local_gradients(
     scale: float = 1.0,
     parts: int = 1,
     context: Context = nullcontext,
-    backward: Backward = Tensor.backward,  # pyright: ignore[reportUnknownMemberType]
+    backward: Backward = BACKWARD,
     on_output: Callable[[Tensor], Any] | None = None,
     after_block: Callable[[int, Tensor], Any] | None = None,
     reach: int = 1,

@@ -352,9 +352,9 @@ def _single_output(graph: fx.Graph, model: nn.Module) -> fx.Graph:
         )
         output.args = (value[0],)
     elif not isinstance(value, fx.Node):
-        kind = type(cast(Any, value)).__name__
+        kind = type(cast(Any, value)).__name__.removeprefix("immutable_")
         raise NotTraceableError(
-            f"{type(model).__name__} returns {kind}: it must return one tensor, or a tuple that "
+            f"{type(model).__name__} returns a {kind}: it must return one tensor, or a tuple that "
             "starts with it; wrap the model so that it does, or use localgrad.isolate"
         )
     graph.eliminate_dead_code(partial(has_effect, model=model))

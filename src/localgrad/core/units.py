@@ -243,11 +243,8 @@ def check_model(model: nn.Module) -> None:
 def check_example(example: Tensor) -> None:
     """Refuse an example that is no batch."""
     if not isinstance(example, Tensor) or example.is_complex() or example.ndim < 2 or example.numel() == 0:
-        given = (
-            f"{tuple(example.shape)} {example.dtype}"
-            if isinstance(example, Tensor)
-            else " ".join(repr(example).split())[:80]
-        )
+        is_tensor = isinstance(example, Tensor)
+        given = f"{tuple(example.shape)} {example.dtype}" if is_tensor else f"a {type(example).__name__}"
         raise SettingsError(
             f"example is {given}: it must be one batch (N, ...), such as torch.empty(2, 3, 32, 32); a model of several "
             "inputs goes to localgrad.isolate"

@@ -15,6 +15,7 @@ from localgrad.errors import LocalGradError
 from localgrad.objectives.decoder import decoder
 from localgrad.objectives.infopro import reconstruction_loss
 from localgrad.objectives.layout import AsMap, check_num_classes, conv_norm_relu
+from localgrad.objectives.targets import HeadCriterion
 from localgrad.objectives.tokens import check_shift, shifted
 
 
@@ -156,8 +157,9 @@ def dense(
 
     Args:
         num_classes: width of the scores, at least 2 (1 with a `criterion`).
-        criterion: a function of scores and targets, for several labels a pixel or for regression; cross-entropy if
-            None. It gets scores `(N, num_classes, H, W)`, or `(N L, num_classes)` and targets flattened likewise.
+        criterion: a function of scores and targets, for several labels a pixel or for regression. It gets scores
+            `(N, num_classes, H, W)`, or `(N L, num_classes)` and targets flattened likewise. Without one, and without
+            `weight` and `ignore_index`, the head takes the model's, cross-entropy unless `split` is told otherwise.
         weight: of each class, in the cross-entropy.
         ignore_index: the class of pixels or tokens that do not count in the cross-entropy.
         width: channels of the head; half of the features', 32 at least, if None. Maps only.
@@ -193,6 +195,9 @@ def dense(
         raise LocalGradError(f"width is {width!r}: it is a number of channels, 1 or more, or None")
 
     def build(site: Site) -> nn.Module:
+        if criterion is None and weight is None and ignore_index == -100 and site.criterion is not F.cross_entropy:
+            loss = HeadCriterion(None, site, num_classes)
+            return Dense(site, num_classes, loss, width, shift, loss.ignore_index, reconstruction, mean, std)
         loss = criterion or CrossEntropy(weight, ignore_index)
         return Dense(site, num_classes, loss, width, shift, ignore_index, reconstruction, mean, std)
 

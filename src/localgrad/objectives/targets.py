@@ -56,7 +56,7 @@ class HeadCriterion(nn.Module):
             scores = scores.float()
         if isinstance(targets, Tensor) and targets.ndim == 1 and scores.shape[1] == 1:
             scores = scores[:, 0]
-        if self.is_softmax:
+        if self.is_softmax and scores.ndim == 2:  # a score a pixel has a target a pixel, which the criterion checks
             check_softmax_targets(scores, targets)
         return self._on(scores.device)(scores, targets)
 

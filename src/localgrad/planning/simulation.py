@@ -1,5 +1,6 @@
 """Simulation: forward and backward passes on fake tensors, also under bf16 autocast."""
 
+import logging
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, get_args
@@ -64,9 +65,15 @@ class Simulation:
 
     @contextmanager
     def running(self) -> Generator[None, None, None]:
-        """Tensors made inside are fake."""
-        with self._mode, simulated_device(self.device_type), _CudaRules() if self.cuda_rules else nullcontext():
-            yield
+        """Tensors made inside are fake; what fails there is said by whoever catches it, not logged by torch too."""
+        log = logging.getLogger("torch._subclasses.fake_tensor")
+        level = log.level
+        log.setLevel(logging.CRITICAL)
+        try:
+            with self._mode, simulated_device(self.device_type), _CudaRules() if self.cuda_rules else nullcontext():
+                yield
+        finally:
+            log.setLevel(level)
 
     def forward_pass(self) -> torch.autocast:
         """Autocast for the forward pass of one block; casts of its weights are cached until it ends."""
