@@ -18,6 +18,7 @@ from torchvision.models.convnext import CNBlockConfig
 import localgrad
 from helpers.cases import MODELS, MOMENTA, NUM_CLASSES, OBJECTIVES
 from localgrad import LocalGradError, plan, units
+from localgrad.core.costs import unit_costs
 from localgrad.core.units import Unit
 from localgrad.models import cifar_resnet
 from localgrad.planning.measure import PeakMemory
@@ -320,3 +321,41 @@ def test_heads_that_differ_from_block_to_block_are_planned_where_they_sit(moment
     for row in plan(model, example, objective=auglocal, momentum=momentum, num_blocks=[3, 5], parts=[1]):
         real = step_peak(model, example, row.cuts, auglocal, momentum, recompute=row.recompute)
         assert row.peak == pytest.approx(real, abs=64)
+
+
+class LowRank(nn.Module):
+    """A frozen linear layer beside a trained product of two narrow ones, as LoRA adds it."""
+
+    def __init__(self, width: int, rank: int) -> None:
+        super().__init__()
+        self.base = nn.Linear(width, width).requires_grad_(False)
+        self.down, self.up = nn.Linear(width, rank, bias=False), nn.Linear(rank, width, bias=False)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.base(features) + self.up(self.down(features)))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("momentum", [None, localgrad.man(), localgrad.man(bias=False)], ids=["plain", "man", "ema"])
+def test_frozen_weights_of_low_rank_adapters_are_there_once_and_take_no_state(momentum: Any, recompute: bool) -> None:
+    model = nn.Sequential(*(LowRank(32, 2) for _ in range(5)), nn.Linear(32, NUM_CLASSES))
+    example = torch.zeros(3, 32)
+    objective = localgrad.classifier(NUM_CLASSES)
+    found = units(model, example)
+    profiled = profile(found, example, objective, momentum, recompute=recompute)
+    trained, frozen = 2 * 2 * 32, 33 * 32
+    assert [unit.lasting for unit in profiled.units[:-1]] == [4 * (frozen + 2 * trained)] * 5  # with the optimizer's
+    assert [unit.gradients for unit in profiled.units[:-1]] == [4 * trained] * 5
+    head = 33 * NUM_CLASSES
+    copies = {None: 0, "man": 3 * trained, "ema": trained}[None if momentum is None else _kind(momentum, found)]
+    expected = 4 * (copies + 2 * head)
+    assert [end.lasting for end in profiled.ends[1][:4]] == [expected] * 4
+    costs = unit_costs(found, example, objective, momentum)
+    branches = {0: 0, 3 * trained: 2 * trained, trained: trained}[copies]
+    assert [cost.end_parameters for cost in costs[:4]] == [branches + head] * 4
+    measured = step_peak(model, example, ["1", "3"], objective, momentum, recompute=recompute)
+    assert profiled.peak([1, 3]) == pytest.approx(measured, abs=64)
+
+
+def _kind(momentum: Any, found: list[Unit]) -> str:
+    return "ema" if momentum(found[1:2]).bias is None else "man"

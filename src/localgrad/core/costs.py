@@ -35,7 +35,7 @@ class UnitCost:
         end_activations: bytes kept by the momentum auxiliary network and the objective of a block that ends here;
             infinite where they cannot sit, or at the last unit.
         end_flops: floating-point operations of their forward pass, likewise.
-        end_parameters: number of elements of their parameters, likewise.
+        end_parameters: number of elements of their parameters, likewise; what they share with the model is left out.
     """
 
     name: str
@@ -128,7 +128,9 @@ def _end_cost(
             return NOWHERE
         mixed, kept, flops = (features, 0, 0) if branches is None else _forward_cost(branches, features)
         _, head_kept, head_flops = _forward_cost(head, mixed, targets, inputs)
-    parameters = sum(p.numel() for module in (branches, head) if module is not None for p in module.parameters())
+    shared = {id(parameter) for each in rest for parameter in each.module.parameters()}
+    added = [p for module in (branches, head) if module is not None for p in module.parameters() if id(p) not in shared]
+    parameters = sum(parameter.numel() for parameter in added)
     return kept + head_kept, flops + head_flops, parameters
 
 
