@@ -201,7 +201,7 @@ def test_a_compiled_chain_runs_the_hooks_of_isolation_eagerly() -> None:
 # Two processes.
 
 
-def _train_on_rank(no_sync: bool) -> tuple[dict[str, Tensor], list[Tensor]]:
+def _train_on_rank(no_sync: bool, zero_between: bool = False) -> tuple[dict[str, Tensor], list[Tensor]]:
     rank = torch.distributed.get_rank()
     torch.manual_seed(rank)  # what the processes draw differs, and DDP gives all of them the first one's
     model, isolation = isolated(normed=False)
@@ -220,15 +220,19 @@ def _train_on_rank(no_sync: bool) -> tuple[dict[str, Tensor], list[Tensor]]:
             with waits:
                 isolation.targets = targets[own]
                 loss = F.cross_entropy(wrapped(inputs[own]), targets[own])
+                if zero_between and part in (None, 0):
+                    optimizer.zero_grad()
                 (loss / 2 if no_sync else loss).backward()
         optimizer.step()
-        optimizer.zero_grad()
+        if not zero_between:
+            optimizer.zero_grad()
     return state(model, isolation), isolation.losses
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("no_sync", [False, True])
-def test_ddp_on_two_ranks_is_one_process(no_sync: bool) -> None:
+@pytest.mark.parametrize("zero_between", [False, True], ids=["zeroed after the step", "zeroed after forward"])
+@pytest.mark.parametrize("no_sync", [False, True], ids=["", "no_sync"])
+def test_ddp_on_two_ranks_is_one_process(no_sync: bool, zero_between: bool) -> None:
     model, isolation = isolated(normed=False)
     isolation.backward = lambda loss: (loss / (2 if no_sync else 1)).backward()
     optimizer = torch.optim.SGD(isolation.trainable_parameters(), 0.1, 0.9)
@@ -240,7 +244,7 @@ def test_ddp_on_two_ranks_is_one_process(no_sync: bool) -> None:
             loss_of(model, isolation, (inputs[part], targets[part])).div(len(parts)).backward()
         optimizer.step()
         optimizer.zero_grad()
-    (first, _), (second, _) = run_ranks(_train_on_rank, 2, no_sync)
+    (first, _), (second, _) = run_ranks(_train_on_rank, 2, no_sync, zero_between)
     assert_same(first, second)
     assert_same(state(model, isolation), first, 1e-6)
 

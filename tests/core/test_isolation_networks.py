@@ -133,6 +133,28 @@ def test_llama(momentum: Any) -> None:
     assert "to model.layers.0:" in str(made)
 
 
+def test_the_checkpointing_of_transformers_works_inside_the_blocks() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=1, **SMALL)
+    found = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        model = transformers.LlamaForCausalLM(config).train()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # one of its two names for that is old
+            if checkpointed:
+                model.gradient_checkpointing_enable()
+        example = {"input_ids": TOKENS, "labels": TOKENS}
+        options = {"objective": NextToken, "momentum": man(), "targets": "labels", "example": example}
+        isolation = isolate(model, ["model.layers.0", "model.layers.1"], **options)
+        calls: list[int] = []
+        model.model.layers[1].mlp.register_forward_hook(lambda *given, calls=calls: calls.append(1))
+        model(**example).loss.backward()
+        assert len(calls) == 1 + checkpointed
+        found.append([parameter.grad for parameter in isolation.trainable_parameters()])
+    assert all(torch.allclose(one, other, atol=1e-7) for one, other in zip(*found, strict=True))
+
+
 @both
 def test_bert(momentum: Any) -> None:
     transformers = pytest.importorskip("transformers")
