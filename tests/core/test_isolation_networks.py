@@ -148,7 +148,7 @@ def test_the_checkpointing_of_transformers_works_inside_the_blocks() -> None:
         options = {"objective": NextToken, "momentum": man(), "targets": "labels", "example": example}
         isolation = isolate(model, ["model.layers.0", "model.layers.1"], **options)
         calls: list[int] = []
-        model.model.layers[1].mlp.register_forward_hook(lambda *given, calls=calls: calls.append(1))
+        model.model.layers[1].mlp.register_forward_pre_hook(lambda *given, calls=calls: calls.append(1))
         model(**example).loss.backward()
         assert len(calls) == 1 + checkpointed
         found.append([parameter.grad for parameter in isolation.trainable_parameters()])
