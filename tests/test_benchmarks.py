@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from localgrad.commands.main import COMMANDS
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -179,3 +181,12 @@ def test_rows_at_equal_time_get_the_epochs_that_take_as_long(
     assert len(lines) == 8 and lines[5].startswith("localgrad train dear --data 'my data' --epochs 4 ")
     with pytest.raises(SystemExit, match="end-to-end"):
         list(equal_time.budgets(rows[1:], 10))
+
+
+def test_the_first_seconds_of_every_command_were_measured() -> None:
+    found = json.loads((BENCHMARKS.parent / "results" / "first_sign.json").read_text())
+    assert {row["row"].split()[0] for row in found["first_byte"]} >= {*COMMANDS}
+    assert max(row["worst"] for row in found["first_byte"]) <= found["bar"]
+    assert max(row["seconds"] for row in found["no_network"]) <= found["hub_bar"]
+    later = [row[moment] for row in found["interrupts"] for moment in row if moment != "row" and float(moment) >= 0.05]
+    assert {*later} <= {"one line", "ended before", "silent"} and later.count("one line") > 20
