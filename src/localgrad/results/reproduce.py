@@ -20,7 +20,7 @@ from localgrad.config.schema import TrainConfig
 from localgrad.data.sources import check_source
 from localgrad.errors import LocalGradError
 from localgrad.results.cells import Cell, load_result
-from localgrad.results.table_images import check_images, other_images
+from localgrad.results.table_images import Known, check_images, other_images
 from localgrad.runs.files import lock, make_folder, write_json
 from localgrad.runs.result import as_file
 from localgrad.training.interrupts import InterruptedRun, noted_interrupts
@@ -83,12 +83,7 @@ def run_cells(cells: Sequence[Cell], *, jobs: int = 1) -> dict[str, str]:
                             predicted = True
                         continue
                     del running[name]
-                    if process.returncode:
-                        failures[name] = _reason(cell, process.returncode)
-                    elif problem := other_images(cell, images):
-                        failures[name] = problem
-                    else:
-                        _collect(cell, failures)
+                    _take_result(cell, process.returncode, images, failures)
                     if name in failures:
                         display.ended(name, f"failed: {failures[name]}; see {cell.log}")
                     else:
@@ -98,6 +93,15 @@ def run_cells(cells: Sequence[Cell], *, jobs: int = 1) -> dict[str, str]:
         if interrupted.is_set():
             raise InterruptedRun("interrupted; the same command goes on from there", interrupted.number)
     return failures
+
+
+def _take_result(cell: Cell, code: int, images: Known, failures: dict[str, str]) -> None:
+    """Collect the result of a process that has ended, or note why there is none."""
+    problem = _reason(cell, code) if code else other_images(cell, images)
+    if problem:
+        failures[cell.name] = problem
+    else:
+        _collect(cell, failures)
 
 
 def _prediction(cell: Cell, cells: Sequence[Cell], jobs: int) -> str | None:
