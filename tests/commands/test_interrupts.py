@@ -40,6 +40,11 @@ def test_an_interrupt_while_torch_is_loading_is_one_line(
     assert capsys.readouterr().err == "localgrad: interrupted\n"
 
 
+def heed() -> None:
+    """Ctrl-C counts in a child, also of a suite in the background, where it is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 PRESSED = """
 import os, signal, sys
 from importlib.abc import MetaPathFinder
@@ -49,7 +54,6 @@ class Press(MetaPathFinder):
         if name == {module!r}:
             os.kill(os.getpid(), signal.SIGINT)
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background of a script hands on "ignore"
 sys.meta_path.insert(0, Press())
 sys.argv = ["localgrad", *{words!r}]
 from localgrad.__main__ import main
@@ -73,7 +77,14 @@ sys.exit(main())
 )
 def test_ctrl_c_before_the_work_is_one_line_and_leaves_nothing(words: str, module: str, tmp_path: Path) -> None:
     program = PRESSED.format(module=module, words=words.format(folder=tmp_path).split())
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        preexec_fn=heed,
+    )
     said = [
         line for line in done.stderr.splitlines() if "loading PyTorch" not in line and " on digits that" not in line
     ]
@@ -104,7 +115,11 @@ def test_ctrl_c_in_the_first_seconds_is_as_clean_as_later(words: str, tmp_path: 
     for number, seconds in enumerate((0.15, 0.3, 0.6, 1, 2, 4)):
         arguments = words.format(folder=tmp_path / str(number)).split()
         process = subprocess.Popen(
-            [sys.executable, "-m", "localgrad", *arguments], stderr=subprocess.PIPE, text=True, start_new_session=True
+            [sys.executable, "-m", "localgrad", *arguments],
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            preexec_fn=heed,
         )
         time.sleep(seconds)
         process.send_signal(signal.SIGINT)

@@ -70,7 +70,7 @@ def train(
     set_targets: Any = None,
     **options: Any,
 ) -> localgrad.Isolation:
-    """Five steps with the options of `isolate`; every trained tensor moves, and gradients are isolated."""
+    """Three steps with the options of `isolate`; every trained tensor moves, and gradients are isolated."""
     torch.manual_seed(0)
     model = make().train()
     isolation = isolate(model, example=example, **options)
@@ -84,7 +84,7 @@ def train(
             return loss_of(model(**example))
         return loss_of(model(*example) if isinstance(example, tuple) else model(example))
 
-    for _ in range(5):
+    for _ in range(3):
         run().backward()
         optimizer.step()
         optimizer.zero_grad()
