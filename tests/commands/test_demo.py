@@ -83,10 +83,11 @@ def test_it_says_at_once_what_it_does_and_after_a_few_steps_how_long_that_takes(
 ) -> None:
     monkeypatch.setattr(demo_time, "_timed", lambda work: (work(), 100.0)[1])
     assert main(["demo", "--run-dir", str(tmp_path), "--seeds", "0", *FAST]) == 0
-    first, second, *rest = capsys.readouterr().err.splitlines()
+    first, second, third, *rest = capsys.readouterr().err.splitlines()
     assert first.startswith("localgrad: trains one small network three ways, 1 seed each, on digits that need no down")
     # 3 runs of an epoch: one batch of 40 images, one evaluation, and the first step, which takes longer in a run too
-    assert second == f"localgrad: about {900 / 60:.0f} min to the end, by a few timed steps on this machine"
+    assert second == "localgrad: times a few steps of each training first, to say how long they take here"
+    assert third == f"localgrad: about {900 / 60:.0f} min to the end on this machine"
     assert any("digits-e2e: 1 block" in line for line in rest)
     assert main(["demo", "--run-dir", str(tmp_path), "--seeds", "0", *FAST]) == 0
     assert "to the end" not in capsys.readouterr().err  # nothing is left to do

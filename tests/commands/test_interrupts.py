@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,6 +91,11 @@ def test_ctrl_c_before_the_work_is_one_line_and_leaves_nothing(words: str, modul
     ]
     assert (done.returncode, said, done.stdout) == (130, ["localgrad: interrupted"], "")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command_is_the_module_that_sets_the_handler_first() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    assert project["project"]["scripts"] == {"localgrad": "localgrad.__main__:main"}
 
 
 def test_the_handler_stands_before_anything_takes_time() -> None:

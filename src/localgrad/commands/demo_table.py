@@ -52,7 +52,8 @@ def run_demo(
     folders = [folder / f"{config.name}-seed{config.seed}" for config in configs]
     waiting = [config for config, path in zip(configs, folders, strict=True) if not RunFolder(path).is_finished]
     if waiting:
-        say(f"about {duration(predicted_seconds(waiting))} to the end, by a few timed steps on this machine")
+        say("times a few steps of each training first, to say how long they take here")
+        say(f"about {duration(predicted_seconds(waiting))} to the end on this machine")
     runs = [_finished(path, config) for config, path in zip(configs, folders, strict=True)]
     return Table(tuple(row for table in tables(runs) for row in table.rows))
 

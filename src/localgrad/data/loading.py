@@ -198,7 +198,7 @@ def _look_at_some(part: _Part, config: DataConfig, say: Say) -> None:
         except BrokenImageError as error:
             problems.append((name_of(item, int(part.positions[at]), config.source), str(error)))
     if problems:
-        raise broken(f"{part.split} (of {len(sample)} looked at)", problems, len(sample), "Repair or remove them.")
+        raise broken(f"sampled {part.split}", problems, len(sample), "Repair or remove them.")
     for sentence in remarked(len(sample), remarks, f"sampled {part.split}"):
         say(sentence)
 
