@@ -5,7 +5,8 @@
 Both train the same cuts on the same batch, SGD with momentum, one optimizer a block; the end-to-end loop is a third
 row. The rows take turns, a step each, on one thread, and a ratio is the median over the rounds of one time over the
 other of the same round. CPU seconds are those of the process, which other work on the machine disturbs less. Peak
-memory is that of the live tensors that a step makes.
+memory is that of the live tensors that a step makes. On a machine that others work on, `chrt -f 10 taskset -c 1` in
+front of the command gives it one core to itself; the committed file was measured so.
 """
 
 import argparse
