@@ -291,3 +291,23 @@ def test_a_loss_that_stays_on_a_module_of_a_local_block(loss: Callable[[Keeping]
             with pytest.raises(LocalGradError, match=f"a loss is made of {refused}.*objective of your own"):
                 whole.backward()
         model.zero_grad()
+
+
+@pytest.mark.parametrize(
+    ("frozen", "momentum", "match"),
+    [
+        ("layers.0", None, r"block 1 \(to layers.0\) was frozen in isolate.*isolate the model again"),
+        ("layers.1.0", man(), r"modules that a momentum auxiliary network copies have changed since isolate"),
+    ],
+)
+def test_weights_that_are_thawed_afterwards(frozen: str, momentum: Any, match: str) -> None:
+    model = Net()
+    model.stem.requires_grad_(frozen != "layers.0")
+    model.get_submodule(frozen).requires_grad_(False)
+    if momentum is not None:
+        model.get_submodule(frozen).bias.requires_grad_(True)  # something to follow
+    isolation = isolate(model, ["layers.0", "layers.1"], objective=CLASSIFIER, momentum=momentum, example=INPUTS)
+    run(model, isolation)
+    model.get_submodule(frozen).requires_grad_(True)
+    with pytest.raises(LocalGradError, match=match):
+        run(model, isolation)

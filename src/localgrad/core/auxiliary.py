@@ -87,5 +87,10 @@ def follow_model(networks: nn.Module, momenta: Iterable[Any], model: nn.Module) 
         networks.train()
     for momentum in momenta:
         if momentum is not None:
+            if not momentum.is_current():
+                raise LocalGradError(
+                    "modules that a momentum auxiliary network copies have changed since isolate (requires_grad, an "
+                    "adapter, a layer), and the copies are of what they were: change the model first, then isolate it"
+                )
             momentum.settle()
             momentum.match_modes()

@@ -58,6 +58,11 @@ class LocalPass:
         assert features is not None
         self.reached += 1
         self.features, self.leaf = features, features.detach()
+        if self.objectives[block] is None and any(each.requires_grad for each in self.parts[block].parameters):
+            raise LocalGradError(
+                f"block {block + 1} (to {self.parts[block].name}) was frozen in isolate, so it has no local loss, and "
+                "parameters of it are to be trained now: call isolation.remove() and isolate the model again"
+            )
         trains = features.requires_grad and self.objectives[block] is not None
         if trains and self.momenta[block] is not None:
             self.is_waiting = True
