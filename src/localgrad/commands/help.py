@@ -96,7 +96,7 @@ def _flags(boxes: str, width: int) -> Iterator[str]:
             sentence = f"{sentence} {inner.strip()}"
             continue
         if flag:
-            yield from _flag(flag, sentence.strip(), width)
+            yield from _flag(flag, sentence.strip().replace("(default: )", "(default: none)"), width)
         flag, _, sentence = inner.strip(" ─").partition("  ")
         if title:
             yield f"\n{title[1]}:"
