@@ -124,3 +124,23 @@ def test_short_flags_stand_for_flags_that_there_are() -> None:
 @pytest.mark.parametrize("command", ["analyse", "plan", "report", "reproduce", "time"])
 def test_output_has_a_letter_everywhere(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "-o" in helped(capsys, command).replace(",", " ").split()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", "digits-e2e", "--epohcs", "3"], "--epohcs, 3 (did you mean --epochs?)"),
+        (["train", "digits-e2e", "--optim.epochs", "abc"], "--optim.epochs: 'abc' is no whole number"),
+        (["train", "digits-e2e", "--optim.epochs"], "--optim.epochs"),
+        (["report"], "RESULTS"),
+        (["time", "a", "b"], "b"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(words)
+    out, err = capsys.readouterr()
+    assert left.value.code == 2 and not out
+    *_, line = lines = err.splitlines()
+    assert lines[:-1] in ([], ["localgrad: loading PyTorch ..."])
+    assert said in line and f"localgrad {words[0]}" in line and "--help" in line

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from localgrad.commands.demo_time import predicted_seconds
 from localgrad.commands.parse import tell
+from localgrad.config.checks import validate
 from localgrad.config.methods import with_defaults
 from localgrad.config.saved import to_dict
 from localgrad.config.schema import TrainConfig
@@ -48,7 +49,7 @@ def run_demo(
         LocalGradError: the folder holds a demo of other settings.
         KeyboardInterrupt: interrupted; the same call goes on from the checkpoint.
     """
-    configs = [_config(name, epochs, train_limit, seed) for seed in seeds for name in RECIPES]
+    configs = [validate(_config(name, epochs, train_limit, seed)) for seed in seeds for name in RECIPES]
     folders = [folder / f"{config.name}-seed{config.seed}" for config in configs]
     waiting = [config for config, path in zip(configs, folders, strict=True) if not RunFolder(path).is_finished]
     if waiting:

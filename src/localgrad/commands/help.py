@@ -1,4 +1,4 @@
-"""`--help` at any width: paragraphs and examples, then the flags, with no word or flag split in the middle."""
+"""`--help` at any width, with no word or flag split in the middle; what is wrong with a command line, in one line."""
 
 import io
 import os
@@ -6,7 +6,7 @@ import re
 import shutil
 import textwrap
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 
 NARROW = 72
 """Columns below which a flag's sentence stands under it, and not beside it."""
@@ -26,13 +26,38 @@ def show_help(text: str, parse: Callable[[], object]) -> None:
         parse: lets tyro parse `--help`: it prints usage and flags in boxes, and leaves.
     """
     width = min(shutil.get_terminal_size().columns, WIDE)
-    boxes = _Boxes()
+    boxes = io.StringIO()
     try:
-        with redirect_stdout(boxes), _columns(TYRO_COLUMNS):
+        with boxed() as boxes:
             parse()
     finally:
         usage, _, flags = boxes.getvalue().partition("\n")
         print("\n".join([paragraphs(text, width), "", _filled(usage, width, "    "), *_flags(flags, width)]))
+
+
+def refusal(boxes: str) -> str:
+    """What tyro says in a box about a wrong command line, in one line, without its hint to the help."""
+    said, inside = [], False
+    for line in boxes.splitlines():
+        inside = line.startswith("╭") or (inside and not line.startswith("│ ──"))
+        if inside and line.startswith("│"):
+            said.append(line.strip("│ "))
+    return " ".join(said) or boxes.strip()
+
+
+def flags(parse_help: Callable[[], object]) -> list[str]:
+    """The flags that a command's help names."""
+    with suppress(SystemExit), boxed() as boxes:
+        parse_help()
+    return re.findall(r"--[a-z][\w.-]*", boxes.getvalue())
+
+
+@contextmanager
+def boxed() -> Iterator[io.StringIO]:
+    """Context: what tyro prints goes into boxes of one width."""
+    boxes = _Boxes()
+    with redirect_stdout(boxes), redirect_stderr(boxes), _columns(TYRO_COLUMNS):
+        yield boxes
 
 
 def paragraphs(text: str, width: int) -> str:

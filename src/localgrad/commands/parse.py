@@ -6,14 +6,16 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from localgrad.commands.help import show_help
+from localgrad.commands.help import boxed, flags, refusal, show_help
 from localgrad.commands.interrupts import raise_again
+from localgrad.errors import closest
 
 Output = Annotated[Path | None, tyro.conf.arg(aliases=["-o"])]
 """A file or folder to write, as `--output` or `-o`."""
@@ -50,19 +52,33 @@ def call(command: Callable[..., int], arguments: Sequence[str], name: str, text:
     """
     words = [name.replace("_", "-") if name.startswith("--") else name for name in arguments]
 
-    def parse() -> int:
-        return tyro.cli(
-            command,
-            args=words,
-            prog=name,
-            description="",
-            registry=_registry(),
-            config=(tyro.conf.PositionalMetavarFromFieldName,),
-        )
+    @wraps(command)
+    def parsed(*values: Any, **named: Any) -> Callable[[], int]:
+        return lambda: command(*values, **named)
+
+    settings: dict[str, Any] = {
+        "prog": name,
+        "description": "",
+        "registry": _registry(),
+        "config": (tyro.conf.PositionalMetavarFromFieldName,),
+    }
+
+    def parse(given: Sequence[str]) -> Callable[[], int]:
+        return tyro.cli(parsed, args=given, **settings)
 
     if {"-h", "--help"} & {*words}:
-        show_help(text or "", parse)
-    return parse()
+        show_help(text or "", lambda: parse(words))
+    try:
+        with boxed() as boxes:
+            run = parse(words)
+    except SystemExit:
+        known = flags(lambda: parse(["--help"]))
+        known += [short for short, full in SHORT.items() if full in known]
+        unknown = next((word for word in words if word.startswith("--") and word.partition("=")[0] not in known), "")
+        meant = closest(unknown, known, count=1) if unknown else ""
+        tell(f"{refusal(boxes.getvalue())}{meant}; {name} --help lists all")
+        raise
+    return run()
 
 
 def full_flag(argument: str) -> str:

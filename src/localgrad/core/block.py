@@ -48,10 +48,12 @@ class Block(nn.Module):
         self._in_place = tuple(unit.module for unit in found if unit.writes_input)
         self._layers = [module for module in self.body.modules() if own_parameters(module)]
         self._modes = [module for module in self.body if isinstance(module, TwoModes)]
-        # of the local step: the model that the block is of, what was checked, whether gradients wait for a later step
+        # of the local step: the model that the block is of, what was checked, whether gradients wait for a later step,
+        # and whether that is because optimizers have not stepped
         self.origin: Any = None
         self.checked: Any = None
         self.accumulates = False
+        self.waits = False
         self.takes: torch.Size | None = None
 
     def __getstate__(self) -> dict[str, Any]:

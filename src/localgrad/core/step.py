@@ -100,7 +100,7 @@ def local_step(
     """
     check_reach(reach)
     check_step(blocks, optimizers)
-    if backward is BACKWARD and any(inner(block).accumulates for block in blocks):
+    if backward is BACKWARD and any(inner(block).waits for block in blocks):
         warnings.warn(SUMMED, LocalGradWarning, stacklevel=2)
 
     def update(index: int, loss: Tensor) -> None:
@@ -308,6 +308,6 @@ def apply_updates(
                 ) from error
         for optimizer in of:
             optimizer.zero_grad(set_to_none=True)
-        own.accumulates = held is not None and held.grad is not None and version(held) == before
+        own.waits = own.accumulates = held is not None and held.grad is not None and version(held) == before
         if not own.accumulates:
             own.update_momentum()
