@@ -50,7 +50,8 @@ def explaining(
         reason = _stopped(error, index)
         if reason is None and not isinstance(error, torch.AcceleratorError):
             reason = _misfit(error, block, index, inputs, targets, first)
-        if reason is None and hasattr(block.objective, "criterion") and _is_inside(error, block.objective):
+        own = block.objective if hasattr(block.objective, "criterion") else None
+        if reason is None and own is not None and _is_inside(error, own):
             reason = _objective_fails(index, targets)
         if reason is None:
             error.add_note(f"in block {index} of {num_blocks} ({names}), with inputs of shape {tuple(inputs.shape)}")
