@@ -18,6 +18,12 @@ TYRO_COLUMNS = 129
 """The widest terminal for which tyro puts its boxes below each other. No word of ours is split there."""
 
 
+class Boxes(io.StringIO):
+    """What tyro prints where there are lines for boxes, but no colours."""
+
+    encoding = "utf-8"  # pyright: ignore[reportAssignmentType]
+
+
 def show_help(text: str, parse: Callable[[], object]) -> None:
     """Prints the help of a command and leaves.
 
@@ -26,9 +32,9 @@ def show_help(text: str, parse: Callable[[], object]) -> None:
         parse: lets tyro parse `--help`: it prints usage and flags in boxes, and leaves.
     """
     width = min(shutil.get_terminal_size().columns, WIDE)
-    boxes = io.StringIO()
+    boxes = Boxes()
     try:
-        with boxed() as boxes:
+        with printed_to(boxes):
             parse()
     finally:
         usage, _, flags = boxes.getvalue().partition("\n")
@@ -47,17 +53,17 @@ def refusal(boxes: str) -> str:
 
 def flags(parse_help: Callable[[], object]) -> list[str]:
     """The flags that a command's help names."""
-    with suppress(SystemExit), boxed() as boxes:
+    boxes = Boxes()
+    with suppress(SystemExit), printed_to(boxes):
         parse_help()
     return re.findall(r"--[a-z][\w.-]*", boxes.getvalue())
 
 
 @contextmanager
-def boxed() -> Iterator[io.StringIO]:
-    """Context: what tyro prints goes into boxes of one width."""
-    boxes = _Boxes()
+def printed_to(boxes: Boxes) -> Iterator[None]:
+    """Context: what tyro prints goes there, in boxes of one width."""
     with redirect_stdout(boxes), redirect_stderr(boxes), _columns(TYRO_COLUMNS):
-        yield boxes
+        yield
 
 
 def paragraphs(text: str, width: int) -> str:
@@ -90,12 +96,6 @@ def _filled(text: str, width: int, after: str = "", before: str = "") -> str:
         break_on_hyphens=False,
         break_long_words=False,
     )
-
-
-class _Boxes(io.StringIO):
-    """What tyro prints where there are lines for boxes, but no colours."""
-
-    encoding = "utf-8"  # pyright: ignore[reportAssignmentType]
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from localgrad.commands.help import boxed, flags, refusal, show_help
+from localgrad.commands.help import Boxes, flags, printed_to, refusal, show_help
 from localgrad.commands.interrupts import raise_again
 from localgrad.errors import closest
 
@@ -68,8 +68,9 @@ def call(command: Callable[..., int], arguments: Sequence[str], name: str, text:
 
     if {"-h", "--help"} & {*words}:
         show_help(text or "", lambda: parse(words))
+    boxes = Boxes()
     try:
-        with boxed() as boxes:
+        with printed_to(boxes):
             run = parse(words)
     except SystemExit:
         known = flags(lambda: parse(["--help"]))
