@@ -198,17 +198,12 @@ class Isolation(nn.Module):
         """
         if not self._parts:
             raise LocalGradError("the blocks are not known before the first batch: give isolate(..., example=batch)")
-        found: list[nn.Parameter] = []
-        for index, part in enumerate(self._parts):
-            if block in (None, index):
-                found += [*part.parameters, *self._auxiliary(index)]
+        own = [index for index in range(len(self._parts)) if block in (None, index)]
+        found = [p for index in own for p in (*self._parts[index].parameters, *self._auxiliary(index))]
         return [parameter for parameter in dict.fromkeys(found) if parameter.requires_grad]
 
     def save_with(self, optimizer: AnyOptimizer) -> AnyOptimizer:
-        """Let `optimizer.state_dict()` hold the auxiliary networks too, and its `load_state_dict` load them.
-
-        Trainers that save and load the optimizer then need nothing else to resume a training. Returns the optimizer.
-        """
+        """Let the optimizer's `state_dict` hold the auxiliary networks, and `load_state_dict` load them; returns it."""
         return keep_in(optimizer, self)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
