@@ -52,7 +52,7 @@ def check_targets(targets: Any, size: int) -> None:
     if wrong:
         given = f"a tensor {tuple(wrong[0].shape)}" if isinstance(wrong[0], Tensor) else f"a {type(wrong[0]).__name__}"
         raise LocalGradError(
-            f"targets hold {given} with a batch of {size} samples: between ranks travel tensors (N, ...) and None; "
+            f"targets hold {given} with a batch of {size} samples: ranks exchange tensors (N, ...) and None alone; "
             "give what is the same for all batches to the objective"
         )
 
