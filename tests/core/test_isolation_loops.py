@@ -287,6 +287,7 @@ def test_what_several_processes_cannot_do_is_refused() -> None:
 
 LOOPS = {
     "plain_loop": (4, "sklearn", ["--epochs", "1", "--images", "200"]),
+    "scaler_loop": (5, "sklearn", ["--epochs", "1", "--images", "200", "--device", "cpu"]),
     "accelerate_loop": (6, "accelerate", ["--epochs", "1", "--images", "200", "--cpu"]),
     "lightning_trainer": (5, "lightning", ["--epochs", "1", "--images", "200", "--accelerator", "cpu"]),
     "hf_trainer": (6, "transformers", ["--cpu", "--steps", "2", "--layers", "2", "--width", "16"]),

@@ -1,11 +1,11 @@
 """How long the demo will take here: a few timed steps and an evaluation of each row that is not trained yet."""
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 
 from localgrad.config.schema import TrainConfig
-from localgrad.data.loading import load_images
+from localgrad.core.clock import now
+from localgrad.data.loading import load_images, untold
 from localgrad.data.sets import ImageSet
 from localgrad.results.step_times import endless_batches
 from localgrad.training.build import build_run
@@ -38,9 +38,9 @@ def _seconds(config: TrainConfig, images: tuple[ImageSet, ImageSet]) -> float:
     """Of one run: its steps and its evaluations, epoch by epoch."""
     fabric = make_fabric(config)
     with fast_kernels(fabric.device):
-        began = time.perf_counter()
-        run = build_run(config, images, fabric, _ignore, fresh=False)
-        building = time.perf_counter() - began
+        began = now()
+        run = build_run(config, images, fabric, untold, fresh=False)
+        building = now() - began
         set_learning_rate(run.optimizers, run.learning_rate, run.rate)
         batches = endless_batches(run, channels_last=config.channels_last)
         steps = [_timed(lambda: train_step(run, *next(batches))) for _ in range(WARM_UP + STEPS)]
@@ -53,11 +53,7 @@ def _steps_per_epoch(run: Run) -> int:
     return run.train.num_batches(run.batch_size, run.placement.replicas, train=True)
 
 
-def _ignore(sentence: str) -> None:
-    """What is said of a run; the run itself says it."""
-
-
 def _timed(work: Callable[[], object]) -> float:
-    begin = time.perf_counter()
+    begin = now()
     work()
-    return time.perf_counter() - begin
+    return now() - begin

@@ -30,6 +30,10 @@ Say = Callable[[str], None]
 MOST_NAMED = 9
 
 
+def untold(sentence: str) -> None:
+    """A `say` for what is said elsewhere, or is not to be heard."""
+
+
 @dataclass(frozen=True)
 class _Part:
     """Rows of a split that are trained or tested on, nothing decoded yet."""

@@ -24,7 +24,7 @@ from localgrad.config.methods import with_defaults
 from localgrad.config.schema import TrainConfig
 from localgrad.core.clock import now
 from localgrad.data.config import DataConfig
-from localgrad.data.loading import load_images
+from localgrad.data.loading import load_images, untold
 from localgrad.data.sets import ImageSet
 from localgrad.data.sources import check_source
 from localgrad.errors import LocalGradError
@@ -243,7 +243,7 @@ def timed_step(config: TrainConfig, held: contextlib.ExitStack) -> tuple[Step, R
     images = _few_images(config.data, BATCHES * config.optim.batch_size)
     fabric = make_fabric(config)
     held.enter_context(fast_kernels(fabric.device))
-    run = build_run(config, images, fabric, fresh=False)
+    run = build_run(config, images, fabric, untold, fresh=False)
     set_learning_rate(run.optimizers, 0.0, run.rate)
     batches = endless_batches(run, channels_last=config.channels_last)
     return lambda: train_step(run, *next(batches)), run

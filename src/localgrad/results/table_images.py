@@ -7,7 +7,7 @@ from pathlib import Path
 from localgrad.config.typed import parse
 from localgrad.data.config import DataConfig
 from localgrad.data.fingerprint import Fingerprint
-from localgrad.data.loading import load_images
+from localgrad.data.loading import load_images, untold
 from localgrad.errors import LocalGradError
 from localgrad.recipes import RECIPES, recipe
 from localgrad.results.cells import Cell, load_result
@@ -106,8 +106,4 @@ def _file(output: Path) -> Path:
 
 def _fingerprint(config: DataConfig) -> Fingerprint | None:
     """Of the training images; None where they come with a package."""
-    return load_images(replace(config, streaming=True), _ignore)[0].fingerprint if config.on_disk else None
-
-
-def _ignore(sentence: str) -> None:
-    """What is said of the images; each run says it."""
+    return load_images(replace(config, streaming=True), untold)[0].fingerprint if config.on_disk else None

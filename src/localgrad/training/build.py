@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +13,7 @@ from localgrad.config.networks import check_scores, is_own
 from localgrad.config.schema import TrainConfig
 from localgrad.config.weights import load_weights
 from localgrad.core.block import Block
-from localgrad.data.loading import load_images, load_validation
+from localgrad.data.loading import Say, load_images, load_validation, untold
 from localgrad.data.sets import ImageSet
 from localgrad.errors import LocalGradError
 from localgrad.parallel.batchnorm import BatchNorm
@@ -37,7 +36,7 @@ def build_run(
     config: TrainConfig,
     images: tuple[ImageSet, ImageSet] | None = None,
     fabric: Fabric | None = None,
-    say: Callable[[str], None] = logger.warning,
+    say: Say = logger.warning,
     *,
     fresh: bool = True,
 ) -> Run:
@@ -62,7 +61,7 @@ def build_run(
         raise LocalGradError(
             f"cuda_graph is on and the device is {device.type}: it takes a CUDA device; leave --cuda-graph out"
         )
-    say = say if fabric.is_global_zero else _ignore
+    say = say if fabric.is_global_zero else untold
     if images is None:
         say(f"reading the images of {config.data.source}")
         images = load_images(config.data, say=say)
@@ -95,7 +94,7 @@ def build_run(
     return run
 
 
-def _network(config: TrainConfig, num_classes: int, fresh: bool, say: Callable[[str], None]) -> nn.Module:
+def _network(config: TrainConfig, num_classes: int, fresh: bool, say: Say) -> nn.Module:
     say(f"building and cutting {config.model.name} for {num_classes} classes")
     model = build_model(config.model, num_classes)
     if is_own(config.model):
@@ -103,10 +102,6 @@ def _network(config: TrainConfig, num_classes: int, fresh: bool, say: Callable[[
     if fresh and (loaded := load_weights(model, config.model, num_classes, config.data)):
         say(loaded)
     return model
-
-
-def _ignore(text: str) -> None:
-    """What ranks other than 0 are told."""
 
 
 def _moved(images: ImageSet, device: torch.device) -> ImageSet:

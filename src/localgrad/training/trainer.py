@@ -14,6 +14,7 @@ from torch import Tensor
 from localgrad.config.checks import validate
 from localgrad.config.methods import with_defaults
 from localgrad.config.schema import TrainConfig
+from localgrad.data.loading import untold
 from localgrad.data.sets import ImageSet
 from localgrad.errors import LocalGradError
 from localgrad.parallel.processes import peer_failure_as_error, restarted
@@ -81,13 +82,9 @@ def fit(
         if fabric.is_global_zero:
             folder.check(config, resume)  # before anything takes long
         with fast_kernels(fabric.device):
-            say = _ignore if quiet else partial(print, file=sys.stderr, flush=True)
+            say = untold if quiet else partial(print, file=sys.stderr, flush=True)
             fresh = not (resume and folder.has_checkpoint)
             return train(build_run(config, images, fabric, say, fresh=fresh), folder, resume=resume, quiet=quiet)
-
-
-def _ignore(text: str) -> None:
-    """What is said of a quiet run."""
 
 
 def train(run: Run, folder: RunFolder, *, resume: bool = False, quiet: bool = False) -> Result:
