@@ -4,6 +4,8 @@ import copy
 import io
 import re
 import shutil
+import subprocess
+import sys
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -198,6 +200,32 @@ def test_a_compiled_chain_runs_the_hooks_of_isolation_eagerly() -> None:
     assert_same(*states, 1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_to_look_at_a_model_compiles_nothing() -> None:
+    """A user compiles her layers before she isolates; the run that looks at each layer would compile for minutes."""
+    compiled: list[int] = []
+
+    def backend(graph: Any, example: Any) -> Any:
+        compiled.append(len(example))
+        return graph.forward
+
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        made = cifar_resnet(8, NUM_CLASSES)
+        for unit in (*made.layer1, *made.layer2, *made.layer3):
+            unit.compile(backend=backend)
+        return made
+
+    given = {"objective": DGL, "momentum": man(0.5)}
+    localgrad.units(model(), EXAMPLE)
+    localgrad.split(model(), EXAMPLE, num_blocks=3, **given)
+    whole = model()
+    isolation = isolate(whole, ["layer1.0", "layer2.0"], example=EXAMPLE, **given)
+    assert not compiled
+    loss_of(whole, isolation, batch(0)).backward()
+    assert compiled
+
+
 # Two processes.
 
 
@@ -288,6 +316,7 @@ def test_what_several_processes_cannot_do_is_refused() -> None:
 LOOPS = {
     "plain_loop": (4, "sklearn", ["--epochs", "1", "--images", "200"]),
     "scaler_loop": (5, "sklearn", ["--epochs", "1", "--images", "200", "--device", "cpu"]),
+    "compiled_loop": (4, "sklearn", ["--epochs", "1", "--images", "200", "--device", "cpu", "--backend", "eager"]),
     "accelerate_loop": (6, "accelerate", ["--epochs", "1", "--images", "200", "--cpu"]),
     "lightning_trainer": (5, "lightning", ["--epochs", "1", "--images", "200", "--accelerator", "cpu"]),
     "hf_trainer": (6, "transformers", ["--cpu", "--steps", "2", "--layers", "2", "--width", "16"]),
@@ -306,10 +335,10 @@ def stock(name: str) -> tuple[str, int]:
     return "\n".join(kept), len(lines) - len(kept) + changed
 
 
-@pytest.mark.parametrize("name", LOOPS)
-def test_a_stock_script_needs_six_lines_at_the_most(name: str) -> None:
+@pytest.mark.parametrize(("name", "expected"), [*((name, LOOPS[name][0]) for name in LOOPS), ("ddp_loop", 4)])
+def test_a_stock_script_needs_six_lines_at_the_most(name: str, expected: int) -> None:
     script, count = stock(name)
-    assert count == LOOPS[name][0] <= 6
+    assert count == expected <= 6
     code = script.split('"""', 2)[2]  # the network of the examples is all that is left of this library
     assert not re.search("isolat|localgrad", code.replace("from localgrad.models import cifar_resnet", ""))
     compile(script, name, "exec")
@@ -333,6 +362,18 @@ def test_the_examples_run_with_and_without_these_lines(
     with pytest.raises(SystemExit):
         example(name).main(["--help"])
     assert "localgrad" in capsys.readouterr().out
+
+
+@pytest.mark.ranks
+def test_the_example_of_ddp_runs_on_two_ranks_with_and_without_these_lines(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    without = tmp_path / "ddp_loop.py"
+    without.write_text(stock("ddp_loop")[0])
+    for script in (FOLDER / "ddp_loop.py", without):
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        flags = ["--epochs", "1", "--images", "200"]
+        ran = subprocess.run([sys.executable, *command, script, *flags], capture_output=True, text=True, timeout=120)
+        assert re.search(r"epoch 1: \d\.\d+ on 2 ranks", ran.stdout), ran.stderr
 
 
 def test_auxiliary_networks_ride_in_the_optimizers_state() -> None:

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from localgrad.core.block import Block
@@ -35,7 +35,7 @@ def inner(block: nn.Module) -> Block:
 
 def check_optimizers(blocks: Sequence[nn.Module], optimizers: Sequence[Optimizers]) -> None:
     """Refuse optimizers that are not one a block, or one sequence a block."""
-    if isinstance(blocks, Block) or isinstance(optimizers, Optimizer) or not hasattr(optimizers, "__len__"):
+    if isinstance(blocks, Block) or isinstance(optimizers, Optimizer | Tensor) or not hasattr(optimizers, "__len__"):
         raise LocalGradError(
             f"blocks is a {type(blocks).__name__} and optimizers a {type(optimizers).__name__}: give two lists, "
             "what `split` gave and one optimizer a block"

@@ -7,13 +7,16 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from localgrad.core.eager import compiler_off
+
 
 @contextmanager
 def restored(model: nn.Module) -> Generator[Callable[[], None], None, None]:
     """Context: at its end, also after an error, every module has its modes, attributes and buffers of before.
 
     What a forward pass assigns to a module, or puts into its lists and dictionaries, is taken off again. A buffer that
-    it exchanged or resized comes back itself, with its values.
+    it exchanged or resized comes back itself, with its values. Layers that are compiled run as they were written: to
+    compile each of them for the one run takes minutes.
 
     Yields:
         A function that puts everything back at once, for the next run.
@@ -45,7 +48,8 @@ def restored(model: nn.Module) -> Generator[Callable[[], None], None, None]:
                 buffer.copy_(value)
 
     try:
-        yield put_back
+        with compiler_off():
+            yield put_back
     finally:
         put_back()
 
