@@ -11,14 +11,14 @@ from localgrad.errors import LocalGradError
 
 
 class ForwardArguments:
-    """Reads the arguments of a model's forward pass.
+    """Finds inputs and targets among the arguments of a model's forward pass.
 
     Args:
-        model: whose forward tells names and order.
-        targets: the argument that holds the targets, or None.
+        model: the model, whose `forward` has the names of the arguments and their order.
+        targets: name of the argument that holds the targets, or None.
 
     Raises:
-        LocalGradError: forward has no such argument.
+        LocalGradError: `forward` has no argument of this name.
     """
 
     def __init__(self, model: nn.Module, targets: str | None) -> None:
@@ -33,14 +33,14 @@ class ForwardArguments:
             )
 
     def inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-        """The first tensor in the order of forward's arguments, the targets left out."""
+        """The first tensor among the arguments other than the targets, in forward's order, detached; or None."""
         given = self._by_name(args, kwargs)
         ordered = [given[name] for name in (*self.names, *given) if name in given and name != self.of_targets]
         found = next(iter(tensors_in(ordered)), None)
         return None if found is None else found.detach()
 
     def targets(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """What the argument of the targets holds, None without one."""
+        """The value of the argument that holds the targets, or None."""
         return None if self.of_targets is None else self._by_name(args, kwargs).get(self.of_targets)
 
     def _by_name(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The autograd graph: its nodes and edges, the leaves below it, and the order in which it was made."""
+"""The autograd graph: its nodes, edges and leaves, and the order in which nodes were created."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 Node = Any
-"""A node of the autograd graph, which torch types in part."""
+"""A node of the autograd graph. It is Any because torch types it in part."""
 Edge = tuple[Node, int]
-"""An output of a node of the autograd graph, which is a tensor that requires a gradient."""
+"""A node of the autograd graph and the index of its output: together they stand for one tensor."""
 
 
 def edges(tensors: Sequence[Tensor]) -> tuple[Edge, ...]:
@@ -25,12 +25,12 @@ def leaf_of(node: Node) -> Tensor | None:
 
 
 def made_at(node: Node) -> int:
-    """When a node was made: a number that grows from node to node of a thread."""
+    """Sequence number of a node: in one thread, a node that is created later has a larger number."""
     return node._sequence_nr()
 
 
 def derives_from(tensor: Tensor, *leaves: Tensor) -> bool:
-    """Whether a tensor is made from one of these leaves of its graph; a leaf itself is."""
+    """Whether a tensor is one of these leaves, or is computed from one in its autograd graph."""
     wanted = {id(leaf) for leaf in leaves}
     if tensor.grad_fn is None:
         return id(tensor) in wanted
@@ -47,7 +47,7 @@ def derives_from(tensor: Tensor, *leaves: Tensor) -> bool:
 
 
 def saves_with(pack: Callable[[Tensor], Any]) -> bool:
-    """Whether tensors that a backward pass needs are handed to this function now, and not to a hook inside it."""
+    """Whether `pack` is the innermost saved-tensor hook now: autograd passes it the tensors to save for backward."""
     graph: Any = torch._C  # pyright: ignore[reportPrivateUsage]
     hooks = graph._autograd._top_saved_tensors_default_hooks(True)
     return torch.is_grad_enabled() and hooks is not None and hooks[0] is pack

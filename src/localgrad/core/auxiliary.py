@@ -1,4 +1,4 @@
-"""The auxiliary networks of a block: momentum and objective, built for one site, and kept beside the model."""
+"""Build the auxiliary networks of blocks (momentum and objective), and keep them on the model's device."""
 
 # pyright: reportUnnecessaryIsInstance=false
 
@@ -31,9 +31,9 @@ def build_auxiliary(
 ) -> tuple[nn.Module | None, nn.Module]:
     """The momentum auxiliary network (or None) and the objective of a block that ends with the unit `last`.
 
-    The momentum copies from `following`, the next block's units; the objective is told of `rest`, the model's units
-    after `last` (after the copied ones, where there is a momentum). The objective is made in the dtype of the features
-    that it gets, float32 where they are integers.
+    The momentum copies first units of `following`, the next block's units. The objective's site holds `rest`, the
+    model's units after `last`, without the copied ones. The objective has the dtype of the features that it gets, or
+    float32 if they are integers.
     """
     like = next((p for unit in (last, *following) for p in unit.module.parameters()), example)
     with torch.device(like.device):
@@ -57,10 +57,10 @@ def build_auxiliary(
 def build_auxiliaries(
     model: nn.Module, parts: Sequence[Part], inputs: Tensor | None, objective: Objective, momentum: Momentum | None
 ) -> Iterator[tuple[nn.Module | None, nn.Module | None]]:
-    """Momentum auxiliary network (or None) and objective of each local block; None for both where nothing is trained.
+    """Momentum auxiliary network (or None) and objective of each local block; None for both if the block is frozen.
 
     Raises:
-        LocalGradError: momentum is to copy the module that takes what a cut gives, and there is none.
+        LocalGradError: with momentum, no module that could be copied reads the output of a cut.
     """
     example = torch.empty(0) if inputs is None else inputs
     for block, part in enumerate(parts[:-1]):
@@ -79,7 +79,11 @@ def build_auxiliaries(
 
 
 def follow_model(networks: nn.Module, momenta: Iterable[Any], model: nn.Module) -> None:
-    """Put auxiliary networks on the model's device and in training mode, and settle their averages."""
+    """Move auxiliary networks to the model's device, put them in training mode, and do postponed updates of the EMA.
+
+    Raises:
+        LocalGradError: modules that a momentum copies have changed since it copied them.
+    """
     device = next(model.parameters()).device
     if any(parameter.device != device for parameter in itertools.islice(networks.parameters(), 1)):
         networks.to(device)

@@ -1,4 +1,4 @@
-"""A block: a run of units with a local loss."""
+"""A block: consecutive units of a model with a local loss."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,14 +17,14 @@ from localgrad.errors import LocalGradError
 
 
 class Block(nn.Module):
-    """A run of units with a local loss.
+    """Consecutive units of a model with a local loss.
 
     Attributes:
-        body: the units, the model's own modules.
+        body: the units, which are the model's own modules.
         momentum: the momentum auxiliary network, or None.
         objective: the auxiliary network and local loss; None on the last block, and where the body trains nothing.
-        criterion: loss of the model's output, or None on all blocks but the last.
-        recompute: whether the activations of each unit are computed again in the backward pass.
+        criterion: loss of the model's output on the last block; None on all other blocks.
+        recompute: whether each unit is checkpointed: its activations are computed again in the backward pass.
         names: names of the units.
     """
 
@@ -48,8 +48,8 @@ class Block(nn.Module):
         self._in_place = tuple(unit.module for unit in found if unit.writes_input)
         self._layers = [module for module in self.body.modules() if own_parameters(module)]
         self._modes = [module for module in self.body if isinstance(module, TwoModes)]
-        # of the local step: the model that the block is of, what was checked, whether gradients wait for a later step,
-        # and whether that is because optimizers have not stepped
+        # state of the local step: the model that the block belongs to, the last check, whether gradients are left for
+        # a later step, whether that is because optimizers did not step, and the shape of a sample of the example
         self.origin: Any = None
         self.checked: Any = None
         self.accumulates = False
@@ -57,23 +57,24 @@ class Block(nn.Module):
         self.takes: torch.Size | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles of a block belong to no model, and are checked again."""
+        """Copies and pickles of a block belong to no model, and are checked again before they train."""
         return {**self.__dict__, "origin": None, "checked": None}
 
     def forward(self, features: Tensor, targets: Any, inputs: Tensor, *, cut_loss: bool = False) -> tuple[Tensor, ...]:
-        """Features before the block to features after it, and the block's loss.
+        """Run the body on features, and compute the block's loss of its output.
 
         Args:
-            features: output of the block before, detached; the inputs for the first block.
-            targets: what objective and criterion take, as classes `(N,)`.
+            features: output of the block before, detached; the first block gets the inputs.
+            targets: targets for objective and criterion, such as classes `(N,)`.
             inputs: the batch, `(N, 3, H, W)`; an objective may reconstruct it.
-            cut_loss: compute the loss on a leaf of the output's values, so that its graph ends there.
+            cut_loss: compute the loss on the detached output, a new leaf, so that the loss's graph ends there.
 
         Returns:
-            The body's output, still attached to the block's graph, and a scalar loss; with `cut_loss` the leaf too.
-            The loss is 0 for a block that trains nothing and is not the last. The last block's output is the model's.
+            The body's output with its graph, and a scalar loss; with `cut_loss` also the leaf. The loss is 0 for a
+            block that trains nothing and is not the last. The last block's output is the model's.
         """
-        # objectives of later blocks read the inputs too, and a leaf cannot be changed
+        # a first unit that works in place gets a clone: objectives of later blocks read the inputs too, and autograd
+        # refuses to change a leaf
         if self.body[0] in self._in_place and (features.requires_grad or features.data_ptr() == inputs.data_ptr()):
             features = features.clone()
         for unit in self.body:
@@ -101,11 +102,11 @@ class Block(nn.Module):
         return features if self.momentum is None else self.momentum(features)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """The parameters to hand to this block's optimizer: all but frozen ones, as the sum's EMA branch is."""
+        """Parameters for this block's optimizer: all that require a gradient. The EMA branch of MAN's sum does not."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def check_training(self) -> None:
-        """Refuse to train in evaluation mode, or after a change of something that the trace keeps as a constant.
+        """Refuse to train in evaluation mode, or after a change of a value that the trace holds as a constant.
 
         `model.eval()` leaves the body in evaluation mode; `model.train()` does not reach the auxiliary networks.
         """
@@ -118,12 +119,12 @@ class Block(nn.Module):
             )
 
     def match_modes(self) -> None:
-        """Put the momentum's copies in the mode of what they copy, module by module; nothing where there are none."""
+        """Give each module of the momentum's copies the training mode of its source; no-op without a momentum."""
         if isinstance(self.momentum, MomentumAuxiliary):
             self.momentum.match_modes()
 
     def update_momentum(self) -> None:
-        """Move the EMA branch towards the next block's first unit; nothing where there is none."""
+        """Update the EMA branch towards the next block's first units; no-op without a momentum."""
         if self.momentum is not None:
             self.momentum.update()  # pyright: ignore[reportCallIssue]
 
@@ -137,7 +138,7 @@ class Block(nn.Module):
             None if the objective has no `predict(features)` that gives class scores, or there is no objective.
 
         Raises:
-            LocalGradError: momentum or objective are in training mode, in which scores would change their statistics.
+            LocalGradError: momentum or objective is in training mode, where scores would change running statistics.
         """
         if self.objective is None:
             return None if self.criterion is None else features
@@ -152,9 +153,10 @@ class Block(nn.Module):
         return predict(self._mixed(features))
 
     def auxiliary_state_dict(self) -> dict[str, Tensor]:
-        """Tensors of momentum and objective, under `momentum.` and `objective.`.
+        """State of momentum and objective, with keys that begin with `momentum.` and `objective.`.
 
-        The model's own are left out: the body's, and frozen ones that the copies share with the next block.
+        Tensors of the model are left out: those of the body, and frozen parameters that the momentum's copies share
+        with the next block.
         """
         shared = self.momentum.shared() if isinstance(self.momentum, MomentumAuxiliary) else []
         left_out = {id(parameter) for parameter in shared}
@@ -164,7 +166,7 @@ class Block(nn.Module):
         return {k: v for k, v in self.state_dict().items() if not k.startswith("body.") and k not in names}
 
     def load_auxiliary_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Load what `auxiliary_state_dict` gave.
+        """Load a state that `auxiliary_state_dict` returned.
 
         Raises:
             LocalGradError: keys or shapes are those of another objective or momentum.

@@ -19,16 +19,17 @@ _LAST = (nn.LayerNorm, nn.RMSNorm, nn.RNNBase, nn.MultiheadAttention)
 
 
 def channel_dim_of(features: Tensor, before: Sequence[nn.Module], after: Sequence[nn.Module]) -> int | None:
-    """The dimension of a unit's output that holds channels, 1 or the last; None where nothing tells.
+    """The dimension of a unit's output that holds channels, 1 or the last; None if it cannot be determined.
 
-    Weights fix the number of channels, and seldom a length or a height: of the two dimensions it is the one that the
-    next weights do not take in another size. Where they take neither (a linear layer on a flattened map, a layer that
-    mixes positions), the nearest layer that has channels in a known place tells, first of what follows.
+    Weights fix the number of channels, but seldom a length or a height. So each of the two dimensions is doubled: the
+    channels are in the one that the next layers, up to the first weights, refuse in another size. If they refuse both
+    (a linear layer on a flattened map, a layer that mixes positions) or neither, the nearest layer with channels in a
+    known dimension decides: first of the layers that follow, then of those before.
 
     Args:
-        features: what the unit gives for a batch; its values do not matter.
-        before: the units up to it, itself the last.
-        after: the units that follow.
+        features: the unit's output for a batch; only shape and dtype matter.
+        before: modules of the units up to this one, which is the last.
+        after: modules of the units that follow.
     """
     last = features.ndim - 1
     if last == 1:
@@ -56,18 +57,18 @@ def channel_dim_of(features: Tensor, before: Sequence[nn.Module], after: Sequenc
 
 
 def usual_channel_dim(ndim: int) -> int:
-    """Where most features of so many dimensions have their channels: maps first, tokens and vectors last."""
+    """The usual channel dimension of features with `ndim` dimensions: 1 for maps, the last for tokens and vectors."""
     return 1 if ndim > 3 else ndim - 1
 
 
 def _takes(module: nn.Module, features: Tensor, dim: int) -> bool:
-    """Whether a module on `meta` runs on features of twice the size along a dimension."""
+    """Whether a module on the meta device runs on features of twice the size along a dimension."""
     size = [*features.shape]
     size[dim] *= 2
-    with redirect_stderr(StringIO()), warnings.catch_warnings():  # traced modules print what they fail at
+    with redirect_stderr(StringIO()), warnings.catch_warnings():  # traced modules print the line that failed
         warnings.simplefilter("ignore")
         try:
             module(torch.empty(size, dtype=features.dtype, device="meta"))
-        except Exception:  # of whatever class: the module does not take it
+        except Exception:  # of any class: the module refuses this size
             return False
     return True

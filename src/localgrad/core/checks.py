@@ -1,4 +1,4 @@
-"""Checks of blocks and optimizers before a local step: all of them once, later only what may have changed."""
+"""Checks of blocks and optimizers before a local step: a full check once, and again after a change."""
 
 import inspect
 import warnings
@@ -15,18 +15,18 @@ from localgrad.core.wrapped import compiled_from
 from localgrad.errors import LocalGradError, LocalGradWarning, SettingsError
 
 Optimizers = Optimizer | Sequence[Optimizer] | None
-"""What trains a block: an optimizer, several that share its parameters, or none where nothing is trained."""
+"""What trains a block: one optimizer, several with disjoint parameters, or None for a block that trains nothing."""
 
 
 def of_block(optimizers: Optimizers) -> tuple[Any, ...]:
-    """The optimizers of one block."""
+    """The optimizers of one block, as a tuple."""
     if optimizers is None:
         return ()
     return tuple(optimizers) if isinstance(optimizers, list | tuple) else (optimizers,)
 
 
 def inner(block: nn.Module) -> Block:
-    """The block in its wrapper (data-parallel or compiled), or itself."""
+    """The block inside its wrapper (data-parallel or compiled); an unwrapped block itself."""
     if isinstance(block, nn.parallel.DistributedDataParallel):
         return inner(block.module)  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
     compiled = compiled_from(block)
@@ -34,7 +34,7 @@ def inner(block: nn.Module) -> Block:
 
 
 def check_optimizers(blocks: Sequence[nn.Module], optimizers: Sequence[Optimizers]) -> None:
-    """Refuse optimizers that are not one a block, or one sequence a block."""
+    """Refuse optimizers that are not a list with one entry (optimizer, sequence or None) for each block."""
     if isinstance(blocks, Block) or isinstance(optimizers, Optimizer | Tensor) or not hasattr(optimizers, "__len__"):
         raise LocalGradError(
             f"blocks is a {type(blocks).__name__} and optimizers a {type(optimizers).__name__}: give two lists, "
@@ -52,11 +52,15 @@ def check_optimizers(blocks: Sequence[nn.Module], optimizers: Sequence[Optimizer
 def check_step(blocks: Sequence[nn.Module], optimizers: Sequence[Optimizers]) -> None:
     """Refuse blocks and optimizers that would train something else than the model's blocks.
 
-    The full check runs once, and again when something has changed.
+    The full check runs once, and again when blocks, optimizers or model have changed. Copies of a momentum get the
+    training modes of their sources here.
 
     Raises:
-        LocalGradError: a block is in evaluation mode, or no longer the model's; its optimizers have other parameters
-            than its own, leave one out, share one, or need a closure.
+        LocalGradError: a block is in evaluation mode, or no longer holds the model's modules; its optimizers have
+            parameters of another block, leave one out, share one, or need a closure.
+
+    Warns:
+        LocalGradWarning: a block has gradients that no local step left.
     """
     check_optimizers(blocks, optimizers)
     own = [inner(block) for block in blocks]
@@ -85,7 +89,7 @@ def check_step(blocks: Sequence[nn.Module], optimizers: Sequence[Optimizers]) ->
 
 
 class Checked:
-    """A block and its optimizers as they were when they were checked."""
+    """A snapshot of a block and its optimizers at the time of the check, to notice later changes."""
 
     def __init__(self, block: Block, optimizers: Sequence[Any]) -> None:
         self._optimizers = tuple(optimizers)
@@ -94,11 +98,11 @@ class Checked:
         self._slots = [slot for module in block.modules() for slot in slots(module)]
 
     def has_gradients(self) -> bool:
-        """Whether a parameter has a gradient."""
+        """Whether a parameter of the block has a gradient."""
         return any(parameter.grad is not None for parameter, _, _ in self._flags)
 
     def holds(self, optimizers: Sequence[Any]) -> bool:
-        """Whether blocks and optimizers are as they were."""
+        """Whether block and optimizers have not changed since the check."""
         groups = _groups(optimizers)
         return (
             len(optimizers) == len(self._optimizers)
@@ -118,7 +122,7 @@ def _groups(optimizers: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def check_parameters(index: int, block: Block, optimizers: Sequence[Any]) -> None:
-    """Refuse optimizers with parameters of another block, without some of their own block's, or with shared ones."""
+    """Refuse optimizers that have parameters of another block, leave out trained ones of their own, or share one."""
     for optimizer in optimizers:
         _check_kind(index, optimizer)
     given = [parameter for group in _groups(optimizers) for parameter in group["params"]]
@@ -149,13 +153,13 @@ def check_parameters(index: int, block: Block, optimizers: Sequence[Any]) -> Non
 
 
 def _check_kind(index: int, optimizer: Any) -> None:
-    """Refuse what is no optimizer, and optimizers whose step needs a closure."""
+    """Refuse objects that are no optimizers, and optimizers whose step needs a closure."""
     if not hasattr(optimizer, "param_groups") or not callable(getattr(optimizer, "step", None)):
         raise LocalGradError(
             f"optimizer {index} is a {type(optimizer).__name__}: give a torch optimizer for each block, or a list of "
             "them that share its parameters, or None where nothing is trained"
         )
-    # of the class: schedulers put a step of another signature on the optimizer
+    # step is read from the class, because schedulers replace it on the optimizer, with another signature
     kind: Any = type(optimizer)  # pyright: ignore[reportUnknownVariableType]
     closure = inspect.signature(kind.step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:

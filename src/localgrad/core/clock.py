@@ -1,4 +1,4 @@
-"""A clock that waits for the device."""
+"""A clock that synchronizes with the device."""
 
 import time
 
@@ -6,7 +6,7 @@ import torch
 
 
 def now(device: torch.device | None = None) -> float:
-    """Seconds on a clock, read when the device (None: any accelerator) has done all that it was given."""
+    """Seconds on a clock, read after a synchronization with the device (None: the current accelerator, if any)."""
     if torch.accelerator.is_available() and (device is None or device.type not in ("cpu", "meta")):
         torch.accelerator.synchronize(device)
     return time.perf_counter()

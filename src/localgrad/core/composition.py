@@ -19,15 +19,15 @@ from localgrad.errors import NotTraceableError
 
 @dataclass(frozen=True, eq=False)
 class _Outcome:
-    """What one run of a model, or of its pieces, gave.
+    """The result of one run of a model, or of its pieces.
 
     Attributes:
-        output: None where it is no tensor.
-        buffers: after it.
-        drawn: states of the random generators after it.
-        reached: ids of the parameters that the output would send a gradient to.
-        reentrant: how many parts are behind a reentrant checkpoint, which hides its parameters.
-        kept: how many tensors its graph keeps.
+        output: the detached output; None if it is no tensor.
+        buffers: copies of the model's buffers after the run.
+        drawn: states of the random generators after the run.
+        reached: ids of the parameters that a backward pass from the output would reach.
+        reentrant: number of reentrant checkpoints in the autograd graph, which hide their parameters.
+        kept: number of tensors that autograd saved for the backward pass.
     """
 
     output: Tensor | None
@@ -41,11 +41,11 @@ class _Outcome:
 def check_composition(model: nn.Module, pieces: Sequence[Piece], samples: Tensor) -> list[bool] | None:
     """Compare pieces and model in both modes: outputs, buffers, random draws, and which parameters get a gradient.
 
-    A trace keeps the values of what it cannot see (flags, numbers, branches), and named submodules leave out what the
-    forward pass does between them. Both show here.
+    A trace holds flags, numbers and branches as constants. Named submodules leave out what the forward pass does
+    between them. The comparison finds both.
 
     Returns:
-        Whether each piece changes its input in place while training; None where there is no data to run on.
+        Whether each piece changes its input in place while training; None on the meta device, which has no values.
 
     Raises:
         LocalGradError: the pieces do not compute what the model does, or the model checkpoints activations itself.
@@ -66,7 +66,7 @@ def check_composition(model: nn.Module, pieces: Sequence[Piece], samples: Tensor
     modules = [model, *(piece.module for piece in pieces)]
     for training in (False, True):
         own, cut = (_outcome(model, run, modules, samples, training) for run in (model, composed))
-        # auxiliary heads, which are left out, may draw too
+        # the output is no tensor where a model has auxiliary heads: they are left out, and may draw random numbers
         if own.output is not None and not (_alike(own, cut) and own.drawn == cut.drawn):
             if "forward" in vars(model):
                 raise NotTraceableError(
@@ -132,7 +132,7 @@ def two_samples(batch: Tensor) -> Tensor:
 
 
 def _reached(output: Any) -> tuple[set[int], int]:
-    """Ids of the parameters that an output would send a gradient to, and the number of reentrant checkpoints."""
+    """Ids of the parameters that a backward pass from the output would reach, and number of reentrant checkpoints."""
     output = cast(Any, output[0] if isinstance(output, tuple | list) else output)
     found: set[int] = set()
     seen = set[Any]()
@@ -153,11 +153,11 @@ def seeded(device: torch.device) -> Generator[None, None, None]:
     """Context: all random generators are seeded with 0, and restored at the end."""
     python, arrays = random.getstate(), np.random.get_state()
     on_cpu = device.type in ("cpu", "meta")
-    on_mps = torch.mps.get_rng_state() if device.type == "mps" else None  # which fork_rng cannot keep
+    on_mps = torch.mps.get_rng_state() if device.type == "mps" else None  # fork_rng does not restore it
     devices = range(torch.cuda.device_count() if device.type == "cuda" else 0)
     with torch.random.fork_rng(devices=devices):  # pyright: ignore[reportUnknownMemberType]
         try:
-            seed: Any = cast(Any, torch.default_generator if on_cpu else torch).manual_seed  # that of other devices too
+            seed: Any = cast(Any, torch.default_generator if on_cpu else torch).manual_seed  # torch's seeds devices too
             seed(0)
             random.seed(0)
             np.random.seed(0)
@@ -170,7 +170,7 @@ def seeded(device: torch.device) -> Generator[None, None, None]:
 
 
 def _random_state(device: torch.device) -> tuple[Any, ...]:
-    """States of the random generators."""
+    """States of the random generators of torch, the device, Python and NumPy."""
     states = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
     _, keys, position, *_ = np.random.get_state()
     return (*(state.tolist() for state in states), random.getstate(), keys.tolist(), position)  # pyright: ignore

@@ -1,4 +1,4 @@
-"""How copies of a module are called: as the module itself is, with other features."""
+"""Call a copy of a module with the arguments of the module's own call and with other features."""
 
 from collections.abc import Mapping, Sequence
 from inspect import Parameter, signature
@@ -17,17 +17,17 @@ PLAIN = (Tensor, int, float, complex, str, bytes, torch.dtype, torch.device, tor
 def as_called(
     module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], features: Tensor, others: Mapping[int, Tensor]
 ) -> Call:
-    """A call `(copy, other features) -> output` with the arguments that `module` gets.
+    """Return a function `(copy, other features) -> output` that calls a copy with the arguments of `module`.
 
-    Masks and embeddings are the same, without their gradients. An object that the module may change, such as a
-    key-value cache, is left at its default.
+    Further tensors, such as masks and embeddings, are passed detached. An object that the module may change, such as a
+    key-value cache, is left at its default, if it has one.
 
     Args:
-        module: what was copied.
-        args: its arguments in order.
-        kwargs: its arguments by name.
-        features: the tensor among them in whose place the other features are given.
-        others: what takes the place of further tensors, by `id`.
+        module: the module that was copied.
+        args: positional arguments of its call.
+        kwargs: keyword arguments of its call.
+        features: the tensor among the arguments that the other features replace.
+        others: replacements of further tensors, by the `id` of the tensor.
     """
     given = _without_state(module, args, kwargs)
 
@@ -44,7 +44,7 @@ def as_called(
 
 
 def detached(tensor: Tensor) -> Tensor:
-    """The tensor without a gradient; itself where it has none."""
+    """`tensor.detach()` if the tensor requires a gradient, else the tensor itself."""
     return tensor.detach() if tensor.requires_grad else tensor
 
 

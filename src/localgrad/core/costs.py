@@ -1,4 +1,4 @@
-"""Cost of each unit, counted on `meta` tensors."""
+"""Memory, operations and parameters of each unit, counted on the meta device."""
 
 import weakref
 from collections.abc import Generator, Sequence
@@ -25,17 +25,17 @@ NOWHERE = (float("inf"), float("inf"), float("inf"))
 
 @dataclass(frozen=True)
 class UnitCost:
-    """What one unit costs for the example batch, and what ending a block after it would.
+    """Cost of one unit for the example batch, and of the auxiliary networks of a block that would end after it.
 
     Attributes:
-        name: of the unit.
-        parameters: number of elements.
-        activations: bytes kept for the backward pass, the output included.
+        name: name of the unit.
+        parameters: number of elements of its parameters.
+        activations: bytes saved for the backward pass, the output included.
         flops: floating-point operations of the forward pass (a multiply-add counts two).
-        end_activations: bytes kept by the momentum auxiliary network and the objective of a block that ends here;
-            infinite where they cannot sit, or at the last unit.
-        end_flops: floating-point operations of their forward pass, likewise.
-        end_parameters: number of elements of their parameters, likewise; what they share with the model is left out.
+        end_activations: bytes that momentum auxiliary network and objective save for the backward pass. It is infinite,
+            as are the two below, at the last unit and where they cannot be built.
+        end_flops: floating-point operations of their forward pass.
+        end_parameters: number of elements of their parameters, without those that they share with the model.
     """
 
     name: str
@@ -56,17 +56,17 @@ def unit_costs(
     targets: Any = None,
     criterion: Criterion = F.cross_entropy,
 ) -> list[UnitCost]:
-    """Cost of each unit for a batch like `example`, counted on `meta` tensors: nothing is computed or allocated.
+    """Cost of each unit for a batch like `example`, counted on the meta device: nothing is computed or allocated.
 
     Args:
         found: the units, from `localgrad.units`.
-        example: a batch; the costs are those of its shape and dtype, and of two samples at least.
-        objective: what would end a block; nothing if None.
-        momentum: likewise.
-        num_blocks: K, as the objective is told.
-        targets: an example of what the objective takes, tensors with as many samples as `example` in any nesting;
+        example: a batch. Costs are counted for its shape and dtype, with at least two samples.
+        objective: the local objective of a block; with None the end of a block costs nothing.
+        momentum: the momentum auxiliary network of a block, or None.
+        num_blocks: K, which the objective's site holds.
+        targets: an example of the objective's targets: tensors with as many samples as `example`, in any nesting;
             classes `(N,)` if None.
-        criterion: of the model, which heads may take.
+        criterion: loss of the model's output, which heads use by default.
 
     Raises:
         CannotCountError: a unit or the objective does not run on tensors without data, or not on these targets.
@@ -140,15 +140,15 @@ class CannotCountError(LocalGradError):
 
 @contextmanager
 def _counting(what: str) -> Generator[None, None, None]:
-    """Context: name the part that does not run on tensors without data."""
+    """Context: an error inside becomes a CannotCountError that names `what` failed."""
     try:
         yield
-    except Exception as error:  # of whatever class: it is the user's code
+    except Exception as error:  # of any class: it is the user's code
         raise CannotCountError(f"{what} does not run on tensors without data ({first_line(error)})") from error
 
 
 def without_data(targets: Any, given: int, samples: int, device: torch.device) -> Any:
-    """Zeros like an example of targets, for `samples` instead of `given` samples; classes `(N,)` without one."""
+    """Zeros of the targets' nesting and dtypes, for `samples` instead of `given` samples; classes `(N,)` if None."""
     if targets is None:
         return torch.zeros(samples, dtype=torch.long, device=device)
 
@@ -160,7 +160,7 @@ def without_data(targets: Any, given: int, samples: int, device: torch.device) -
 
 
 def _forward_cost(module: nn.Module, features: Tensor, *rest: Any) -> tuple[Tensor, int, int]:
-    """Output, bytes kept for the backward pass (output included, input and parameters left out), and operations."""
+    """Output, bytes saved for the backward pass (with the output, without input and parameters), and operations."""
     features = features.detach().requires_grad_(features.is_floating_point())
     known = [
         features,
@@ -178,7 +178,7 @@ def _forward_cost(module: nn.Module, features: Tensor, *rest: Any) -> tuple[Tens
         FlopCounterMode(display=False) as counter,
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
-        entry = features.clone()  # a unit may start in place, which a leaf cannot
+        entry = features.clone()  # a unit may change its input in place, which autograd refuses for a leaf
         known.append(entry)
         result = module(entry, *rest)
     keep(result)

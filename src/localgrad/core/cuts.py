@@ -17,10 +17,11 @@ WRAPPERS: tuple[type[nn.Module], ...] = (DistributedDataParallel, DataParallel)
 
 
 def check_cuts(model: Any, cuts: Any, num_blocks: Any, objective: Any, momentum: Any) -> list[str] | int:
-    """The cuts as they were given: names, or the number of blocks.
+    """Check the arguments of `isolate`; return the names of the cuts, each once, or the number of blocks.
 
     Raises:
-        LocalGradError: they are neither, or the model or the factories are not what they have to be.
+        LocalGradError: an argument has a wrong type or value, not exactly one of `cuts` and `num_blocks` is given, a
+            cut is no module of the model, or the model is wrapped or isolated already.
     """
     if isinstance(model, WRAPPERS) or compiled_from(model) is not None:
         raise LocalGradError(
@@ -70,7 +71,12 @@ def check_cuts(model: Any, cuts: Any, num_blocks: Any, objective: Any, momentum:
 
 
 def named_cuts(model: nn.Module, run: ForwardPass, names: Sequence[str]) -> list[Call]:
-    """The calls of the modules that are named as cuts, in the order in which the forward pass leaves them."""
+    """The calls of the modules that are named as cuts, in order of their end.
+
+    Raises:
+        LocalGradError: a module is not called exactly once, returns no features, returns its input, or is called inside
+            the model's own activation checkpointing.
+    """
     found: list[Call] = []
     for name in names:
         calls = [call for call in run.calls if call.module is model.get_submodule(name)]
@@ -104,13 +110,14 @@ def even_cuts(run: ForwardPass, num_blocks: int) -> list[Call]:
     """K - 1 cuts that divide the longest chain of modules of one class evenly.
 
     A model can be cut after a module if everything later is computed from that module's output. Modules of one class
-    at such places are a chain if they are at least half of their class. Chains of composite modules (residual units,
-    transformer layers) come before chains of single layers, and of two equally long chains the outer one is taken. If
-    no chain has K members, all modules with weights are one. Modules without matrices (norms, activations, pooling)
-    stay with the block before them.
+    after which the model can be cut form a chain. Chains of composite modules (residual units, transformer layers) are
+    tried first, if the chain has at least half of the calls of its class; then chains of any class; then the chain of
+    all innermost modules with weight matrices. The first kind with a chain of K members or more is taken. Of equally
+    long chains the outer one is taken. Modules without weight matrices (norms, activations, pooling) stay with the
+    block before them.
 
     Raises:
-        LocalGradError: there are not so many.
+        LocalGradError: no chain has K members.
     """
     places = [call for call in places_to_cut(run) if not call.checkpointed]
     members = [call for call in places if _has_weights(call.module) and not is_container(call.module)]

@@ -1,4 +1,4 @@
-"""Code that runs eagerly although `torch.compile` is at work around it or inside it."""
+"""Run code eagerly inside a compiled model, and run compiled layers eagerly."""
 
 import sys
 from collections.abc import Callable
@@ -11,17 +11,17 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def eager(function: Function) -> Function:
-    """The function, into which `torch.compile` does not trace.
+    """Decorator: `torch.compile` does not trace into the function, which runs eagerly.
 
-    `torch.compiler.disable` does the same, and loads the compiler at once, which takes a second; this loads it at the
-    first call, as PyTorch's optimizers do.
+    `torch.compiler.disable` does the same, but imports the compiler at once, which takes a second. This decorator
+    imports it at the first call, as PyTorch's optimizers do.
     """
     return cast(Any, torch)._disable_dynamo(function)
 
 
 def compiler_off() -> AbstractContextManager[Any]:
-    """Inside, whatever `torch.compile` made runs as it was written, and nothing is compiled.
+    """Context: compiled modules and functions run eagerly, and nothing is compiled.
 
-    The compiler is loaded by whoever compiles something; where it is not, there is nothing to turn off.
+    If the compiler is not imported yet, nothing is compiled, and the context does nothing.
     """
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()

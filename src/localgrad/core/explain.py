@@ -1,4 +1,4 @@
-"""Errors of a batch, told from the values that were given, not from the words of PyTorch."""
+"""Explain why a batch fails in a block, from the values of batch and block, not from the text of PyTorch's error."""
 
 import traceback
 from collections.abc import Generator, Iterable
@@ -15,26 +15,26 @@ from localgrad.errors import DoesNotFitError, LocalGradError
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 DEVICE_ASSERT = 710
-"""CUDA's code for a kernel that stopped at an assertion, such as a class that does not exist."""
+"""CUDA's error code for a failed assertion in a kernel, such as a class index out of range."""
 
 
 class OutOfMemoryError(DoesNotFitError, torch.OutOfMemoryError):
-    """A block does not fit into the device's memory. It is torch's error too, for loops that then shrink the batch."""
+    """A block does not fit into the device's memory. Loops that catch `torch.OutOfMemoryError` catch this too."""
 
 
 @contextmanager
 def explaining(
     block: Block, index: int, num_blocks: int, inputs: Tensor, targets: Any, first: bool
 ) -> Generator[None, None, None]:
-    """Context: an error inside names the block and, where the values tell, what about the batch does not fit.
+    """Context: an error inside names the block and, if the values show it, what about the batch does not fit.
 
     Args:
-        block: the one that runs.
-        index: its place.
-        num_blocks: how many there are.
-        inputs: the batch.
-        targets: likewise.
-        first: whether the block takes the inputs themselves.
+        block: the block that runs inside.
+        index: index of the block.
+        num_blocks: number of blocks.
+        inputs: the batch's inputs.
+        targets: the batch's targets.
+        first: whether the block's features are the inputs.
     """
     names = f"{block.names[0]} to {block.names[-1]}"
     try:
@@ -60,7 +60,7 @@ def explaining(
 
 
 def _stopped(error: Exception, index: int) -> str | None:
-    """What a kernel's assertion means; later calls fail as well, so the batch cannot be looked at."""
+    """The message for a failed assertion in a CUDA kernel, else None. Later CUDA calls fail: no value can be read."""
     if not isinstance(error, torch.AcceleratorError) or getattr(error, "error_code", None) != DEVICE_ASSERT:
         return None
     return (
@@ -70,7 +70,7 @@ def _stopped(error: Exception, index: int) -> str | None:
 
 
 def _misfit(error: Exception, block: Block, index: int, inputs: Tensor, targets: Any, first: bool) -> str | None:
-    """What about the batch does not fit the block; None where the values do not tell."""
+    """The message for a batch that does not fit the block; None if the values do not show a reason."""
     labels = [leaf for leaf in leaves(targets) if isinstance(leaf, Tensor)]
     for tensor in labels:
         if tensor.shape[:1] != inputs.shape[:1]:
@@ -136,19 +136,19 @@ def _objective_fails(index: int, targets: Any) -> str:
 
 
 def _is_inside(error: Exception, module: nn.Module) -> bool:
-    """Whether the error was raised in a method of this module, or deeper."""
+    """Whether the error was raised in a method of this module, or in a call from one."""
     frames = traceback.walk_tb(error.__traceback__)
     return any(frame.f_locals.get("self") is module for frame, _ in frames)
 
 
 def one_value_a_channel(error: Exception, modules: Iterable[nn.Module], samples: int) -> bool:
-    """Whether an error is that of a batch norm in training, which cannot normalise a single value a channel."""
+    """Whether a batch norm in training raised the error because it got a single value per channel."""
     inner = (layer for module in modules for layer in module.modules())
     return isinstance(error, ValueError) and samples == 1 and any(isinstance(m, NORMS) and m.training for m in inner)
 
 
 def _is_of_shapes(error: Exception, block: Block, inputs: Tensor, first: bool) -> bool:
-    """Whether a wrong shape is the cause: of the inputs in the first block's body, or of features in a head."""
+    """Whether a wrong shape caused the error: of the inputs in the first block's body, or of features in a head."""
     if isinstance(error, IndexError) or (isinstance(error, ValueError) and len(inputs) == 1):
         return False
     return not first or block.objective is not None or _body_fails(block, inputs)
@@ -156,9 +156,9 @@ def _is_of_shapes(error: Exception, block: Block, inputs: Tensor, first: bool) -
 
 @torch.no_grad()
 def _body_fails(block: Block, inputs: Tensor) -> bool:
-    """Whether it is the block's body that cannot take the inputs."""
+    """Whether the block's body fails on the inputs."""
     try:
         block.body(inputs)
-    except Exception:  # the one that is being explained, whatever its class
+    except Exception:  # of any class: it is the error to be explained
         return True
     return False

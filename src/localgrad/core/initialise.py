@@ -1,4 +1,4 @@
-"""Initialisation of layers: convolutions as all released code has it, the others as they reset themselves."""
+"""Initialisation of layers: convolutions as in all released code, other layers by their own reset method."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,9 +17,9 @@ def initialise(module: nn.Module) -> None:
 
 
 def draw_anew(layers: Sequence[nn.Module]) -> None:
-    """Reset each layer that can reset itself, then draw the convolutions among them as `initialise` does."""
+    """Reset each layer that has a reset method, then draw the convolutions among them as `initialise` does."""
     for layer in layers:
-        # nn.MultiheadAttention has the underscore
+        # nn.MultiheadAttention's method begins with an underscore
         reset: Any = getattr(layer, "reset_parameters", None) or getattr(layer, "_reset_parameters", None)
         if callable(reset):
             reset()

@@ -1,4 +1,4 @@
-"""Isolation: the model's own forward pass, cut by hooks, with local losses that are back-propagated on the way."""
+"""Isolation: hooks cut the model's own forward pass into blocks, and back-propagate each local loss inside it."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -29,16 +29,16 @@ from localgrad.errors import LocalGradError, LocalGradWarning
 
 
 class Isolation(nn.Module):
-    """A model that trains by blocks; `isolate` makes it.
+    """A model whose forward pass trains its local blocks. `isolate` makes it.
 
-    As a module it holds the auxiliary networks alone. They follow the model to another device.
+    Its submodules are the auxiliary networks alone, not the model. A forward pass moves them to the model's device.
 
     Attributes:
-        objectives: auxiliary network and local loss of each local block, in order; None where nothing is trained.
+        objectives: auxiliary network and local loss of each local block, in order; None for a block that is frozen.
         momenta: momentum auxiliary network of each local block, or None.
-        targets: what the objectives get of the next batch; to be set before every forward pass, unless an argument of
-            the forward pass holds them. None again afterwards.
-        backward: called with each local loss; None is `torch.Tensor.backward`.
+        targets: targets of the next batch, for the objectives. Set them before every forward pass, unless an argument
+            of the forward pass holds them. The forward pass resets them to None.
+        backward: called with each local loss; None means `torch.Tensor.backward`.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Isolation(nn.Module):
         ]
 
     def build(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Run the model once, make the auxiliary networks and put hooks where the cuts are."""
+        """Run the model once, build the auxiliary networks and register hooks at the cuts."""
         (model,) = self._model
         self._observing = True
         try:
@@ -111,7 +111,7 @@ class Isolation(nn.Module):
 
     @eager
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before the model's forward pass."""
+        """Forward pre-hook of the model: in training, check the model and start a `LocalPass`."""
         if self._observing or not (torch.is_grad_enabled() and model.training):
             return
         if model is not self._model[0]:
@@ -139,7 +139,7 @@ class Isolation(nn.Module):
 
     @eager
     def _leave(self, block: int, module: nn.Module, args: Any, output: Any) -> Any:
-        """After a cut's module."""
+        """Forward hook of a cut's module: end the block and return the module's output detached."""
         if self._pass is None:
             if not self._observing and torch.is_grad_enabled() and self._model[0].training:
                 raise LocalGradError(
@@ -159,14 +159,14 @@ class Isolation(nn.Module):
 
     @eager
     def _meet(self, block: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Before the first module of a block."""
+        """Forward pre-hook of a block's first module: compute the loss of the block before, if it waits for this."""
         if self._pass is None or not self._pass.is_waiting or self._pass.reached != block:
             return None
         return self._pass.meet(module, args, kwargs)
 
     @eager
     def _end(self, model: nn.Module, args: Any, output: Any) -> None:
-        """After the model's forward pass, also after one that failed, which has no output."""
+        """Forward hook of the model, also called when the forward pass failed (output None): end the `LocalPass`."""
         done, self._pass = self._pass, None
         if done is None or self._gradients is None:
             return
@@ -180,21 +180,21 @@ class Isolation(nn.Module):
 
     @property
     def cuts(self) -> tuple[str, ...]:
-        """Names of the modules after which gradients stop, in order; none before the first batch or example."""
+        """Names of the modules after which gradients stop, in order; empty before the first batch or example."""
         return tuple(part.name for part in self._parts[:-1])
 
     @property
     def losses(self) -> list[Tensor]:
-        """A detached scalar of each local block that trains, of the last batch."""
+        """Local losses of the last batch: one detached scalar for each local block that trains."""
         if self._parts:
             self._unchanged.check()
         return list(self._losses)
 
     def trainable_parameters(self, block: int | None = None) -> list[nn.Parameter]:
-        """What to give to the optimizer: parameters of the model and its auxiliary networks, or those of one block.
+        """Trained parameters of the model and its auxiliary networks, for the optimizer.
 
         Args:
-            block: from 0 to K - 1, for one optimizer a block.
+            block: index of one block, from 0 to K - 1, for one optimizer a block; None for all blocks.
         """
         if not self._parts:
             raise LocalGradError("the blocks are not known before the first batch: give isolate(..., example=batch)")
@@ -203,18 +203,18 @@ class Isolation(nn.Module):
         return [parameter for parameter in dict.fromkeys(found) if parameter.requires_grad]
 
     def save_with(self, optimizer: AnyOptimizer) -> AnyOptimizer:
-        """Let the optimizer's `state_dict` hold the auxiliary networks, and `load_state_dict` load them; returns it."""
+        """Save the auxiliary networks in the optimizer's `state_dict`, and load them from it. Returns the optimizer."""
         return keep_in(optimizer, self)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The tensors of the auxiliary networks alone; the model has its own."""
+        """State of the auxiliary networks alone; the model has its own `state_dict`."""
         for momentum in self.momenta:
             if momentum is not None:
                 momentum.settle()
         return super().state_dict(*args, **kwargs)  # pyright: ignore[reportUnknownVariableType]
 
     def remove(self) -> None:
-        """Leave the model as it was before `isolate`: no hooks, no local losses. Its weights stay trained."""
+        """Remove the hooks, and with them the local losses, from the model. Its weights stay as they are trained."""
         for _, handle in self._hooks:
             handle.remove()
         for module in (module for part in self._parts if self._recompute for module in part.inner):
@@ -249,44 +249,44 @@ def isolate(
     backward: Callable[[Tensor], Any] | None = None,
     reach: int = 1,
 ) -> Isolation:
-    """Train `model` in gradient-isolated blocks, in the loop that you have.
+    """Train `model` in gradient-isolated blocks, inside your own training loop.
 
-    Hooks cut the model's own forward pass: whatever reads the output of a cut's module gets it detached, and the local
-    loss `L_j = objective(momentum(h_j), targets, inputs)` of that output is back-propagated at once, in the middle of
-    `model(...)`, so that one block's activations live at a time. The loss of the model's output, which you
-    back-propagate yourself, trains the last block. Gradients and EMA are those of `local_step`, bit for bit, on models
-    that `split` takes; but the model need not be a chain. In evaluation mode and under `no_grad` nothing happens.
+    Hooks cut the model's own forward pass. Modules that read the output h_j of a cut get it detached. The local loss
+    `L_j = objective(momentum(h_j), targets, inputs)` is back-propagated at once, inside `model(...)`, so that memory
+    holds the activations of one block at a time. You back-propagate the loss of the model's output, which trains the
+    last block. On models that `split` takes, gradients and EMA are those of `local_step`, bit for bit; but the model
+    need not be a chain. In evaluation mode and under `no_grad` the hooks do nothing.
 
-    With momentum the local loss waits for the first module of the next block: copies are called with all of its
-    arguments, such as masks. The EMA moves once per change of the weights that it follows, before the optimizer steps.
+    With momentum the local loss is computed when the next block's first module is called: its copies get the same
+    arguments, such as masks. The EMA is updated once per change of the weights that it follows, before optimizers step.
 
-    A parameter that several blocks use (tied embeddings) is trained by the last of them alone. A block without a
-    trained parameter has no local loss. Under DistributedDataParallel the gradients of local blocks are averaged here.
+    A parameter that several blocks use (tied embeddings) is trained by the last of them alone. A block without trained
+    parameters has no local loss. Under DistributedDataParallel the isolation averages the local blocks' gradients.
 
     Args:
-        model: any network, itself, before it is wrapped, with the layers and adapters that it shall have.
+        model: any network, not wrapped. Change its layers and add adapters before `isolate`.
         cuts: names of the modules after which gradients stop. `[]` is end-to-end training.
-        num_blocks: K, instead of `cuts`: parts the longest chain of equal modules (transformer layers, residual units).
+        num_blocks: K, instead of `cuts`: divides the longest chain of modules of one class (such as residual units).
         objective: the local objective, such as `classifier(num_classes=10)`.
         momentum: `man(...)`, `manpp(...)` or None.
-        targets: the argument of the model's forward pass that holds the targets, as "labels"; without it set
-            `isolation.targets` before each call.
-        example: a batch: a tensor, a tuple of the arguments of forward or a dict of them. The model is run on it once,
-            and left as it was. Without it the first training batch serves, and the optimizer is made after that.
-        recompute: keep only what is between the layers of a block, and compute each again in the backward pass.
+        targets: name of the argument of the model's forward pass that holds the targets, such as "labels". Without it,
+            set `isolation.targets` before each call.
+        example: a batch: a tensor, a tuple of forward's arguments or a dict of them. The model runs on it once, and is
+            restored. Without it the first training batch is used, and you make the optimizer after that batch.
+        recompute: activation checkpointing of each module of several layers inside a block.
         backward: back-propagates a local loss: `lambda loss: scaler.scale(loss / n).backward()` for a GradScaler and n
-            micro-batches, `accelerator.backward`, `fabric.backward`. Weigh them as you weigh your own loss.
+            micro-batches, `accelerator.backward`, `fabric.backward`. Scale local losses as you scale your own loss.
         reach: number of blocks that a loss trains, its own included, as in `local_step`.
 
     Returns:
-        The isolation, whose `trainable_parameters()` go to the optimizer.
+        The isolation. Give its `trainable_parameters()` to the optimizer.
 
     Raises:
-        LocalGradError: a cut is no module, is not called once, or gives no features; a block reads a tensor from inside
-            another one; there is no module for momentum to copy; the model is wrapped already. While training: no
-            targets; modules, parameters, dtype or hooks changed; a cut not reached.
+        LocalGradError: a cut is no module, is not called exactly once, or returns no features; a block reads a tensor
+            from inside another block; momentum has no module to copy; the model is wrapped. While training: no targets;
+            modules, parameters, dtypes or hooks have changed; the forward pass does not reach a cut.
 
-    Source: as `split`; hooks and the waiting loss are this library's own.
+    Source: as in `split`; cutting by hooks is this library's own.
     """
     check_reach(reach)
     chosen = check_cuts(model, cuts, num_blocks, objective, momentum)

@@ -1,4 +1,7 @@
-"""Tensors that modules keep of their forward pass, as a balance loss of experts, when their block's graph is gone."""
+"""Refuse a backward pass through a tensor that a module stored in its forward pass and whose graph is freed.
+
+An example is the balance loss of a mixture of experts inside a local block.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +15,7 @@ from localgrad.errors import LocalGradError
 
 
 def kept_by(module: nn.Module) -> dict[str, Tensor]:
-    """The tensors with a graph that a module holds itself, by the name of the attribute."""
+    """Tensors with an autograd graph that a module holds itself, by attribute name; the first of each attribute."""
     tables = (own_parameters(module), own_modules(module))
     found: dict[str, Tensor] = {}
     for name, value in vars(module).items():
@@ -23,11 +26,13 @@ def kept_by(module: nn.Module) -> dict[str, Tensor]:
 
 
 class KeptTensors:
-    """What the modules of a model keep that is made with some parameters, as the first forward pass shows.
+    """Tensors that a model's modules store in a forward pass, computed with parameters of local blocks.
+
+    The first forward pass shows which modules store such tensors.
 
     Args:
         model: the model.
-        trained: the parameters, whose graph is gone when the forward pass ends.
+        trained: the parameters of local blocks, whose graph is freed before the forward pass ends.
     """
 
     def __init__(self, model: nn.Module, trained: Sequence[nn.Parameter]) -> None:
@@ -35,7 +40,7 @@ class KeptTensors:
         self.keepers: list[tuple[str, nn.Module]] | None = None
 
     def refuse_backward(self) -> None:
-        """After a forward pass: say what to do where a gradient comes to such a tensor."""
+        """Call it after a forward pass: a backward pass that reaches such a tensor raises a LocalGradError."""
         if self.keepers is None:
             modules: dict[str, nn.Module] = dict(self.model.named_modules())  # pyright: ignore[reportUnknownArgumentType]
             self.keepers = [
@@ -49,7 +54,7 @@ class KeptTensors:
 
 
 class _Refusal:
-    """A hook on a kept tensor."""
+    """A tensor hook that raises a LocalGradError with the name of the stored tensor."""
 
     def __init__(self, module: str, attribute: str) -> None:
         self.module, self.attribute = module, attribute

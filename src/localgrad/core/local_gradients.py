@@ -1,4 +1,4 @@
-"""Gradients of local losses, which come in the forward pass, until the model's own loss is back-propagated."""
+"""Gradients of local losses: computed in the forward pass, stored until the model's own loss is back-propagated."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from localgrad.core.replicas import average_gradients
 from localgrad.errors import LocalGradWarning
 
 Block = tuple[Sequence[nn.Parameter], Sequence[nn.Parameter]]
-"""What a local block trains: its own parameters, and those of its auxiliary networks."""
+"""The parameters that a local block trains: its own, and those of its auxiliary networks."""
 
 SUMMED = (
     "gradients are accumulated over batches, and those of local losses are summed: divide these losses as you divide "
@@ -26,20 +26,21 @@ LOST = (
 
 
 class LocalGradients:
-    """The gradients that one forward pass makes: set aside when it ends, and there when the backward pass begins.
+    """The local gradients of one forward pass: stored when it ends, added to `.grad` when the backward pass begins.
 
-    So they count as if the backward pass had made them, in every order of a loop: whoever zeroes gradients between
-    forward and backward pass, or leaves a batch out, means those of local losses too. Until then they live beside the
-    gradients of the batches before, if those are still there.
+    So they act as if the backward pass had computed them, in every order of a training loop. If the loop zeroes
+    gradients between forward and backward pass, they are added after that. If the loop leaves the batch out, they are
+    dropped. Until the backward pass they need memory beside the gradients of earlier batches.
 
     Args:
-        blocks: the local blocks.
-        ddp: the wrapper over whose processes gradients are averaged; its `no_sync` counts when the forward pass runs.
+        blocks: the parameters of the local blocks.
+        ddp: the DDP wrapper over whose ranks the gradients are averaged, or None. If its `no_sync` is active during the
+            forward pass, they are not averaged.
         stepped: whether an optimizer has stepped since the forward pass before.
-        before: those of that pass.
+        before: the local gradients of the forward pass before, or None.
 
     Attributes:
-        are_waiting: whether they are aside.
+        are_waiting: whether the gradients are stored, and not added yet.
     """
 
     def __init__(
@@ -62,13 +63,13 @@ class LocalGradients:
         return [parameter for own, auxiliary in self.blocks for parameter in (*own, *auxiliary)]
 
     def set_aside(self, output: Any, last: Sequence[nn.Parameter]) -> None:
-        """At the end of the forward pass: the gradients of the batches before are back until a backward pass begins.
+        """At the end of the forward pass, store its gradients and restore `.grad` of earlier batches.
 
-        That is seen at the model's output, or where it holds no tensors at the last block's parameters. A pass that
-        failed, whose output is None, has made nothing.
+        Hooks on the model's output notice that a backward pass begins; if no tensor of the output has a graph, hooks on
+        the last block's parameters do. A forward pass that failed leaves no gradients.
 
         Args:
-            output: of the model.
+            output: output of the model; None if the forward pass failed.
             last: parameters of the last block.
         """
         made = [(parameter, parameter.grad) for parameter in self._all()]
@@ -80,7 +81,7 @@ class LocalGradients:
         self._made = [(parameter, gradient) for parameter, gradient in made if gradient is not None]
         watched = [tensor for tensor in tensors_in(output) if tensor.grad_fn is not None]
         watched = watched or [parameter for parameter in last if parameter.requires_grad]
-        if not watched:  # nobody back-propagates
+        if not watched:  # no backward pass can follow
             self.arrive()
             return
         self.are_waiting = True
@@ -90,13 +91,14 @@ class LocalGradients:
 
     @torch.no_grad()
     def arrive(self) -> None:
-        """Add them to the gradients that are there."""
+        """Add the stored gradients to `.grad`, and average the sums over the ranks under DDP."""
         self.are_waiting = False
         for own, auxiliary in self.blocks:
             kept = [parameter for parameter in auxiliary if parameter.grad is not None]
             gone = all(parameter.grad is None for parameter in own)
             if kept and (gone or (self._stepped and _is_zero(own))):
-                for parameter in kept:  # model.zero_grad(), as the Trainer of transformers calls it, means these too
+                # the loop called model.zero_grad(), as the Trainer of transformers does: zero these gradients too
+                for parameter in kept:
                     parameter.grad = None if gone else parameter.grad.zero_()  # pyright: ignore[reportOptionalMemberAccess]
         for parameter, gradient in self._made:
             if parameter.grad is None:
@@ -110,13 +112,13 @@ class LocalGradients:
 
 
 def _is_zero(own: Sequence[nn.Parameter]) -> bool:
-    """Whether the largest of these gradients is zero; that waits for the device."""
+    """Whether the gradient with the most elements is zero. The answer needs a synchronization with the device."""
     largest = max((p.grad for p in own if p.grad is not None), key=Tensor.numel)
     return not largest.is_meta and not largest.any()
 
 
 class _Once:
-    """A hook on several tensors that calls a function when the first gradient comes, and is gone then."""
+    """A hook on several tensors: the first gradient calls a function and removes the hook from all of them."""
 
     def __init__(self, function: Callable[[], None], handles: list[Any]) -> None:
         self.function, self.handles = function, handles

@@ -16,24 +16,24 @@ from localgrad.core.trees import mapped
 from localgrad.core.versions import version
 from localgrad.errors import LocalGradError
 
-BACKWARD: Callable[[Tensor], Any] = cast(Any, Tensor).backward  # which torch types in part
+BACKWARD: Callable[[Tensor], Any] = cast(Any, Tensor).backward  # torch types it in part
 
 
 class LocalPass:
-    """The blocks of one batch in turn: `leave` after each cut's module, `meet` before what follows it.
+    """Trains the local blocks on one batch: `leave` runs after each cut's module, `meet` before the next block's first.
 
     Args:
         objectives: auxiliary network and local loss of each local block, or None.
-        momenta: momentum auxiliary network of each, or None.
-        parts: the blocks, the last included.
+        momenta: momentum auxiliary network of each local block, or None.
+        parts: all blocks, the last included.
         batch: targets and inputs, for the objectives.
         backward: back-propagates a loss.
         reach: number of blocks that a loss trains, its own included.
 
     Attributes:
-        reached: how many cuts were passed.
-        is_waiting: whether the last block's loss waits for the next module.
-        losses: of the blocks so far, detached.
+        reached: number of cuts that the forward pass has passed.
+        is_waiting: whether the loss of the block that ended last waits for the next block's first module.
+        losses: detached losses of the blocks so far.
     """
 
     def __init__(
@@ -49,11 +49,11 @@ class LocalPass:
         self.batch, self.backward = batch, backward
         self.reached, self.is_waiting, self.losses = 0, False, list[Tensor]()
         self.features = self.leaf = torch.empty(0)
-        self.entry = torch.empty(0)  # what the block was given, where its gradient goes on to the one before
+        self.entry = torch.empty(0)  # with reach > 1: the block's input, a leaf
         self.span = Span(reach, len(parts)) if reach > 1 else None
 
     def leave(self, output: Any) -> Any:
-        """Back-propagate the local loss of the block that ends here, and return its output detached."""
+        """End a block: back-propagate its local loss (with momentum `meet` does), and return its output detached."""
         block, features = self.reached, first_floating(output)
         assert features is not None
         self.reached += 1
@@ -77,10 +77,13 @@ class LocalPass:
         return mapped(lambda tensor: passed.get(id(tensor), detached(tensor)), output)
 
     def meet(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Back-propagate the loss that waits; copies of `module`, called with its arguments, see the features first.
+        """Compute and back-propagate the waiting loss. Copies of `module` are called with the arguments of `module`.
 
-        Operations between the cut and the module are back-propagated too, and train nothing of the next block.
-        Returns the arguments for the module itself, or None while it is not given the features.
+        The backward pass includes operations between the cut and the module, and trains no parameter of the next block.
+
+        Returns:
+            The arguments for the module itself, detached. None leaves its arguments unchanged: they do not depend on
+            the features, so that the loss waits on, or `reach` is above 1.
         """
         block, features, leaf = self.reached - 1, self.features, self.leaf
         given = [t for t in tensors_in((args, kwargs)) if t.requires_grad and derives_from(t, leaf)]
@@ -109,7 +112,7 @@ class LocalPass:
         return mapped(lambda t: t.detach() if id(t) in inner and t is not leaf else t, (args, kwargs))
 
     def check_whole(self) -> None:
-        """Refuse a pass that did not come through all blocks."""
+        """Refuse a forward pass that has left out a block."""
         if self.is_waiting or self.reached < len(self.parts) - 1:
             part = self.parts[self.reached - self.is_waiting]
             missing = part.following[0] if self.is_waiting else part
@@ -121,7 +124,15 @@ class LocalPass:
     def _train(
         self, block: int, features: Tensor, mixed: Tensor, reach_features: Callable[[], Tensor | None] = lambda: None
     ) -> Tensor | None:
-        """Back-propagate the block's local loss, and move the EMA if what it follows has changed since."""
+        """Compute and back-propagate a block's local loss, and update its EMA if the weights that it follows changed.
+
+        Args:
+            block: index of the block.
+            features: the features before the momentum, which the objective must not change in place.
+            mixed: input of the objective: the features, or the output of the momentum.
+            reach_features: continues the backward pass from the copies' inputs to the features, and returns the
+                gradient there.
+        """
         objective: Any = self.objectives[block]
         before, kind = version(features), features.device.type
         try:
@@ -146,7 +157,7 @@ class LocalPass:
         return gradient
 
     def _why(self, block: int, features: Tensor, error: Exception) -> str:
-        """The message for an objective that fails: its features and targets."""
+        """The message for an objective that failed, with the shapes of its features and targets."""
         targets = self.batch[0]
         if targets is None:
             return (
@@ -161,7 +172,7 @@ class LocalPass:
         )
 
     def _take_in(self, block: int, gradient: Tensor | None) -> None:
-        """Keep the block's graph where losses of later blocks reach it."""
+        """With reach above 1: keep the block's graph for later losses, with the gradient of its own loss."""
         if self.span is not None:
             parameters = [parameter for parameter in self.parts[block].parameters if parameter.requires_grad]
             self.span.add(parameters, self.entry, self.features, gradient)
@@ -170,7 +181,7 @@ class LocalPass:
                 self.entry.register_post_accumulate_grad_hook(self._end)  # pyright: ignore[reportUnknownMemberType]
 
     def _end(self, entry: Tensor) -> None:
-        """The gradient of the model's own loss has come to the last cut."""
+        """Hook of the last cut's output: pass the gradient of the model's own loss on to the blocks that it reaches."""
         assert self.span is not None
         self.span.end(entry.grad)
         entry.grad = None

@@ -1,4 +1,4 @@
-"""MAN and MAN++: factories of momentum auxiliary networks, as the papers and their released code have them."""
+"""MAN and MAN++: factories of momentum auxiliary networks, as in the papers and their released code."""
 
 # pyright: reportUnnecessaryIsInstance=false
 
@@ -29,48 +29,50 @@ def man(
     """The momentum auxiliary network (MAN).
 
     `form="sum"`, the released code: `y = bias(h) + ema(h)`, two copies of the next block's first unit. `bias` is
-    trained with the block; `ema` gets no gradient of its own (one flows through it into h) and follows
+    trained with the block. `ema` is not trained, but the gradient flows through it to h. It follows
     `ema <- m * ema + (1 - m) * unit` with the weights that the next unit had when the batch began.
     `y` feeds the local objective; the next block gets `h`.
 
-    `form="residual"`: `y = bias(h) + ema(h) - h`. Where a unit is `u(h) = h + f(h)` the sum counts the residual path
-    twice, `2 h + f + f'`; this counts it once. For units that keep the shape of their features.
+    `form="residual"`: `y = bias(h) + ema(h) - h`. If a unit is `u(h) = h + f(h)`, the sum counts the residual path
+    twice, `2 h + f + f'`; this form counts it once. It is for units that keep the shape of their features.
 
-    `form="fused"`, after the paper's text: `y = unit(h) + b`, one copy, trained by its gradient and then pulled by the
-    same average, and one learnable number `b` a channel, initially 0. The text leaves the shape and the place of b
-    open, and has a second gradient update after the average.
+    `form="fused"`, after the paper's text: `y = unit(h) + b`, with one copy of the unit, which is trained by its
+    gradient and then updated by the same average, and one learnable number `b` a channel, initially 0. The paper's text
+    leaves the shape and the place of b open, and has a second gradient update after the average.
 
-    The ablation's rows are settings: `bias=False` (EMA only), `ema=False` (bias only: one more trained unit),
-    `decay=0` (the next unit's weights used directly, one step old). The average covers trained parameters; norms of
-    the EMA branch use the statistics of the batch. What the next unit does not train (LoRA's base weights) both copies
-    share with it.
+    The rows of the paper's ablation are settings: `bias=False` (EMA only), `ema=False` (bias only: one more trained
+    unit), `decay=0` (the next unit's weights used directly, one step old). The average covers trained parameters.
+    Norms of the EMA branch use the statistics of the batch. Both copies share the next unit's frozen parameters (LoRA's
+    base weights) with it.
 
     Args:
-        decay: m, from 0 to 1. The paper's is 0.995.
-        form: see above.
-        bias: whether there is a trained copy; of the fused form, b alone, for its copy is trained in any case.
-        ema: whether there is a part that follows the next unit.
-        initial: `"copy"` starts both from the next unit's values, `"random"` from independent draws (what the released
-            code does), in each layer that can reset itself; bare parameters of a unit, and weights that a
+        decay: m, from 0 to 1. The paper uses 0.995.
+        form: `"sum"`, `"residual"` or `"fused"`, see above.
+        bias: whether there is a trained copy. In the fused form: whether there is b; its copy is always trained.
+        ema: whether there is a copy that follows the next unit by the average.
+        initial: `"copy"` starts both copies from the next unit's values, `"random"` from independent draws (as in the
+            released code), in each layer that has a reset method. A unit's own bare parameters, and weights that a
             parametrization computes (weight norm), stay copies.
-        recompute: compute both branches again during the backward pass instead of keeping their activations; batch
-            statistics are still counted once a step.
-        depth: how many of the next block's first units are copied (fewer where it has fewer; the model's head
-            only where nothing else is left).
-        bias_form: the trained part of the sum: `"unit"`, a whole copy (as released), or `"conv1x1"`, a 1x1 convolution
-            `W h + b` from the channels before the unit to those after it, with the unit's stride and initially 0 (a
-            linear layer where channels come last). The text speaks of a "lightweight" bias. It costs 1/18 of a
-            residual unit of two 3x3 convolutions.
-        pool: average maps `(N, C, H, W)` over squares of this side before the branches, whose cost falls by its
-            square; the objective sees the smaller map. No paper's: the heads that follow average further anyway.
+        recompute: activation checkpointing of both branches: the backward pass computes them again. Running statistics
+            are still updated once a step.
+        depth: number of the next block's first units that are copied; all of them if it has fewer. The model's head is
+            copied only if the last block has no other unit.
+        bias_form: the trained part of the sum: `"unit"`, a copy of the unit (as released), or `"conv1x1"`, a 1x1
+            convolution `W h + b` from the channels before the unit to those after it, with the unit's stride and
+            initially 0 (a linear layer if channels are the last dimension). The paper's text speaks of a "lightweight"
+            bias. It costs 1/18 of a residual unit of two 3x3 convolutions.
+        pool: average maps `(N, C, H, W)` over squares of this side (in pixels) before the branches, which divides their
+            cost by the side's square. The objective sees the smaller map. This is from no paper.
 
     Returns:
-        A function of the next block's units that builds the module.
+        A function that builds the module from the next block's units.
 
     Raises:
-        SettingsError: `decay` is outside [0, 1], `depth` below 1, neither part is wanted, the fused form is to have no
-            average, or a choice is unknown; when built, the weights to be averaged are of a 16-bit type.
-        CannotSitError: when built, the next block begins with nothing that is trained.
+        SettingsError: `decay` is outside [0, 1], `depth` or `pool` is below 1, `bias` and `ema` are both False, `form`
+            does not go with `bias`, `ema` or `bias_form`, or a choice is unknown; when built, the weights to be
+            averaged have a 16-bit dtype.
+        CannotSitError: when built, the units to copy have no trained parameters, or do not fit `form`, `bias_form` or
+            `pool`.
 
     Source: Su et al., Momentum Auxiliary Network for Supervised Local Learning, ECCV 2024
     (https://arxiv.org/abs/2407.05623), section "EMA-based information transfer"; released code of the paper,
@@ -114,7 +116,7 @@ def man(
             is_unit = bias_form == "unit"
             trained = copied(source, initial, share_frozen=True) if is_unit else _conv1x1(source)
         if follower is not None and form != "fused":
-            follower.requires_grad_(False)  # what is shared is frozen already
+            follower.requires_grad_(False)  # shared parameters are frozen already
         if bias and form == "fused":
             unit = source[-1]
             shape = [1] * (len(unit.features) - 1)
@@ -135,23 +137,23 @@ def manpp(
     recompute: bool = False,
     depth: int = 1,
 ) -> Momentum:
-    """MAN++: the two branches of MAN, weighed by a learnable scalar.
+    """MAN++: the two branches of MAN, weighted by a learnable scalar.
 
-    `y = s * bias(h) + (2 - s) * ema(h)`, s initially 1, which is MAN's sum. All else is as in `man(form="sum")`; s is
-    trained and weight-decayed with the block's other parameters.
+    `y = s * bias(h) + (2 - s) * ema(h)`, with s initially 1, which is MAN's sum. All else is as in `man(form="sum")`.
+    The block's optimizer trains s with the other parameters, weight decay included.
 
     Args:
-        decay: m, from 0 to 1.
+        decay: m, from 0 to 1, as in `man`.
         initial: `"copy"` or `"random"`, as in `man`.
         recompute: as in `man`.
         depth: as in `man`.
 
     Returns:
-        A function of the next block's units that builds the module.
+        A function that builds the module from the next block's units.
 
     Raises:
-        SettingsError: as `man`.
-        CannotSitError: as `man`.
+        SettingsError: as in `man`.
+        CannotSitError: as in `man`.
 
     Source: MAN++ (TPAMI 2026, doi 10.1109/TPAMI.2026.3679406; https://arxiv.org/abs/2507.16279), released code,
     `networks/resnetDGL_MANPP.py`.
@@ -162,7 +164,7 @@ def manpp(
         source = _source(following, depth)
         follower = _follower(source, initial, decay).requires_grad_(False)
         like = _trained_parameters(source)[0]
-        scale = nn.Parameter(torch.ones(1, dtype=like.dtype, device=like.device))  # FSDP2 takes no scalar
+        scale = nn.Parameter(torch.ones(1, dtype=like.dtype, device=like.device))  # (1,), because FSDP2 refuses scalars
         trained = copied(source, initial, share_frozen=True)
         return MomentumAuxiliary(source, trained, follower, scale, decay, recompute)
 
@@ -174,7 +176,7 @@ def _is_map(unit: Unit) -> bool:
 
 
 def _conv1x1(source: Sequence[Unit]) -> nn.Module:
-    """`W h + b` from what the units take to what they give, initially 0."""
+    """A layer `W h + b`, initially 0, from the input shape of the units to their output shape."""
     inputs, outputs, dim = source[0].inputs, source[-1].features, source[-1].channel_dim
     layer: nn.Module | None = None
     if _is_map(source[0]) and len(outputs) == 4:
@@ -226,7 +228,7 @@ def _trained_parameters(source: Sequence[Unit]) -> list[nn.Parameter]:
 
 
 def _follower(source: Sequence[Unit], initial: str, decay: float) -> nn.Module:
-    """The copy that follows; refused in a type in which small steps towards the next unit are rounded away."""
+    """The EMA copy. 16-bit weights are refused, because small steps towards the next unit would be rounded away."""
     coarse = [p.dtype for p in _trained_parameters(source) if p.dtype in (torch.bfloat16, torch.float16)]
     if coarse and 0 < decay < 1:
         raise SettingsError(

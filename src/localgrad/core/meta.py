@@ -1,4 +1,4 @@
-"""Copies of modules without data."""
+"""Copies of modules on the meta device."""
 
 import copy
 from typing import TypeVar
@@ -11,7 +11,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def to_meta(module: Module) -> Module:
-    """A copy on `meta`, in the same mode. Neither data nor graphs of kept tensors are copied."""
+    """A copy of a module on the meta device, in the same training mode, without data and without autograd graphs."""
     memo: dict[int, Tensor] = {}
     for layer in module.modules():
         for value in leaves(vars(layer)):

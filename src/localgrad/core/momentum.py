@@ -1,4 +1,4 @@
-"""The momentum auxiliary network: copies of the next block's first units, one trained, one an average of weights."""
+"""The momentum auxiliary network: copies of the next block's first units, one trained, one an EMA of their weights."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,9 +12,10 @@ from localgrad.core.units import Unit
 from localgrad.core.versions import versions
 
 Momentum = Callable[[Sequence[Unit]], "MomentumAuxiliary"]
-"""Builds the momentum auxiliary network of a block from the units of the next block."""
+"""A function that builds the momentum auxiliary network of a block from the units of the next block."""
 
 Call = Callable[[nn.Module, Tensor], Tensor]
+"""A function that calls a module with features, and with further arguments if the module takes any."""
 
 
 class MomentumAuxiliary(nn.Module):
@@ -29,8 +30,8 @@ class MomentumAuxiliary(nn.Module):
         scale: the learnable scalar of MAN++, or None.
         decay: m in `ema <- m * ema + (1 - m) * next unit`.
         depth: how many units of the next block are copied.
-        pool: side of the squares that the features are averaged over first; 1 for none.
-        residual_once: whether the features are subtracted from the sum.
+        pool: side of the squares, in pixels, over which features are averaged before the branches; 1 for none.
+        residual_once: whether the features are subtracted from the sum, so that the residual path counts once.
     """
 
     def __init__(
@@ -61,11 +62,11 @@ class MomentumAuxiliary(nn.Module):
         self._made_of = self._structure()
 
     def forward(self, features: Tensor, call: Call = nn.Module.__call__) -> Tensor:
-        """Features of the block, `(N, C, H, W)` or `(N, L, D)`, as the next block's first unit sees them.
+        """Run the branches on the block's features and mix their outputs, by the formulas of `man` and `manpp`.
 
         Args:
-            features: of the block.
-            call: how a copy is called with features, where it takes more than them (a mask, rotary embeddings).
+            features: output of the block, `(N, C, H, W)` or `(N, L, D)`.
+            call: calls a copy with features, for copies that take further arguments (a mask, rotary embeddings).
         """
         if self.pool > 1:
             features = F.avg_pool2d(features, self.pool, ceil_mode=True)
@@ -82,7 +83,7 @@ class MomentumAuxiliary(nn.Module):
         return self.scale * biased + (2 - self.scale) * self._branch(self.ema, features, call)
 
     def _branch(self, branch: nn.Module, features: Tensor, call: Call) -> Tensor:
-        """One branch. Each is recomputed on its own, so that activations of one live at a time."""
+        """Run one branch; with `recompute` as its own checkpoint, so that activations of one branch live at a time."""
 
         def run(features: Tensor) -> Tensor:
             if branch is self.bias and not self._bias_is_copy:
@@ -93,7 +94,7 @@ class MomentumAuxiliary(nn.Module):
 
         if self.recompute:
             return recomputed(run, features, branch, self._source_writes_input)
-        # a unit that starts in place must not spoil the features of the others
+        # a unit that works in place must not change the features for the other branch and the next block
         return run(features.clone() if self._source_writes_input else features)
 
     def followed(self) -> list[nn.Parameter]:
@@ -101,12 +102,12 @@ class MomentumAuxiliary(nn.Module):
         return [getattr(module, name) for _, module, name in self._averaged]
 
     def averages(self) -> list[nn.Parameter]:
-        """The EMA's parameters that follow them, in the same order."""
+        """The EMA's parameters that follow those of `followed()`, in the same order."""
         return [getattr(module, name) for module, _, name in self._averaged]
 
     @torch.no_grad()
     def features(self, source: Unit) -> torch.Size:
-        """Shape of what `forward` gives, where `source` is the last unit that is copied."""
+        """Shape of the output of `forward`; `source` is the last unit that is copied."""
         if self.pool == 1:
             return source.features
         like = next(parameter for parameter in self.parameters() if parameter.is_floating_point())
@@ -118,39 +119,40 @@ class MomentumAuxiliary(nn.Module):
 
     @torch.no_grad()
     def update(self, towards: Sequence[Tensor] | None = None) -> None:
-        """Pull the copy towards the next unit: `ema <- m * ema + (1 - m) * unit`, in one fused call.
+        """Update the EMA: `ema <- m * ema + (1 - m) * unit`, in one fused call.
 
         Args:
-            towards: values of `followed()` to pull it to, where the unit has others by now.
+            towards: weights to average in, instead of the present values of `followed()`.
         """
         if self._averaged:
             followed = self.followed() if towards is None else towards
             get_ema_multi_avg_fn(self.decay)(self.averages(), followed, 0)  # pyright: ignore
 
     def _structure(self) -> list[object]:
-        """The units' modules, and which of their parameters are trained, to notice a change."""
+        """The units' modules and their parameters' `requires_grad`, to be compared later."""
         modules = [module for unit in self._units for module in unit.modules()]
         return [*modules, *(p.requires_grad for module in modules for p in module.parameters(recurse=False))]
 
     def is_current(self) -> bool:
-        """Whether the next block's units are made and trained as they were when they were copied."""
+        """Whether the next block's units have the same modules and trained parameters as when they were copied."""
         return self._structure() == self._made_of
 
     def match_modes(self) -> None:
-        """Put each module of the copies in the mode of the module that it copies, as norms that are kept frozen are."""
+        """Give each module of the copies the training mode of its source; norms may be frozen in evaluation mode."""
         for module, source in self._modes:
             if module.training != source.training:
                 module.training = source.training
 
     def shared(self) -> list[nn.Parameter]:
-        """The next block's own parameters that the copies hold: those that it does not train."""
+        """The next block's frozen parameters, which the copies share instead of copying them."""
         sources = {id(parameter) for _, source in self._modes for parameter in source.parameters(recurse=False)}
         return [parameter for parameter in self.parameters() if id(parameter) in sources]
 
     def follow(self) -> None:
-        """Update if the next unit has changed since the last time; so once an optimizer step, however many batches.
+        """Update the EMA if the next unit's weights have changed since the last call: once per optimizer step.
 
-        An average that is trained too (the fused form) is pulled after its optimizer's step, by `settle`.
+        A trained EMA (the fused form) is updated after its optimizer has stepped, by `settle`, with the weights that
+        the next unit has now.
         """
         followed = self.followed()
         if versions(followed) == self._seen:
@@ -163,14 +165,14 @@ class MomentumAuxiliary(nn.Module):
             self.update()
 
     def settle(self) -> None:
-        """Do the update that was waiting for the optimizer's step, if that has been."""
+        """Do the update that `follow` postponed, if the optimizer has stepped since."""
         if self._due is not None and versions(self.averages()) != self._due[1]:
             self.update(self._due[0])
             self._due = None
 
 
 def _pairs(branch: nn.Module, source: Sequence[nn.Module]) -> list[tuple[nn.Module, nn.Module]]:
-    """Each module of a copy beside the module that it copies."""
+    """Pairs of a module of the copy and the module that it copies."""
     copies = [branch] if len(source) == 1 else list(branch.children())
     return [
         pair
@@ -180,7 +182,7 @@ def _pairs(branch: nn.Module, source: Sequence[nn.Module]) -> list[tuple[nn.Modu
 
 
 def _trained(pairs: Sequence[tuple[nn.Module, nn.Module]]) -> list[tuple[nn.Module, nn.Module, str]]:
-    """Where the parameters are that the source trains: module of the copy, of the source, and name."""
+    """The source's trained parameters, each once, as (module of the copy, module of the source, name)."""
     found: dict[int, tuple[nn.Module, nn.Module, str]] = {}
     for module, source in pairs:
         for name, parameter in source.named_parameters(recurse=False):

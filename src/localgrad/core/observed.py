@@ -1,4 +1,4 @@
-"""One observed forward pass: the calls of modules in order, and the parameters that a loss at each would reach."""
+"""Observe one forward pass: the calls of modules in order, and the parameters that each block's loss would reach."""
 
 from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
@@ -27,16 +27,16 @@ class Call:
     Attributes:
         name: dotted name of the module.
         module: the module.
-        start: when the call began, on the clock of the pass, which counts beginnings and ends of calls.
-        end: when it ended.
-        arguments: the tensors that it was given, as edges of the graph.
-        outputs: the tensors that it returned, likewise.
-        inputs: shape of the first floating-point tensor that it was given.
-        features: shape of the first floating-point tensor that it returned, or None.
-        dtype: of that tensor.
-        source: that tensor as an edge, None where it requires no gradient.
-        writes_input: whether it changed a tensor that it was given in place.
-        checkpointed: whether it was called inside the model's own activation checkpointing.
+        start: time at which the call began. The clock counts the beginnings and ends of all calls.
+        end: time at which the call ended.
+        arguments: the tensors among its arguments that require a gradient, as edges of the autograd graph.
+        outputs: the tensors in its output that require a gradient, as edges of the autograd graph.
+        inputs: shape of the first floating-point tensor among its arguments.
+        features: shape of the first floating-point tensor in its output, or None.
+        dtype: dtype of the features.
+        source: the features as an edge of the autograd graph; None if they require no gradient.
+        writes_input: whether the call changed one of its arguments in place.
+        checkpointed: whether the call was made inside the model's own activation checkpointing.
     """
 
     name: str
@@ -59,7 +59,13 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class ForwardPass:
-    """All calls in order of their beginning, the model's own first, and the tensors that a loss may be made of."""
+    """An observed forward pass.
+
+    Attributes:
+        calls: all calls in order of their start; the first is that of the model itself.
+        roots: the model's outputs that a training loop may back-propagate, as edges of the autograd graph: its scalars
+            (losses), or all of its tensors if it returns no scalar.
+    """
 
     calls: tuple[Call, ...]
     roots: tuple[Edge, ...]
@@ -76,17 +82,17 @@ def first_floating(tree: Any) -> Tensor | None:
 
 
 def as_arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of a forward pass: a tuple holds them in order, a mapping by name, anything else is the only one."""
+    """Positional and keyword arguments of a forward pass, from a tuple, a mapping or a single argument."""
     if isinstance(example, Mapping):
         return (), dict(cast(Mapping[str, Any], example))
     return (cast(tuple[Any, ...], example) if isinstance(example, tuple) else (example,)), {}
 
 
 def observe(model: nn.Module, arguments: Sequence[Any], named: Mapping[str, Any]) -> ForwardPass:
-    """Run `model(*arguments, **named)` once, as in training, and note every call.
+    """Run `model(*arguments, **named)` once in training mode, and record every call of a module.
 
-    What the backward pass would need is not kept, so that the run needs the memory of inference. Buffers, attributes,
-    modes, `requires_grad` and the random generators are afterwards as they were.
+    Autograd saves no tensors for a backward pass, so that the run needs the memory of inference. Buffers, attributes,
+    training modes, `requires_grad` and the random generators are restored afterwards.
     """
     calls: list[Call] = []
     clock = iter(range(1 << 60))
@@ -125,13 +131,13 @@ def observe(model: nn.Module, arguments: Sequence[Any], named: Mapping[str, Any]
 
 
 def _drop(tensor: Any) -> Any:
-    """What takes the place of a tensor that the backward pass would need: nothing."""
+    """Saved-tensor hook that saves nothing: no backward pass follows."""
     return None
 
 
 @contextmanager
 def _in_training(model: nn.Module) -> Generator[None, None, None]:
-    """Inside, a model in evaluation mode trains, every weight takes a gradient, and random generators are spared."""
+    """Context: a model in evaluation mode trains, every weight requires a gradient; all is restored at the end."""
     parameters = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     devices = {p.device for p, _ in parameters if p.device.type not in ("cpu", "meta")}
     kind = next((device.type for device in devices), "cuda")
@@ -140,7 +146,7 @@ def _in_training(model: nn.Module) -> Generator[None, None, None]:
     with restored(model), random.fork_rng([device.index or 0 for device in devices], device_type=kind):
         try:
             for module in model.modules():
-                module.training |= evaluating  # train() of a module of the user's may do more
+                module.training |= evaluating  # not train(), which the user's module may override
             for parameter, _ in parameters:
                 if parameter.is_floating_point() or parameter.is_complex():
                     parameter.requires_grad_(True)
@@ -151,10 +157,10 @@ def _in_training(model: nn.Module) -> Generator[None, None, None]:
 
 
 def trained_by_block(run: ForwardPass, cuts: Sequence[Call]) -> list[set[Tensor]]:
-    """The leaves that the loss of each block reaches, where whatever a cut returns is detached for everyone else.
+    """For each block, the leaves that its loss reaches if the outputs of all cuts are detached for their readers.
 
     Raises:
-        LocalGradError: a block reads a tensor from inside another one.
+        LocalGradError: a block reads a tensor from inside another block.
     """
     stops = {edge for cut in cuts for edge in cut.outputs}
     owner: dict[Node, int] = {}
@@ -189,7 +195,10 @@ def _inside(run: ForwardPass, cuts: Sequence[Call], edge: Edge, owner: int, read
 
 
 def units_between(run: ForwardPass, start: int, cuts: Sequence[Call] = (), end: int | None = None) -> list[Call]:
-    """The outermost calls with parameters that begin after `start` and end by `end`, containers and cuts opened up."""
+    """The outermost calls with parameters that begin after time `start` and end by time `end`.
+
+    In place of a container, or of a module with a cut inside, the calls inside it are taken.
+    """
     found: list[Call] = []
     for call in run.calls[1:]:
         opened = is_container(call.module) or any(call.holds(cut) for cut in cuts)
@@ -210,7 +219,7 @@ def is_container(module: nn.Module) -> bool:
 
 
 def takes(call: Call, source: Call) -> bool:
-    """Whether an argument of the call is made from the other call's output."""
+    """Whether an argument of `call` is computed from the output of `source`."""
     seen, waiting = set[Node](), list(call.arguments)
     while waiting and source.source is not None:
         edge = waiting.pop()
@@ -223,10 +232,10 @@ def takes(call: Call, source: Call) -> bool:
 
 
 def places_to_cut(run: ForwardPass) -> list[Call]:
-    """Calls after which everything later is computed from their output and from parameters, in order of their end.
+    """Calls after which a model can be cut, in order of their end. Modules that are called twice are left out.
 
-    In the autograd graph, whose nodes are numbered as they are made, no other edge leads from before such a call to
-    after it.
+    Everything after such a call is computed from its output and from parameters. In the autograd graph, whose nodes are
+    numbered in the order of their creation, only edges of its output lead from nodes before its end to later nodes.
     """
     edges, seen, waiting = list[tuple[int, int, Edge]](), set[Node](), list[Node]()
 
@@ -268,7 +277,7 @@ def places_to_cut(run: ForwardPass) -> list[Call]:
 
 
 def _made_on_the_way(call: Call, others: set[Node]) -> bool:
-    """Whether other tensors of a call's output (a position bias, say) are ancestors of its features."""
+    """Whether the nodes `others`, of further outputs such as a position bias, are ancestors of the call's features."""
     assert call.source is not None
     seen, waiting = {call.source[0]}, [call.source[0]]
     while waiting and not others <= seen:

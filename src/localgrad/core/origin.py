@@ -15,10 +15,10 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 class Origin:
-    """What blocks hold of a model, and where the model has it.
+    """The modules, parameters and buffers that blocks hold of a model, and their places in the model.
 
     `load_state_dict(assign=True)`, a new layer, a converted norm, an adapter or a cast after `split` leave blocks with
-    modules, parameters or buffers that are no longer the model's, or with auxiliary networks of another kind.
+    modules, parameters or buffers that are no longer the model's, or with auxiliary networks that do not fit them.
     """
 
     def __init__(self, model: nn.Module, blocks: Sequence[Any]) -> None:
@@ -30,7 +30,7 @@ class Origin:
         self.dtypes = {p: p.dtype for block in blocks for p in block.parameters() if p.is_floating_point()}
         self._slots = [slot for module in own.values() if module not in held for slot in slots(module)]
         places = {buffer: (module, name) for module in own.values() for name, buffer in own_buffers(module).items()}
-        # what a piece of the traced model holds itself, and the module of the model that has it
+        # buffers that a piece of the traced model holds itself, and the module of the model that owns each
         self.buffers = [
             (piece, name, *places[buffer])
             for piece in held - set(own.values())
@@ -43,20 +43,20 @@ class Origin:
         return [(own_buffers(owner), name, own_buffers(owner).get(name)) for _, _, owner, name in self.buffers]
 
     def unchanged(self) -> bool:
-        """Whether the model's modules outside of the blocks hold the same children and parameters as before."""
+        """Whether modules outside of the blocks hold the same children and parameters as at the last check."""
         return all(holder.get(name) is value for holder, name, value in self._slots)
 
     def gone(self, parameters: Sequence[nn.Parameter]) -> list[str]:
-        """Names of those that were the model's at split and are not now."""
+        """Names of the parameters that the model had at `split` and has no longer."""
         present = set(self.model.parameters())
         return [self.parameters[p] for p in parameters if p in self.parameters and p not in present]
 
     def check(self, blocks: Sequence[Any]) -> None:
-        """Refuse blocks that are no longer the model's; give them the buffers that it has now.
+        """Refuse blocks that are no longer the model's, and give blocks the model's present buffers.
 
         Raises:
-            LocalGradError: a block holds a module or parameter that the model no longer has, a momentum copies what has
-                changed since, or a part of the blocks was cast.
+            LocalGradError: a block holds a module or parameter that the model no longer has; units that a momentum
+                copies have changed since; only some parameters were cast; averaged weights were cast to 16 bits.
         """
         modules, parameters = set(self.model.modules()), set(self.model.parameters())
         for piece, name, owner, owner_name in self.buffers:

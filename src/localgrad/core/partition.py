@@ -1,4 +1,4 @@
-"""Where to cut: pure functions on lists of costs, one cost a unit."""
+"""Choose cuts: pure functions of a list of costs, with one cost for each unit."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,7 +6,7 @@ from localgrad.errors import LocalGradError
 
 
 def check_num_blocks(num_blocks: int, num_units: int, why: str = "") -> None:
-    """Refuse a number of blocks that `num_units` units cannot be cut into; `why` there are no more ends the message."""
+    """Refuse a number of blocks that `num_units` units cannot be cut into. The text `why` ends the message."""
     if type(num_blocks) is not int or not 1 <= num_blocks <= num_units:
         raise LocalGradError(
             f"num_blocks is {num_blocks!r}: the model has {num_units} units, so it makes 1 to {num_units} blocks{why}"
@@ -14,7 +14,7 @@ def check_num_blocks(num_blocks: int, num_units: int, why: str = "") -> None:
 
 
 def cut_evenly(num_units: int, num_blocks: int) -> list[int]:
-    """Cut so that every block has the same number of units, give or take one; later blocks take what is left over.
+    """Cut so that the blocks' numbers of units differ by at most one; the last block is one of the largest.
 
     Args:
         num_units: length of the chain.
@@ -38,15 +38,15 @@ def cut_by_cost(
 ) -> list[int]:
     """Cut so that the most expensive block costs as little as any choice of cuts allows.
 
-    A block costs the sum of its units, and what its auxiliary network costs at its last unit:
-    cost(i..j) = sum(costs[i..j]) + ends[j], with nothing added for the last block, which has none.
+    A block costs the sum of its units and the cost of the auxiliary network after its last unit:
+    cost(i..j) = sum(costs[i..j]) + ends[j]. The last block has no auxiliary network, so nothing is added for it.
 
     Args:
         costs: cost of each unit, in any unit of measure, not negative.
         num_blocks: K, from 1 to `len(costs)`.
-        ends: what it costs to end a block after each unit; zero if not given.
-        weights: of choices with the same most expensive block, the one with the smallest sum of these at its cuts is
-            taken; zero if not given.
+        ends: cost of the auxiliary network after each unit; zero if not given.
+        weights: a weight for a cut after each unit, zero if not given. Among choices whose most expensive block costs
+            the same, the one with the smallest sum of weights is taken.
 
     Returns:
         The K - 1 indices of the units after which to cut, ascending.
@@ -82,7 +82,8 @@ def cut_by_peak(
         cost_of: cost of a block from its first to its last unit, both included.
         num_units: n.
         num_blocks: K, from 1 to n.
-        tie_of: what decides between choices of the same peak, likewise.
+        tie_of: second cost of a block, of the same arguments. Among choices with the same peak, the one with the
+            smallest sum of second costs is taken.
 
     Returns:
         The K - 1 indices of the units after which to cut, ascending.

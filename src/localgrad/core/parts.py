@@ -18,11 +18,12 @@ class Part:
     """One block of an isolated model.
 
     Attributes:
-        unit: the module after whose output gradients stop; None for the last block.
-        following: the units of the next block that take what the cut gives, one after another.
-        rest: all units from there to the end of the network.
-        parameters: what the block trains.
-        inner: modules of more than one layer which, without a cut in them, make up the block.
+        unit: the module of the cut that ends the block; None for the last block.
+        following: units of the next block in a chain: the first reads the cut's output, each later one the output of
+            the unit before it.
+        rest: all units from the first of these to the end of the network.
+        parameters: the parameters of the model that belong to the block.
+        inner: the block's outermost modules that have children, are no containers and hold no cut.
     """
 
     unit: Unit | None
@@ -33,15 +34,15 @@ class Part:
 
     @property
     def name(self) -> str:
-        """Of the cut."""
+        """Name of the cut, "the end" for the last block."""
         return "the end" if self.unit is None else self.unit.name
 
 
 def parts_of(model: nn.Module, run: ForwardPass, cuts: Sequence[Call]) -> tuple[list[Part], dict[nn.Parameter, int]]:
-    """The blocks between the cuts, and which block trains a parameter that several blocks use: the last of them.
+    """The blocks between the cuts, and for each parameter that several blocks use the last of them, which trains it.
 
     Raises:
-        LocalGradError: a block reads a tensor from inside another one, or makes nothing.
+        LocalGradError: a block reads a tensor from inside another block.
     """
     reached = trained_by_block(run, cuts)
     tied: dict[nn.Parameter, int] = {}
@@ -61,7 +62,7 @@ def parts_of(model: nn.Module, run: ForwardPass, cuts: Sequence[Call]) -> tuple[
 
 
 def _block_of(name: str, run: ForwardPass, cuts: Sequence[Call]) -> int:
-    """The block in which the innermost called module around a parameter was called."""
+    """The block of a parameter that no loss reaches: that of the innermost called module that holds it."""
     around = [call for call in run.calls if not call.name or name.startswith(f"{call.name}.")]
     call = max(around, key=lambda call: len(call.name), default=None)
     return len(cuts) if call is None else sum(cut.end < call.end for cut in cuts)
@@ -83,7 +84,10 @@ def _part(run: ForwardPass, cuts: Sequence[Call], block: int, owner: dict[nn.Par
 
 
 def _chain(cut: Call, found: Sequence[Call], is_last: bool) -> list[Call]:
-    """The units that take what the cut gives, each from the one before; the model's head only if nothing else is."""
+    """A chain of units: the first reads the cut's output, each later one the output of the unit before it.
+
+    The model's head, the last unit of the last block, is left out unless it is the only unit.
+    """
     found = (found[:-1] or found) if is_last else found
     first = next((index for index, call in enumerate(found) if takes(call, cut)), None)
     chain = [] if first is None else [found[first]]

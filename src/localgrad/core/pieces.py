@@ -1,4 +1,4 @@
-"""Pieces: a traced forward pass, cut where exactly one tensor is alive; they hold the model's own modules."""
+"""Cut a traced forward pass into pieces where exactly one tensor is alive. Pieces hold the model's own modules."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ class Piece:
     """A part of a forward pass that takes one tensor to one tensor.
 
     Attributes:
-        name: of the submodule it consists of or, where it consists of several, of the first one with a weight.
-        module: what it is, or what calls it.
-        whole: why it is not cut further, in words; empty where a layer or a block is a piece.
+        name: name of the submodule that has all of the piece's weights and no others, else of the first with a weight.
+        module: the model's own submodule, or a module that calls several of them.
+        whole: why the piece is not cut further, in words; empty if it is one layer or one block.
     """
 
     name: str
@@ -29,7 +29,7 @@ class Piece:
 
 
 class TwoModes(nn.Module):
-    """One unit whose graph depends on the training flag."""
+    """A unit with one module for training and another for evaluation, where `self.training` changes the graph."""
 
     def __init__(self, training: nn.Module, evaluating: nn.Module) -> None:
         super().__init__()
@@ -40,18 +40,18 @@ class TwoModes(nn.Module):
 
 
 def pieces_of(model: nn.Module, traced: Traced, samples: Tensor) -> list[Piece]:
-    """Pieces of a traced model, in order; composed they are the model, as far as tracing sees it.
+    """Pieces of a traced model, in order. One after another they compute what the trace computes.
 
-    Both modes are cut at the same places. What the forward pass makes of sizes and of constants alone (a table of
-    rotary embeddings, the size to interpolate to) is made again in each piece that needs it.
+    Both modes are cut at the same places. Values that the forward pass computes from sizes and constants alone (a table
+    of rotary embeddings, the size to interpolate to) are computed again in each piece that needs them.
 
     Args:
-        model: what was traced; run in both modes, and not put back.
+        model: the model that was traced. It runs in both modes, and the caller restores it.
         traced: its graphs.
-        samples: two samples that it runs on. Running it on three as well tells which sizes are the batch's.
+        samples: two samples that the model runs on. A run on three samples shows which sizes depend on the batch size.
 
     Raises:
-        LocalGradError: training and evaluation run different modules.
+        LocalGradError: training and evaluation run different modules, or a graph does not run on the samples.
     """
     vars(model).update(traced.evaluating.constants)
     evaluating = training = _Chain(model.eval(), traced.evaluating, samples)
@@ -86,14 +86,14 @@ def _graph_of(module: fx.GraphModule) -> Graph:
 
 @dataclass(frozen=True)
 class _Shape:
-    """Of a tensor that a forward pass makes."""
+    """Shape of a tensor of the forward pass, and whether it is a floating-point tensor."""
 
     size: torch.Size
     floating: bool
 
 
 class _Values(fx.Interpreter):
-    """Run a graph and note what every node gives: shapes of tensors, and numbers, sizes, types and devices."""
+    """Run a graph and record the value of each node: the shape of a tensor; numbers, sizes, dtypes and devices."""
 
     def __init__(self, model: nn.Module, graph: fx.Graph, samples: Tensor) -> None:
         super().__init__(model, graph=graph)
@@ -109,7 +109,7 @@ class _Values(fx.Interpreter):
             self.draws.add(n)
         if isinstance(value, Tensor):
             self.found[n] = _Shape(value.shape, value.is_floating_point())
-        elif _is_told_by_batch(value, value):
+        elif _follows_batch_size(value, value):
             self.found[n] = value
         return value
 
@@ -128,11 +128,11 @@ class _Chain:
     """A graph in one mode as a chain of calls, with the places where it may be cut.
 
     Attributes:
-        sizes_count: whether a piece uses the size of the inputs, which is then fixed.
-        calls: the calls whose results cannot be made again from sizes and constants alone, in order.
-        alive: for each position in `calls`, and the end, the results of calls before that calls from there on use.
-        places: positions at which a piece may start, by what they have in common in both modes: the number of calls
-            with weights before, and the shape of the one tensor that is alive.
+        sizes_count: whether a piece uses a size of the inputs as a constant; then all inputs must have this size.
+        calls: the calls, in order, without those whose results are computed from sizes and constants alone.
+        alive: for each position in `calls` and for the end, the results of earlier calls that later calls use.
+        places: positions at which a piece may start. Their keys are the same in both modes: the number of calls with
+            weights before the position, and the shape of the one tensor that is alive there.
     """
 
     def __init__(self, model: nn.Module, graph: Graph, samples: Tensor) -> None:
@@ -150,7 +150,7 @@ class _Chain:
         self.places = self._places()
 
     def _made_again(self) -> set[fx.Node]:
-        """The nodes that each piece can make for itself: sizes, numbers, and what is made of these and of constants."""
+        """The nodes that each piece can compute itself: sizes, numbers, and results of these and of constants."""
         effects = {node for node in self.graph.nodes.nodes if has_effect(node, self.model)}
         written = {used for node in effects for used in node.all_input_nodes}
         again = set[fx.Node]()
@@ -158,12 +158,13 @@ class _Chain:
             if node.op == "get_attr" or node in effects or node in written or node in self.two.draws:
                 continue
             made_of_constants = all(used in again or self._is_constant(used) for used in node.all_input_nodes)
-            if self.is_told(node) or (made_of_constants and not (node.op == "call_module" and self._trains(node))):
+            trains = node.op == "call_module" and self._trains(node)
+            if self.follows_batch_size(node) or (made_of_constants and not trains):
                 again.add(node)
         return again
 
-    def is_told(self, node: fx.Node) -> bool:
-        return node in self.two.found and _is_told_by_batch(self.two.found[node], self.three.found.get(node))
+    def follows_batch_size(self, node: fx.Node) -> bool:
+        return node in self.two.found and _follows_batch_size(self.two.found[node], self.three.found.get(node))
 
     def _is_constant(self, node: fx.Node) -> bool:
         if node.op != "get_attr":
@@ -227,13 +228,13 @@ class _Chain:
         return self.two.found[self.alive[position][0]].size
 
     def runs(self, places: set[tuple[int, torch.Size]]) -> list[tuple[int, int]]:
-        """Positions at which each piece starts and stops, of pieces that start at these places."""
+        """Start and stop positions of the pieces that begin at these places."""
         return list(pairwise([0, *sorted(self.places[place] for place in places), len(self.calls)]))
 
     def modules(self, runs: Sequence[tuple[int, int]]) -> list[nn.Module]:
-        """The calls from start to before stop of each run as one module: the model's own where it is a single one."""
+        """One module for each run of calls, start included and stop not; a single call gives the model's own module."""
         later = [self._module(*run) for run in runs[1:]]
-        return [self._module(*runs[0]), *later]  # the first, when it is known whether another needs the inputs' size
+        return [self._module(*runs[0]), *later]  # the first is built last: it checks the size if a later one uses it
 
     def _module(self, start: int, stop: int) -> nn.Module:
         calls = self.calls[start:stop]
@@ -269,7 +270,7 @@ class _Chain:
         return prefix
 
     def why_whole(self, start: int, stop: int, whole: dict[str, str]) -> str:
-        """Why this piece is not cut further: what is alive between its weights, or a module that was not traced."""
+        """Why this piece is not cut further: the values alive between its weights, or a module that was not traced."""
         reasons = [f"{node.target}: {whole[node.target]}" for node in self.calls[start:stop] if node.target in whole]
         inside = [position for position in self.weighted if start <= position < stop]
         for previous, following in pairwise(inside):
@@ -289,11 +290,11 @@ class _PieceGraph:
         self.copies: dict[fx.Node, fx.Node] = {value: self.features}
 
     def copy(self, node: fx.Node) -> None:
-        """Add a node, and before it what it uses."""
+        """Copy a node into this graph, after the nodes that it uses."""
         if node in self.copies:
             return
         chain = self.chain
-        if chain.is_told(node) and not self._is_here(node):
+        if chain.follows_batch_size(node) and not self._is_here(node):
             self.copies[node] = self._from_batch(chain.two.found[node], chain.three.found[node])
             return
         for used in node.all_input_nodes:
@@ -306,7 +307,7 @@ class _PieceGraph:
         return node in self.chain.again and all(map(self._is_here, node.all_input_nodes))
 
     def _from_batch(self, value: Any, other: Any) -> Any:
-        """A value that two samples and three gave, as a constant or a multiple of the number of samples."""
+        """Express a value as a constant or a multiple of the batch size; `other` is its value with three samples."""
         if isinstance(value, torch.device):
             return self.nodes.call_function(getattr, (self.features, "device"))
         if isinstance(value, tuple | list):
@@ -321,7 +322,7 @@ class _PieceGraph:
 
 
 def check_size(features: Tensor, size: tuple[int, ...]) -> None:
-    """Refuse inputs of another size than the pieces were made for, where a later piece uses the size.
+    """Refuse inputs of another size than that of the example, because a later piece uses this size as a constant.
 
     Raises:
         LocalGradError: the size differs.
@@ -333,14 +334,14 @@ def check_size(features: Tensor, size: tuple[int, ...]) -> None:
         )
 
 
-def _is_told_by_batch(value: Any, other: Any) -> bool:
-    """Whether a value that two samples gave, and three, is a constant or a multiple of the number of samples."""
+def _follows_batch_size(value: Any, other: Any) -> bool:
+    """Whether a value is a constant or a multiple of the batch size, from a run on two samples and one on three."""
     if isinstance(value, tuple | list):
         entries = cast(Sequence[Any], value)
         return (
             type(entries) is type(other)
             and len(entries) == len(other)
-            and all(_is_told_by_batch(*pair) for pair in zip(entries, other, strict=False))
+            and all(_follows_batch_size(*pair) for pair in zip(entries, other, strict=False))
         )
     if type(value) is int:
         return value == other or 3 * value == 2 * other
@@ -348,7 +349,7 @@ def _is_told_by_batch(value: Any, other: Any) -> bool:
 
 
 def _before_reduction(before: torch.Size | None, sizes: Sequence[torch.Size]) -> int:
-    """Index of the last size before the spatial dimensions are given up: there a head starts."""
+    """Index of the last size before the spatial dimensions are reduced to one position, where a head starts."""
     for index, size in enumerate(sizes):
         if before is not None and index and _is_reduced(before, size):
             return index - 1

@@ -1,4 +1,4 @@
-"""Activation checkpointing that updates running statistics once a batch."""
+"""Activation checkpointing that updates running statistics once per batch."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
@@ -16,16 +16,17 @@ NormBase = nn.modules.batchnorm._NormBase  # pyright: ignore[reportPrivateUsage]
 def recomputed(
     function: Callable[[Tensor], Tensor], features: Tensor, module: nn.Module, writes_input: bool = False
 ) -> Tensor:
-    """`function(features)`, computed again in the backward pass instead of keeping its activations.
+    """Run `function(features)` with activation checkpointing: the backward pass recomputes its activations.
 
-    Running statistics of batch norms are updated in the first pass only. Other buffers start the second pass with the
-    values that they had before the first, and end with what the first made of them.
+    Batch norms update their running statistics in the first pass only. The recomputation starts with the values that
+    other buffers had before the first pass; afterwards they have the values from the first pass again.
 
     Args:
-        function: what `module` does with the features, `module` itself for one.
+        function: computes the output with `module`; it may be `module` itself.
         features: `(N, ...)`.
-        module: the module whose norms are left alone in the second pass.
-        writes_input: whether the function changes its input in place; it gets a copy, for the second pass needs it too.
+        module: the module whose norms and other buffers the recomputation leaves unchanged.
+        writes_input: whether the function changes its input in place. It then gets a copy, because the recomputation
+            needs the input too.
     """
     if not torch.is_grad_enabled():
         return function(features)
@@ -34,7 +35,7 @@ def recomputed(
     if torch.compiler.is_compiling():  # compiled code writes each buffer once, at the end
         return checkpoint(function, features, use_reentrant=False)  # pyright: ignore[reportReturnType]
     norms = [m for m in module.modules() if isinstance(m, NormBase)]
-    begun = [
+    initial = [
         (each, name, buffer.clone())
         for each in module.modules()
         if each not in norms
@@ -42,37 +43,38 @@ def recomputed(
         if buffer is not None
     ]
     return checkpoint(  # pyright: ignore[reportReturnType]
-        function, features, use_reentrant=False, context_fn=lambda: (nullcontext(), _AsItWas(norms, begun))
+        function, features, use_reentrant=False, context_fn=lambda: (nullcontext(), _Recomputation(norms, initial))
     )
 
 
-class _AsItWas:
-    """Context of the second pass: buffers and norms as they were before the first, undone at its end."""
+class _Recomputation:
+    """Context of the recomputation: buffers have their initial values, norms update nothing; undone at the end."""
 
-    def __init__(self, norms: Sequence[Any], begun: Sequence[tuple[nn.Module, str, Tensor]]) -> None:
-        self.norms, self.begun = norms, begun
-        self.left = ExitStack()
+    def __init__(self, norms: Sequence[Any], initial: Sequence[tuple[nn.Module, str, Tensor]]) -> None:
+        self.norms, self.initial = norms, initial
+        self.undo = ExitStack()
 
     def __enter__(self) -> None:
-        for module, name, value in self.begun:
+        for module, name, value in self.initial:
             buffers = own_buffers(module)
-            self.left.callback(buffers.__setitem__, name, buffers[name])
+            self.undo.callback(buffers.__setitem__, name, buffers[name])
             buffers[name] = value.clone()
-        # factor 0, and tracking stays on: statistics do not change, and the same tensors are saved as in the first pass
+        # momentum 0 instead of tracking off: running statistics stay unchanged, and autograd saves the same tensors as
+        # in the first pass
         for norm in self.norms:
             counted = norm.num_batches_tracked
-            self.left.callback(setattr, norm, "momentum", norm.momentum)
-            self.left.callback(setattr, norm, "num_batches_tracked", counted)
+            self.undo.callback(setattr, norm, "momentum", norm.momentum)
+            self.undo.callback(setattr, norm, "num_batches_tracked", counted)
             norm.momentum, norm.num_batches_tracked = 0.0, None if counted is None else counted.clone()
 
     def __exit__(self, *raised: object) -> None:
-        self.left.close()
+        self.undo.close()
 
 
 class Recomputed:
-    """In the place of a module's forward: the same, computed again in the backward pass.
+    """Replacement of a module's `forward` that runs it with activation checkpointing.
 
-    It holds the module rather than closing over it, so that copies and pickles of the module have their own.
+    It is an object that holds the module, not a closure, so that copies and pickles of the module hold their own.
     """
 
     def __init__(self, module: nn.Module) -> None:

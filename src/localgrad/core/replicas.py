@@ -1,4 +1,4 @@
-"""Data-parallel copies of an isolated model: DDP leaves the local blocks alone, and these functions average them."""
+"""An isolated model under DDP: DDP ignores parameters of local blocks, and these functions average their gradients."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,11 +11,11 @@ from torch.nn.parallel import DistributedDataParallel
 from localgrad.errors import LocalGradError
 
 IGNORED = "_ddp_params_and_buffers_to_ignore"
-DDP: Any = DistributedDataParallel  # what is used of it here is typed in part
+DDP: Any = DistributedDataParallel  # the attributes used here are private, and typed in part
 
 
 def leave_to_isolation(model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
-    """Tell DDP, before it wraps the model, to leave these parameters alone: their gradients come inside forward."""
+    """Make DDP ignore these parameters, whose gradients are computed in the forward pass. Call it before DDP wraps."""
     names = {id(parameter): name for name, parameter in model.named_parameters(remove_duplicate=False)}
     ignored = {*getattr(model, IGNORED, ()), *(names[id(parameter)] for parameter in parameters)}
     DDP._set_params_and_buffers_to_ignore_for_model(model, ignored)
@@ -34,17 +34,18 @@ def leave_no_more(model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
 
 
 def active_ddp() -> DistributedDataParallel | None:
-    """The DDP wrapper whose forward pass is running."""
+    """The DDP wrapper whose forward pass is running, or None."""
     return DDP._get_active_ddp_module()
 
 
 def begin_alike(
     ddp: DistributedDataParallel, parameters: Sequence[nn.Parameter], networks: nn.Module, reach: int
 ) -> None:
-    """Broadcast parameters and auxiliary networks from the first rank, as DDP does for the others.
+    """Broadcast local parameters and auxiliary networks from rank 0, as DDP does for the parameters that it handles.
 
     Raises:
-        LocalGradError: DDP was not told to, or gradients of local blocks come in its backward pass.
+        LocalGradError: DDP wrapped the model before `isolate`, so that it handles local parameters too; or `reach` is
+            above 1, where gradients of local blocks come in the backward pass.
     """
     if reach > 1:
         raise LocalGradError(f"reach is {reach} under DDP: losses that span blocks run in one process, or reach=1")
@@ -63,9 +64,9 @@ def begin_alike(
 
 
 def average_gradients(ddp: DistributedDataParallel, parameters: Sequence[nn.Parameter]) -> None:
-    """Average gradients over the ranks of a DDP wrapper, with one all-reduce a dtype.
+    """Average gradients over the ranks of a DDP wrapper, with one all-reduce per dtype.
 
-    Where a process has no gradient it counts as zeros.
+    A missing gradient counts as zeros.
     """
     wrapper: Any = ddp
     by_kind: dict[torch.dtype, list[Tensor]] = {}

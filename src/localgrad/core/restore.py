@@ -1,4 +1,4 @@
-"""Run a model to look at it, and restore everything that the run changed."""
+"""Restore everything that a run of a model changed in it."""
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -12,14 +12,14 @@ from localgrad.core.eager import compiler_off
 
 @contextmanager
 def restored(model: nn.Module) -> Generator[Callable[[], None], None, None]:
-    """Context: at its end, also after an error, every module has its modes, attributes and buffers of before.
+    """Context: at its end, also after an error, training modes, attributes and buffers of all modules are restored.
 
-    What a forward pass assigns to a module, or puts into its lists and dictionaries, is taken off again. A buffer that
-    it exchanged or resized comes back itself, with its values. Layers that are compiled run as they were written: to
-    compile each of them for the one run takes minutes.
+    Attributes that a forward pass assigned to a module, and entries that it put into a module's lists and dictionaries,
+    are removed. A buffer that it replaced or resized is restored as the same tensor with its old values. Compiled
+    layers run eagerly inside, because compiling each of them for one run takes minutes.
 
     Yields:
-        A function that puts everything back at once, for the next run.
+        A function that restores everything before the context ends, for one more run.
     """
     modules = [(vars(module), dict(vars(module))) for module in model.modules()]
     containers: list[tuple[Any, Any]] = [

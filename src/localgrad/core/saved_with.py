@@ -1,4 +1,4 @@
-"""Auxiliary networks in an optimizer's state, so that whoever saves and loads the optimizer saves and loads them."""
+"""Auxiliary networks in an optimizer's state: a checkpoint of the optimizer saves and loads them too."""
 
 from typing import Any, TypeVar
 
@@ -12,10 +12,13 @@ AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
 
 
 def keep_in(optimizer: AnyOptimizer, networks: nn.Module) -> AnyOptimizer:
-    """Let the optimizer's `state_dict` hold the tensors of these networks, and its `load_state_dict` load them.
+    """Save these networks in the optimizer's `state_dict`, and load them in its `load_state_dict`.
+
+    Returns:
+        The optimizer.
 
     Raises:
-        LocalGradError: it is no optimizer of PyTorch; on loading, the state has no auxiliary networks.
+        LocalGradError: the optimizer is not one of PyTorch; on loading, the state holds no auxiliary networks.
     """
     typed_in_part: Any = optimizer
     if not isinstance(typed_in_part, Optimizer):

@@ -1,4 +1,4 @@
-"""Splitting a model into gradient-isolated blocks."""
+"""Split a model into gradient-isolated blocks."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -38,12 +38,12 @@ def split(
 ) -> list[Block]:
     """Split `model` into gradient-isolated blocks, each with a local loss.
 
-    Block j minimises `L_j = objective(momentum(h_j), y, x)` with `h_j = body_j(stop_gradient(h_{j-1}))`, the last
-    `criterion(model(x), y)`. The model is trained in place: the blocks hold its own modules, its `state_dict` keeps
-    its keys, and there is nothing to unwrap. Move the model to its device and dtype first, and freeze, load, wrap or
-    adapt what is to be; `local_step` refuses blocks that are no longer the model's. Copy or pickle the list of blocks
-    as a whole, since each momentum reads the next block. A loss that a module keeps on itself (a balance loss) is not
-    trained. A block of frozen layers alone gets no head, and None for an optimizer.
+    Block j minimises `L_j = objective(momentum(h_j), y, x)` with `h_j = body_j(stop_gradient(h_{j-1}))`; the last block
+    minimises `criterion(model(x), y)`. The model is trained in place: the blocks hold its own modules, its `state_dict`
+    keeps its keys, and there is nothing to unwrap. Before `split`, move the model to its device and dtype, load its
+    weights, freeze layers and add adapters: `local_step` refuses blocks that are no longer the model's. Copy or pickle
+    the list of blocks as a whole, since each momentum reads the next block. A loss that a module stores as an attribute
+    (a balance loss of experts) is not trained. A block of frozen layers alone has no objective; its optimizer is None.
 
     Args:
         model: any model with one tensor in and one out (see `units`); others go to `isolate`.
@@ -51,26 +51,27 @@ def split(
         cuts: names of the units after which gradients are isolated. A submodule's name stands for its last unit;
             an empty list leaves one block, which is end-to-end training.
         num_blocks: K, instead of `cuts`.
-        balance: what the K blocks share evenly: `"memory"` (activation bytes kept for the backward pass, auxiliary
-            network included), `"compute"` (floating-point operations, likewise) or `"count"` (units). Of equal choices
-            the one with the smallest auxiliary networks is taken. For the smallest peak of a given batch see `plan`.
+        balance: cost that the K blocks share evenly: `"memory"` (bytes saved for the backward pass), `"compute"`
+            (floating-point operations), both with the auxiliary networks, or `"count"` (units). Of equal choices the
+            one with the smallest auxiliary networks is taken. For the smallest peak memory of a batch see `plan`.
         objective: the local objective, such as `dgl(num_classes=10)`. Needed for more than one block.
         momentum: `man(...)`, `manpp(...)` or None.
-        criterion: loss of the model's output and the targets, for the last block; of the heads too, unless their
-            factory is given another.
-        recompute: activation checkpointing inside the blocks: keep only what is between units, and compute each unit
-            again in the backward pass. Weights and running statistics come out the same, bit for bit.
-        names: the units by name, for a model that cannot be traced.
-        channel_dim: where features have their channels, for those who know better (see `units`).
-        targets: an example of the targets of `example`, with which auxiliary networks are counted where `num_blocks` is
-            given; classes `(N,)` if None.
+        criterion: loss of the model's output and the targets, for the last block. Heads use it too, unless their
+            factory gets another.
+        recompute: activation checkpointing inside the blocks: only features between units are saved, and the backward
+            pass computes each unit again. Weights and running statistics come out the same, bit for bit.
+        names: the units by name, for a model that cannot be traced (see `units`).
+        channel_dim: the dimension of the features that holds channels, if `units` does not find it (see `units`).
+        targets: an example of the targets of `example`. With `num_blocks` the costs of auxiliary networks are counted
+            with them; classes `(N,)` if None.
 
     Returns:
-        K blocks in order. Auxiliary networks are made on the model's device in its dtype, from the global generator.
+        K blocks in order. Auxiliary networks have the model's device and dtype. The global random generator draws them.
 
     Raises:
-        LocalGradError: a cut is no unit, K is out of range, the cuts do nothing, no objective is given, the objective
-            cannot sit at a cut, two blocks share a parameter, or the model cannot be traced.
+        LocalGradError: a cut is no unit or the last unit, cuts are not in the model's order, K is out of range, no
+            objective is given, the objective cannot be built at a cut, two blocks share a parameter, or the model
+            cannot be traced.
 
     Source: Nokland and Eidnes 2019 (https://arxiv.org/abs/1901.06656), section 2; Belilovsky et al. 2020
     (https://arxiv.org/abs/1901.08164), Algorithm 1; Su et al. 2024 (https://arxiv.org/abs/2407.05623) for the momentum.
@@ -132,7 +133,7 @@ def _check_arguments(cuts: Any, num_blocks: Any, objective: Any, momentum: Any, 
 
 
 def _is_frozen(index: int, run: Sequence[Unit]) -> bool:
-    """Whether a block has parameters and trains none of them: no gradient would come of a head."""
+    """Whether a block has parameters and trains none of them, so that a local loss trains nothing. Warns if so."""
     trains = [parameter.requires_grad for unit in run for parameter in unit.module.parameters()]
     if not trains or any(trains):
         return False
@@ -145,7 +146,7 @@ def _is_frozen(index: int, run: Sequence[Unit]) -> bool:
 
 
 def cut_positions(found: Sequence[Unit], cuts: Sequence[str]) -> list[int]:
-    """Indices of the units after which to cut, from names in the order of the model."""
+    """Indices of the units after which to cut, from names in the order of the forward pass."""
     ends = [find_unit(found, name) for name in cuts]
     if ends != sorted(set(ends)):
         raise LocalGradError(

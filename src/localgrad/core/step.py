@@ -1,4 +1,4 @@
-"""The local step: what training by blocks does with one batch."""
+"""The local step: train all blocks on one batch."""
 
 # pyright: reportUnnecessaryIsInstance=false
 
@@ -46,57 +46,60 @@ def local_step(
 ) -> list[Tensor]:
     """Train every block on one batch.
 
-    For each block: forward on a detached input, backward, drop the graph. Then for each block: its optimizers, and the
-    EMA of its momentum auxiliary network. All blocks compute with the weights that the batch began with.
+    Each block in turn runs forward on a detached input and backward, which frees its graph. After all blocks, each
+    block's optimizers step, and the EMA of its momentum auxiliary network is updated. So all blocks compute with the
+    weights that they have when the batch begins.
 
-    Gradients that are there when it begins count: the step adds to them, as `backward` does, and warns where it did not
-    leave them itself. Optimizers that wait for a later batch (Accelerate's `accumulate`) may keep theirs: a block moves
-    its EMA when its optimizers step. A batch that fails leaves no gradients.
+    The step adds to gradients that are there when it begins, as `backward` does, and warns if no local step left them.
+    Optimizers that wait for a later batch (Accelerate's `accumulate`) keep the gradients; a block's EMA is updated when
+    its optimizers step. A batch that fails leaves no gradients.
 
     With `step_each_block` a block's optimizers and EMA follow its own backward pass at once, and its gradients are
-    freed before the next block starts, so that gradients of one block live at a time. The weights come out the same,
-    bit for bit: no block reads the weights of a block before it, and block j's EMA reads block j + 1, which has not
-    stepped yet. What differs is a batch that fails in the middle: blocks before the one that failed have stepped.
+    freed before the next block starts, so that memory holds the gradients of one block at a time. The weights come out
+    the same, bit for bit: no block reads the weights of a block before it, and block j's EMA reads block j + 1, which
+    has not stepped yet. But if a batch fails in a block, the blocks before it have stepped.
 
-    With `parts` the batch passes each block in so many micro-batches, one after another, before the next block starts:
-    the activations of one micro-batch in one block live at a time, and the features of the whole batch at one cut. The
-    loss is the mean over the batch: each part's counts by its share of the samples. Batch norms see a part at a time,
-    and so do losses that compare samples (PredSim's, contrast).
+    With `parts` each block takes the batch in micro-batches, one after another, before the next block starts. Memory
+    holds the activations of one micro-batch in one block, and the features of the whole batch at one cut. The loss is
+    the mean over the batch: a micro-batch is weighted by its share of the samples. Batch norms, and losses that compare
+    samples (PredSim's, contrast), see one micro-batch at a time.
 
-    With `reach` above 1 a loss trains the blocks before its own too: block j gets
-    `sum of dL_i / dtheta_j, i = j..min(j + reach - 1, K)`. Its graph, without that of its auxiliary network, waits for
-    the last of these losses; `reach` bodies' graphs are alive at a time. `reach=2` costs one more pass for the input's
-    gradient a body; `reach=K` is end-to-end training with deep supervision. With `step_each_block` a block steps when
-    the last loss that reaches it has been back-propagated, and gradients of `reach` blocks live at a time. With
-    `parts` each micro-batch passes all blocks before the next, so that graphs of one are alive.
+    With `reach` above 1 a loss also trains the blocks before its own: block j gets
+    `sum of dL_i / dtheta_j, i = j..min(j + reach - 1, K)`. Its graph, without that of its auxiliary network, is kept
+    for the last of these losses, so that memory holds the graphs of `reach` bodies. `reach=2` costs one more backward
+    pass per body, for the gradient of its input; `reach=K` is end-to-end training with deep supervision. With
+    `step_each_block` a block steps when the last loss that reaches it has been back-propagated, and memory holds the
+    gradients of `reach` blocks. With `parts` one micro-batch passes all blocks before the next starts, so that memory
+    holds the graphs of one micro-batch.
 
-    A scaler, Fabric or Accelerate take part by two functions:
+    GradScaler, Fabric and Accelerate are used through `backward` and `step`:
     `local_step(..., backward=lambda loss: scaler.scale(loss).backward(), step=scaler.step); scaler.update()`,
-    `backward=fabric.backward`, `backward=accelerator.backward`. Gradients are clipped in `step`, a block at a time.
+    `backward=fabric.backward`, `backward=accelerator.backward`. Clip gradients in `step`, one block at a time.
 
     Args:
-        blocks: what `split` gave, in training mode, each in a data-parallel wrapper or compiled if wanted.
-        optimizers: for each block one over `block.trainable_parameters()`, or a sequence that shares them, or None
-            where nothing is trained.
-        inputs: `(N, 3, H, W)`, or what the model takes.
-        targets: what the objectives and the criterion take: classes `(N,)`, a tree of tensors, or None. In parts,
-            tensors of N samples are parted and all else goes to each part.
-        step_each_block: see above.
-        parts: number of micro-batches; where there are fewer samples, one each.
+        blocks: the blocks from `split`, in training mode, each wrapped for data parallelism or compiled if you like.
+        optimizers: for each block an optimizer over `block.trainable_parameters()`, or a sequence of optimizers with
+            disjoint parameters, or None for a block that trains nothing.
+        inputs: `(N, 3, H, W)`, or the shape that the model takes.
+        targets: targets for the objectives and the criterion: classes `(N,)`, a tree of tensors, or None. With `parts`,
+            tensors with N samples are split, and everything else goes to each micro-batch.
+        step_each_block: whether each block steps before the next block starts, see above.
+        parts: number of micro-batches, at most one per sample.
         reach: number of blocks that a loss trains, its own included.
-        context: what a block's forward pass runs in, by its place, as `lambda index: torch.autocast("cuda")`. Under one
-            autocast around the step the backward passes run in it too, which PyTorch advises against.
-        backward: what back-propagates a loss.
-        step: what steps an optimizer.
+        context: called with a block's index; returns the context of its forward pass, as
+            `lambda index: torch.autocast("cuda")`. With one autocast around the whole step the backward passes run
+            under autocast too, which PyTorch advises against.
+        backward: back-propagates a loss.
+        step: steps an optimizer.
 
     Returns:
-        One detached scalar loss a block; 0 for a block that trains nothing, unless it is the last.
+        One detached scalar loss for each block; 0 for a block that trains nothing, unless it is the last.
 
     Raises:
         LocalGradError: optimizers do not have their blocks' parameters, or need a closure; a block is in evaluation
             mode, or no longer the model's; the batch does not fit the blocks (a class that does not exist, a batch of
             one where a norm needs more, another dtype, device or shape).
-        OutOfMemoryError: a block does not fit into the device's memory; it is torch's error too.
+        OutOfMemoryError: a block does not fit into the device's memory. It is a `torch.OutOfMemoryError` too.
     """
     check_reach(reach)
     check_step(blocks, optimizers)
@@ -149,24 +152,24 @@ def local_gradients(
     after_block: Callable[[int, Tensor], Any] | None = None,
     reach: int = 1,
 ) -> list[Tensor]:
-    """The first half of `local_step`: add the gradients of every block's loss, times `scale`, to its parameters.
+    """The first half of `local_step`: add the gradients of every block's loss, times `scale`, to `.grad`.
 
     Args:
-        blocks: all of them, or a run of them, or a data-parallel wrapper around each.
+        blocks: all blocks or consecutive ones, each wrapped for data parallelism if you like.
         inputs: `(N, 3, H, W)`.
         targets: as in `local_step`.
-        features: what the first of these blocks gets; the inputs if not given.
+        features: input of the first of these blocks; `inputs` if None.
         scale: factor of every loss, for a part of a batch.
         parts: as in `local_step`.
-        context: what a block's forward pass runs in, such as autocast, by its place among these blocks.
-        backward: what back-propagates a loss.
+        context: called with a block's index among these blocks; returns the context of its forward pass.
+        backward: back-propagates a loss.
         on_output: called with the last block's detached output before that block's backward pass begins.
-        after_block: called with a block's place and its loss when it has its gradients, before the next block starts.
-        reach: number of blocks that a loss trains, its own included, as in `local_step`; blocks have their gradients
-            `reach - 1` blocks later, the last `reach` of them together.
+        after_block: called with a block's index and its loss when its gradients are complete, before the next block.
+        reach: number of blocks that a loss trains, its own included, as in `local_step`. A block's gradients are
+            complete `reach - 1` blocks later, those of the last `reach` blocks together.
 
     Returns:
-        One detached scalar loss a block, not scaled.
+        One detached scalar loss for each block, without `scale`.
     """
     inputs, batch, passed = _micro_batches(inputs, targets, features, parts)
     parts = len(batch)
@@ -216,23 +219,23 @@ def _pass(
     on_output: Callable[[Tensor], Any] | None,
     span: Span | None,
 ) -> tuple[Tensor, Sequence[int] | None]:
-    """One micro-batch forward and backward through one block.
+    """Run one micro-batch forward and backward through one block.
 
-    The features in `place`, a list and a position, are exchanged for those after the block before the backward pass:
-    nobody else holds them, so that they go with the graph.
+    `place` is a list of features and a position in it. Before the backward pass the block's input there is replaced by
+    its detached output. The list holds the only reference to the input, which is then freed with the graph.
 
     Returns:
-        The detached loss, and the places of the blocks that have their gradients; None for this one.
+        The detached loss, and the indices of the blocks whose gradients are complete now. None stands for this block.
     """
     passed, number = place
     with context:
         output, loss, *leaf = block(passed[number], targets, inputs, **({} if span is None else {"cut_loss": True}))
-    torch.clear_autocast_cache()  # one autocast around the step would keep the casts of all blocks' weights
+    torch.clear_autocast_cache()  # under one autocast around the step, casts of all blocks' weights would stay alive
     waiting = None if span is None else (passed[number], output)
     passed[number] = output.detach()
     if on_output is not None:
         on_output(passed[number])
-    del output  # its graph goes with the backward pass, where no later loss reaches it
+    del output  # then the backward pass frees its graph, unless a later loss reaches this block
     _check_loss(loss, inner(block))
     if loss.requires_grad:
         backward(loss)
@@ -240,7 +243,7 @@ def _pass(
         return loss.detach(), None
     trained = [parameter for parameter in inner(block).body.parameters() if parameter.requires_grad]
     done = span.add(trained, *waiting, leaf[0].grad)
-    passed[number].requires_grad_(passed[number].is_floating_point())  # the next block's entry
+    passed[number].requires_grad_(passed[number].is_floating_point())  # a leaf, for the next block's input gradient
     return loss.detach(), done
 
 
@@ -252,7 +255,7 @@ def _micro_batches(
     inputs = inputs.detach() if inputs.requires_grad else inputs
     entry = inputs if features is None else features
     parts = min(parts, len(inputs))
-    if parts == 1:  # what was given itself, and not a view of it
+    if parts == 1:  # the tensors themselves, not views of them
         return inputs, [(inputs, targets)], [entry]
     batch = zip(inputs.tensor_split(parts), batch_parts(targets, len(inputs), parts), strict=True)
     return inputs, list(batch), list(entry.tensor_split(parts))
@@ -288,10 +291,10 @@ def _check_loss(loss: Any, block: Block) -> None:
 def apply_updates(
     blocks: Sequence[nn.Module], optimizers: Sequence[Optimizers], step: Step = methodcaller("step")
 ) -> None:
-    """The second half of `local_step`: step each block's optimizers and pull its EMA; gradients are freed.
+    """The second half of `local_step`: step each block's optimizers, free its gradients and update its EMA.
 
-    Block j's EMA reads block j + 1 before that block's optimizers have stepped: the weights that the batch began with.
-    Optimizers that neither move a weight nor free its gradient wait for a later batch, and so does the EMA.
+    Block j's EMA reads block j + 1 before that block's optimizers step, so it reads the weights of the forward pass.
+    If optimizers neither change a weight nor free its gradient (gradient accumulation), the EMA is not updated.
     """
     check_optimizers(blocks, optimizers)
     for index, (block, given) in enumerate(zip(blocks, optimizers, strict=True)):

@@ -28,23 +28,23 @@ NAME_THEM = (
 )
 
 Read = tuple[Any, str, Any]
-"""An attribute that a forward pass read: of what, its name, its value."""
+"""An attribute that a forward pass read: the object that has it, its name, its value."""
 
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """A forward pass in one mode.
+    """A traced forward pass in one mode, training or evaluation.
 
     Attributes:
-        nodes: of one input and one output.
-        constants: tensors that the forward pass made from nothing, by their target in the graph.
+        nodes: the graph of `torch.fx`, with one input and one output.
+        constants: tensors that the forward pass creates itself, by their target in the graph.
     """
 
     nodes: fx.Graph
     constants: dict[str, Tensor]
 
     def same(self, other: "Graph") -> bool:
-        """Whether it computes the same, as far as a graph tells."""
+        """Whether both graphs have the same nodes and constants."""
         return str(self.nodes) == str(other.nodes) and all(
             mine.is_meta or torch.equal(mine, other.constants[name]) for name, mine in self.constants.items()
         )
@@ -52,14 +52,14 @@ class Graph:
 
 @dataclass(frozen=True, eq=False)
 class Traced:
-    """A model's forward pass in both modes.
+    """A model's traced forward pass in both modes.
 
     Attributes:
-        training: the first.
-        evaluating: the second.
-        whole: why a module that is no layer was not traced into, by name.
-        through: the modules that were, by name; the model itself is "".
-        reads: plain attributes that the forward passes read, by name.
+        training: the graph in training mode.
+        evaluating: the graph in evaluation mode.
+        whole: the reason why a module that is no layer was not traced into, by the module's name.
+        through: modules that were traced into, by name; the model itself is "".
+        reads: plain attributes (numbers, flags, strings) that the forward passes read, by dotted name.
     """
 
     training: Graph
@@ -73,7 +73,7 @@ class Traced:
 class Frozen:
     """The constants of a trace, and the modules that blocks do not call, to notice later changes of the model.
 
-    Copies and pickles of it are empty: copied blocks have no model to follow.
+    Copies and pickles of it are empty, because copied blocks belong to no model.
     """
 
     model: nn.Module | None = None
@@ -81,7 +81,7 @@ class Frozen:
     uncalled: dict[str, nn.Module] = field(default_factory=dict[str, nn.Module])
 
     def check(self) -> None:
-        """Refuse to go on where the model has changed in a way that its blocks cannot follow.
+        """Refuse to train if the model has changed in a way that its blocks cannot follow.
 
         Raises:
             LocalGradError: a plain attribute that the forward pass depends on has another value than when the model
@@ -100,10 +100,10 @@ class Frozen:
         if not changed:
             return
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", LocalGradWarning)  # said when the model was split
+            warnings.simplefilter("ignore", LocalGradWarning)  # it warned when the model was split
             again = trace(self.model)
         if again.training.same(self.traced.training) and again.evaluating.same(self.traced.evaluating):
-            self.traced = again  # it was read, and makes no difference
+            self.traced = again  # the attribute changed, and the graphs did not
             return
         of, key, value = self.traced.reads[changed[0]]
         raise LocalGradError(
@@ -117,9 +117,9 @@ class Frozen:
 
 
 def trace(model: nn.Module) -> Traced:
-    """Trace a model in both modes; nothing is left on it.
+    """Trace a model's forward pass in both modes, and restore the model.
 
-    Modules that have hooks, assign to themselves in their forward pass or cannot be traced stay whole.
+    Modules that have hooks, assign their own attributes in their forward pass or cannot be traced are not traced into.
 
     Raises:
         LocalGradError: it cannot be traced, has hooks of its own, or does not take and return one tensor.
@@ -131,7 +131,7 @@ def trace(model: nn.Module) -> Traced:
             known, through, reads = len(whole), {"": model}, dict[str, Read]()
             training = _trace(model, True, whole, through, reads, put_back)
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", LocalGradWarning)  # said already
+                warnings.simplefilter("ignore", LocalGradWarning)  # the trace in training mode warned
                 evaluating = _trace(model, False, whole, through, reads, put_back)
             if len(whole) == known:
                 return Traced(training, evaluating, whole, through, reads)
@@ -147,7 +147,7 @@ def refuse_hooks(module: nn.Module, name: str) -> None:
 
 
 class _Tracer(fx.Tracer):
-    """A tracer with blocks as leaves, which remembers where tracing failed and which modules it went through."""
+    """A tracer that does not trace into `leaves`, and records where tracing failed and which modules it traced into."""
 
     def __init__(self, leaves: set[str]) -> None:
         super().__init__()
@@ -179,7 +179,7 @@ def _trace(
     reads: dict[str, Read],
     put_back: Callable[[], None],
 ) -> Graph:
-    """The graph in one mode; adds the modules that must stay whole, those traced into, and what was read."""
+    """Trace one mode. Modules not traced into go to `whole`, others to `through`, and attributes to `reads`."""
     layers = _layers(model)
     defaults = _defaults(model)
     while True:
@@ -227,7 +227,7 @@ def _say_what_is_left_out(model: nn.Module, defaults: dict[str, Any], assigned: 
 
 
 def _assigned(module: nn.Module, before: dict[str, Any]) -> list[str]:
-    """Names of the attributes that a forward pass has assigned."""
+    """Names of the attributes that a forward pass has assigned to a module."""
     missing = object()
     return [
         key
@@ -237,7 +237,7 @@ def _assigned(module: nn.Module, before: dict[str, Any]) -> list[str]:
 
 
 def is_constant(name: str) -> bool:
-    """Whether an attribute is a tensor that tracing found in a forward pass and named itself."""
+    """Whether an attribute is a tensor that the forward pass creates; `torch.fx` gave it this name."""
     return name.rpartition(".")[2].startswith("_tensor_constant")
 
 
@@ -252,7 +252,7 @@ def first_line(error: Exception) -> str:
 
 @contextmanager
 def _noted(model: nn.Module, reads: dict[str, Read]) -> Generator[None, None, None]:
-    """Note which plain attributes of the model's modules are read, and of objects that they hold, such as a config."""
+    """Context: record reads of plain attributes of the model's modules, and of objects in them, such as a config."""
     names = {id(module): name for name, module in named_modules(model)}
 
     def note(module: nn.Module, attribute: str) -> Any:
@@ -287,7 +287,7 @@ def _is_record(value: Any) -> bool:
 
 
 def is_block(module: nn.Module) -> bool:
-    """Whether a module is made of modules with parameters, and is no chain."""
+    """Whether a module has children with parameters, and is no `nn.Sequential` or `nn.ModuleList`."""
     return not isinstance(module, CHAIN) and any(True for child in module.children() for _ in child.parameters())
 
 
@@ -305,8 +305,8 @@ def is_stage(module: nn.Module) -> bool:
 def _layers(model: nn.Module) -> set[str]:
     """Names of the modules that are not traced into.
 
-    These are the layers of torch.nn and what is derived from them (timm's norm + activation layers read
-    `self.training`, which tracing would freeze), and the children of chains.
+    These are the layers of torch.nn and classes derived from them (timm's norm + activation layers read
+    `self.training`, which tracing would turn into a constant), and the children of `nn.Sequential` and `nn.ModuleList`.
     """
     layers = set[str]()
     for name, module in named_modules(model):
@@ -320,26 +320,26 @@ def _layers(model: nn.Module) -> set[str]:
 
 
 def _defaults(model: nn.Module) -> dict[str, Any]:
-    """The optional arguments of the forward pass, at their default values."""
+    """The optional arguments of the forward pass with their default values."""
     arguments = list(inspect.signature(model.forward).parameters.values())[1:]
     return {a.name: a.default for a in arguments if a.default is not inspect.Parameter.empty}
 
 
 def has_effect(node: fx.Node, model: nn.Module) -> bool:
-    """Whether a call counts even if its result is not used: it writes in place."""
+    """Whether a node must be kept even if its result is unused, because it writes in place."""
     if node.op in ("placeholder", "output") or node.target is operator.setitem:
         return True
     in_place = node.kwargs.get("inplace") is True
     if node.op == "call_module":
         in_place = getattr(model.get_submodule(cast(str, node.target)), "inplace", False) is True
-    if in_place:  # what it changes may still be read
+    if in_place:  # it counts only if the tensor that it changes is read later
         return any(user > node for source in node.all_input_nodes for user in source.users)
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return node.op in ("call_method", "call_function") and name.endswith("_") and not name.endswith("__")
 
 
 def _single_output(graph: fx.Graph, model: nn.Module) -> fx.Graph:
-    """Keep the first of several outputs (a main head before auxiliary ones), and drop what only the others need."""
+    """Keep the first of several outputs (a main head before auxiliary ones); drop nodes that only the others need."""
     output = next(node for node in graph.nodes if node.op == "output")
     value = output.args[0]
     if isinstance(value, fx.Node) and isinstance(value.target, type) and issubclass(value.target, tuple):

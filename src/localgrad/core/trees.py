@@ -8,19 +8,19 @@ from torch.utils import _pytree as pytree
 
 
 def leaves(tree: Any) -> list[Any]:
-    """What a tree holds, in order; a tensor or None is a tree of one leaf."""
+    """The leaves of a tree, in order; a tensor or None is a tree of one leaf."""
     return pytree.tree_leaves(tree)
 
 
 def mapped(function: Callable[[Any], Any], tree: Any, kind: type[Any] = Tensor) -> Any:
-    """The tree with `function` applied to each tensor, or each leaf of another kind; all else stays."""
+    """The tree with `function` applied to each leaf of class `kind`, tensors by default; other leaves stay."""
     return pytree.tree_map_only(kind, function, tree)
 
 
 def batch_parts(tree: Any, size: int, parts: int) -> Iterator[Any]:
-    """The tree in `parts` along the batch dimension, sizes as equal as they can be.
+    """Split the tree into `parts` along the batch dimension, as evenly as possible.
 
-    Tensors with `size` samples are parted; all else (a temperature, None) goes to every part.
+    Tensors with `size` samples are split; other leaves (a temperature, None) go to every part.
     """
     batched = [leaf for leaf in leaves(tree) if _has_samples(leaf, size)]
     cut = [leaf.tensor_split(parts) for leaf in batched]

@@ -1,4 +1,4 @@
-"""A model's modules, parameters, dtypes and hooks must stay the same while it is isolated."""
+"""Check that a model's modules, parameters, dtypes and hooks stay the same while it is isolated."""
 
 from typing import Any
 
@@ -11,10 +11,10 @@ from localgrad.errors import LocalGradError
 
 
 class Unchanged:
-    """A model's modules, parameters and hooks at one moment."""
+    """A snapshot of a model's modules, parameters, dtypes and hooks."""
 
     def __init__(self, model: nn.Module, hooks: list[tuple[dict[int, Any], Any]]) -> None:
-        """`hooks` are pairs of a module's table of hooks and the handle of one of them."""
+        """`hooks` are pairs of a module's dictionary of hooks and the handle of one hook in it."""
         self.hooks = hooks
         self.held: list[tuple[str, dict[str, Any], str, Any]] = []
         modules: dict[str, nn.Module] = dict(model.named_modules())  # pyright: ignore[reportUnknownArgumentType]
@@ -25,16 +25,16 @@ class Unchanged:
         self.version = -1
 
     def stepped(self) -> bool:
-        """Whether weights have changed since this was asked last; once a batch."""
+        """Whether trained weights have changed since the last call. Called once per batch."""
         before, self.version = self.version, sum(map(version, self.trained))
         return self.version != before
 
     def has_gradients(self) -> bool:
-        """Whether there are gradients of batches before."""
+        """Whether a trained parameter has a gradient."""
         return any(parameter.grad is not None for parameter in self.trained)
 
     def check(self) -> None:
-        """Refuse to go on where the model is no longer what was isolated."""
+        """Refuse to train if the model differs from the snapshot."""
         if any(handle.id not in table for table, handle in self.hooks):
             raise LocalGradError(
                 "hooks of the isolation were removed from the model, so its blocks would not be trained: keep them, or "

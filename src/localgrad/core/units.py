@@ -30,15 +30,15 @@ class Unit:
         name: dotted name of the submodule that the unit consists of or, where it consists of several,
             of the first one with a weight.
         module: takes the features before the unit to the features after it. Its parameters are the model's own.
-        features: shape of the output for the example batch, `(N, C, H, W)`, `(N, H, W, C)`, `(N, C, L)`, `(N, L, D)`
+        features: shape of the output for the example batch, `(N, C, H, W)`, `(N, H, W, C)`, `(N, C, L)`, `(N, L, D)`,
             `(N, D)`, or with one dimension more for videos and volumes.
         channel_dim: the dimension of `features` that holds channels, 1 or the last.
         writes_input: whether the unit changes its input in place (it starts with an in-place activation, say).
-        inputs: shape of what it takes, for the example batch.
-        dtype: of the output.
-        whole: why the unit is not cut further, in words: the values that are alive between its layers. Empty where it
-            is one layer, or one block.
-        frozen: what of the model its units take for constant.
+        inputs: shape of the unit's input for the example batch.
+        dtype: dtype of the output.
+        whole: why the unit is not cut further, in words: the values that are alive between its layers. Empty if it is
+            one layer or one block.
+        frozen: values of the model that its units hold as constants.
     """
 
     name: str
@@ -59,7 +59,7 @@ def units(
     *,
     channel_dim: int | Mapping[str, int] | None = None,
 ) -> list[Unit]:
-    """List the units of `model`, in order; applied one after another they are `model(inputs)`, bit for bit.
+    """List the units of `model`, in order. Applied one after another they compute `model(inputs)`, bit for bit.
 
     The forward pass is traced with `torch.fx`, with blocks (the children of `nn.Sequential` and `nn.ModuleList`)
     as leaves. A unit may start where exactly one tensor is alive, with one entry a sample along its first dimension,
@@ -67,31 +67,31 @@ def units(
     pooling of a classifier's head with the head. Sizes, and what is computed from sizes and constants alone (tables of
     rotary embeddings), are computed again in each unit that needs them.
 
-    Nothing is changed in the model: the units hold its own submodules and parameters. Of its forward pass they hold a
-    snapshot: numbers that it read and branches that it took. `local_step` notices when these change, or hooks are
-    added where units do not run them.
+    Nothing is changed in the model: the units hold its own submodules and parameters. They hold a snapshot of its
+    forward pass, with the numbers that it read and the branches that it took. `local_step` refuses to train when these
+    change, or when hooks are added to modules that the units do not call.
 
     Args:
         model: any model with one tensor in and one tensor out. If it returns a tuple while training (auxiliary heads),
             its first element is the output and the rest is left out, with a warning. Optional arguments of its forward
             pass stay at their defaults, with a warning.
         example: a batch `(N, ...)` of the shape that will be trained on, of floats or integers (token ids, 8-bit
-            images). Its first samples are run where they look like data, else normal random numbers.
-        names: dotted names of submodules which, applied in this order, are the model. The way out for a model that
-            cannot be traced; compared with `model` on the same samples.
-        channel_dim: the dimension of the features that holds channels, 1 or -1, for those who know better: of all
-            units, or by name of the unit or of a submodule that holds several. Otherwise it is the one of the two whose
-            size the next unit does not let change, or what the nearest layers tell.
+            images). The model runs on its first two samples if they look like data, else on normal random numbers.
+        names: dotted names of submodules which, applied in this order, compute what the model computes. Give them for a
+            model that cannot be traced. They are compared with `model` on the same samples.
+        channel_dim: the dimension of the features that holds channels, 1 or -1, for all units, or a dictionary by name
+            of a unit or of a submodule that holds several. By default it is found: the one of the two dimensions whose
+            size the next layers do not accept doubled, or else that of the nearest layers with channels.
 
     Returns:
-        One `Unit` a piece.
+        The units, as a list of `Unit`.
 
     Raises:
-        LocalGradError: the model cannot be traced or run on the example, `names` do not compose to it, hooks on it
-            would not be run, or it checkpoints its activations itself.
+        LocalGradError: the model cannot be traced or run on the example, the submodules `names` do not compute what it
+            computes, hooks on it would not be run, or it checkpoints its activations itself.
 
     Warns:
-        LocalGradWarning: an output, an argument or an assignment is left out, or nothing tells the channels.
+        LocalGradWarning: an output, an argument or an assignment is left out, or the channel dimension is not found.
     """
     check_model(model)
     model = unwrapped(model)
@@ -120,7 +120,7 @@ def units(
 
 
 def match_mode(wrappers: Iterable[nn.Module], model: nn.Module) -> None:
-    """Give wrapper modules the model's mode. The model's own modules keep theirs: norms may be frozen one by one."""
+    """Give modules that are not the model's own its training mode; norms of the model may be frozen one by one."""
     own = set(model.modules())
     for module in (part for wrapper in wrappers for part in wrapper.modules()):
         if module not in own:
@@ -128,10 +128,10 @@ def match_mode(wrappers: Iterable[nn.Module], model: nn.Module) -> None:
 
 
 def _samples(model: nn.Module, example: Tensor) -> Tensor:
-    """Two samples that the model runs on: of the example or normal random ones, those with a finite output first.
+    """Two samples that the model runs on, of the example or normal random ones; a finite output is preferred.
 
     Raises:
-        LocalGradError: it runs on neither.
+        LocalGradError: the model runs on neither.
     """
     own = two_samples(example.detach())
     candidates = [own]
@@ -145,7 +145,7 @@ def _samples(model: nn.Module, example: Tensor) -> Tensor:
             warnings.simplefilter("ignore")
             try:
                 output = model(samples.clone())
-            except Exception as error:  # of whatever class: the model does not take them
+            except Exception as error:  # of any class: the model refuses these samples
                 failures.append(error)
                 continue
         values = cast(Any, output[0] if isinstance(output, tuple | list) and output else output)
@@ -181,8 +181,11 @@ def _measured(
     channel_dim: int | Mapping[str, int] | None,
     frozen: Frozen,
 ) -> list[Unit]:
-    """Run the pieces in evaluation mode and note what each gives; `writes` says which change their input in place."""
-    told = _told_channel_dims([piece.name for piece in pieces], channel_dim)
+    """Run the pieces in evaluation mode and describe each as a unit.
+
+    `writes` says whether each piece changes its input in place; with None each piece runs in training mode for this.
+    """
+    told = _given_channel_dims([piece.name for piece in pieces], channel_dim)
     modules = [piece.module for piece in pieces]
     found: list[Unit] = []
     for position, piece in enumerate(pieces):
@@ -207,8 +210,8 @@ def _measured(
     return found
 
 
-def _told_channel_dims(names: Sequence[str], channel_dim: int | Mapping[str, int] | None) -> list[int | None]:
-    """What the user says of each unit."""
+def _given_channel_dims(names: Sequence[str], channel_dim: int | Mapping[str, int] | None) -> list[int | None]:
+    """The channel dimension that the user gives for each unit, or None."""
     given = {"": channel_dim} if isinstance(channel_dim, int) else dict(channel_dim or {})
     told: list[int | None] = [None] * len(names)
     for key, dim in given.items():
@@ -224,7 +227,7 @@ def _told_channel_dims(names: Sequence[str], channel_dim: int | Mapping[str, int
 
 
 def _writes_input(module: nn.Module, features: Tensor) -> bool:
-    """Whether the unit changes its input in place while training; found by running it, on copies of its buffers."""
+    """Whether the unit changes its input in place while training. It runs the unit on copies of its buffers."""
     inputs = features.clone()
     before = version(inputs)
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
@@ -234,14 +237,14 @@ def _writes_input(module: nn.Module, features: Tensor) -> bool:
 
 
 def check_model(model: nn.Module) -> None:
-    """Refuse what is no module, or has no layer to cut at."""
+    """Refuse objects that are no modules, and modules without children."""
     if not isinstance(model, nn.Module) or not any(True for _ in model.children()):
         given = f"a {type(model).__name__}" if isinstance(model, nn.Module) else " ".join(repr(model).split())[:80]
         raise SettingsError(f"model is {given}: give an instance of a network, such as torchvision.models.resnet18()")
 
 
 def check_example(example: Tensor) -> None:
-    """Refuse an example that is no batch."""
+    """Refuse an example that is no batch `(N, ...)` of real numbers."""
     if not isinstance(example, Tensor) or example.is_complex() or example.ndim < 2 or example.numel() == 0:
         is_tensor = isinstance(example, Tensor)
         given = f"{tuple(example.shape)} {example.dtype}" if is_tensor else f"a {type(example).__name__}"
@@ -270,7 +273,7 @@ def find_unit(found: Sequence[Unit], name: str) -> int:
     """Index of the unit called `name`, or of the last unit inside the submodule `name` ("layer1" is its last block).
 
     Raises:
-        LocalGradError: there is no such unit, or the last of the submodule holds layers that come after it, too.
+        LocalGradError: there is no such unit, or the last unit inside the submodule also holds layers after it.
     """
     inside = [i for i, unit in enumerate(found) if unit.name == name or unit.name.startswith(f"{name}.")]
     if not inside:
@@ -291,7 +294,7 @@ def find_unit(found: Sequence[Unit], name: str) -> int:
 
 
 def why_whole(found: Sequence[Unit]) -> str:
-    """Why units are not cut further, as the end of a message; nothing where all are layers or blocks."""
+    """Why units are not cut further, as the end of a message; empty if all units are single layers or blocks."""
     reasons = [f"{unit.name} holds together ({unit.whole[:160]})" for unit in found if unit.whole]
     if not reasons:
         return ""
@@ -300,7 +303,11 @@ def why_whole(found: Sequence[Unit]) -> str:
 
 
 def _named(model: nn.Module, samples: Tensor, names: Sequence[str]) -> list[Piece]:
-    """The submodules as pieces; those after which samples do not lie along the first dimension go with the next."""
+    """The submodules as pieces. One whose output does not have samples along its first dimension goes with the next.
+
+    Raises:
+        LocalGradError: a name is no submodule, or the submodules do not compute what the model computes.
+    """
     modules = dict(named_modules(model))
     unknown = [name for name in names if not name or name not in modules]
     if unknown or not names:

@@ -1,4 +1,4 @@
-"""Version counters of tensors: PyTorch counts in-place changes, under a private name."""
+"""Version counters of tensors: PyTorch counts in-place changes in a private attribute."""
 
 from collections.abc import Iterable
 
@@ -11,5 +11,5 @@ def version(tensor: Tensor) -> int:
 
 
 def versions(tensors: Iterable[Tensor]) -> tuple[int, ...]:
-    """That of each tensor."""
+    """The version counter of each tensor."""
     return tuple(version(tensor) for tensor in tensors)

@@ -1,4 +1,4 @@
-"""Models in a wrapper: compiled ones are unwrapped with a warning, others are refused."""
+"""Models in a wrapper: compiled models are unwrapped with a warning, other wrappers are refused."""
 
 import warnings
 
@@ -11,17 +11,17 @@ from localgrad.errors import LocalGradError, LocalGradWarning
 
 
 def compiled_from(module: nn.Module) -> nn.Module | None:
-    """The module inside what `torch.compile` gives; None for any other module."""
+    """The original module inside a compiled module; None for any other module."""
     found = getattr(module, "_orig_mod", None)
     return found if isinstance(found, nn.Module) else None
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside what `torch.compile` gives; anything else as it is.
+    """The original model inside a compiled model, with a warning; any other model itself.
 
     Raises:
-        LocalGradError: the model is in a data-parallel wrapper, an average, a script, or has lazy layers without
-            weights.
+        LocalGradError: the model is a data-parallel wrapper, an AveragedModel, a wrapper around adapters or a
+            ScriptModule, or has lazy layers without weights.
     """
     compiled = compiled_from(model)
     if compiled is not None:
