@@ -1,1 +1,1 @@
-"""Local objectives, one file a method: each factory returns a function of a `Site` that builds an `nn.Module`."""
+"""Local objectives, one file per method. Each factory returns a function of a `Site` that builds an `nn.Module`."""

@@ -20,7 +20,7 @@ from localgrad.objectives.targets import HeadCriterion
 
 
 class AugLocal(nn.Module):
-    """The criterion behind fresh units shaped like the network's later ones; see `auglocal`."""
+    """A criterion on the scores of a head of new units, shaped like later units of the network; see `auglocal`."""
 
     reads_inputs = False
 
@@ -37,7 +37,7 @@ class AugLocal(nn.Module):
         first = [nn.AvgPool2d(pool, ceil_mode=True)] * (pool > 1)
         self.classifier = nn.Sequential(*first, *units, *_output(end, num_classes, len(picks)))
         initialise(self)
-        # a unit that starts in place must not spoil what the next block gets
+        # the head's first unit may work in place, which must not change the next block's features
         self._clones = bool(picks) and pool == 1 and site.following[0].writes_input
 
     def predict(self, features: Tensor) -> Tensor:
@@ -45,30 +45,30 @@ class AugLocal(nn.Module):
         return self.classifier(features.clone() if self._clones else features)
 
     def forward(self, features: Tensor, targets: Any, inputs: Tensor) -> Tensor:
-        """Features, the criterion's targets (classes `(N,)`) and inputs (unused) to a scalar loss."""
+        """Features, targets of the criterion (classes `(N,)`) and inputs (unused) to a scalar loss."""
         return self.criterion(self.predict(features), targets)
 
 
 def depth_at(index: int, num_blocks: int, depth: int, pyramid: float) -> int:
-    """Number of units of the head of a block: `max(1, round(d (1 - c r) + c r))`, r from 0 to 1 over the local blocks.
+    """Number of units in a block's head: `max(1, round(d (1 - c r) + c r))`, with r from 0 to 1 over the local blocks.
 
     Args:
-        index: of the block, from 0 to K - 2.
+        index: index of the block, from 0 to K - 2.
         num_blocks: K.
-        depth: d, at the first block.
-        pyramid: c; the depth falls to `d - c (d - 1)`.
+        depth: d, the number of units at the first block.
+        pyramid: c; the number falls to `d - c (d - 1)` at the last local block.
     """
     share = index / (num_blocks - 2) if num_blocks > 2 else 0.0
     return max(1, round(depth * (1 - pyramid * share) + pyramid * share))
 
 
 def picked(index: int, count: int, depth: int) -> list[int]:
-    """How far behind the cut the sampled units are, 1 for the next: `round(l + count / depth * i) - l`, i = 1..depth.
+    """Positions of the sampled units, 1 for the first after the cut: `round(l + count / depth * i) - l`, i = 1..depth.
 
     Args:
-        index: l, of the layer before the cut. It matters only to halves, which are rounded to even numbers.
-        count: units from the cut to the last one that can be picked, which always is.
-        depth: how many to pick; all of them where there are no more.
+        index: l, the index of the layer before the cut. It matters only because halves are rounded to even numbers.
+        count: number of units after the cut that can be sampled. The last of them always is.
+        depth: number of units to sample; all units if there are fewer.
     """
     if depth >= count:
         return list(range(1, count + 1))
@@ -76,11 +76,12 @@ def picked(index: int, count: int, depth: int) -> list[int]:
 
 
 def _fresh(site: Site, start: int, stop: int) -> list[nn.Module]:
-    """Units with weights of their own that lead from the features after `start` units to those after `stop`.
+    """New units, drawn anew, from the features after `start` units behind the cut to the features after `stop` units.
 
-    One copy of the picked unit where it keeps the shape. Where the shape changes on the way, one copy of the unit that
-    changes it last, if that is of the picked one's kind and can be made to take other channels; otherwise copies of
-    all that change it, and of the picked one.
+    If none of the units in between changes the shape of the features, this is one copy of the sampled unit, the last of
+    them. Otherwise it is one copy of the last unit that changes the shape, if it has the class of the sampled unit and
+    can take the other number of channels. If not, it is a copy of each unit that changes the shape, and of the sampled
+    unit.
     """
     way, chosen = site.following[start:stop], site.following[stop - 1]
     shapes = [site.features, *(unit.features for unit in site.following)]
@@ -97,7 +98,7 @@ def _fresh(site: Site, start: int, stop: int) -> list[nn.Module]:
 
 
 def _widened(unit: nn.Module, features: torch.Size, channels: int) -> bool:
-    """Give the layers that read the unit's input another number of channels; False where one of them cannot."""
+    """Replace the layers that read the unit's input by layers for `channels` channels; False if that is impossible."""
     readers: list[nn.Module] = []
     like = next(unit.parameters())
     entry = torch.zeros(features, dtype=like.dtype, device=like.device)
@@ -134,7 +135,7 @@ def _widened(unit: nn.Module, features: torch.Size, channels: int) -> bool:
 
 
 def _output(site: Site, num_classes: int, depth: int) -> list[nn.Module]:
-    """The pooled linear layer of `classifier`; behind a single unit, or none, with a batch norm in front."""
+    """The pooling and linear layer of `classifier`, with a batch norm before the linear layer if `depth` is 0 or 1."""
     *pool, linear = Classifier(site, num_classes, None).classifier
     if depth > 1 or isinstance(pool[0], nn.LayerNorm):
         return [*pool, linear]
@@ -144,36 +145,39 @@ def _output(site: Site, num_classes: int, depth: int) -> list[nn.Module]:
 def auglocal(
     num_classes: int, depth: int = 2, pyramid: float = 0.5, criterion: Criterion | None = None, pool: int = 1
 ) -> Callable[[Site], nn.Module]:
-    """AugLocal: `L = criterion(W pool(a(h)) + b, y)`, with `a` fresh units shaped like later ones.
+    """AugLocal: `L = criterion(W pool(a(h)) + b, y)`, with `a` a chain of new units, shaped like later units.
 
-    The head of local block l (from 0, of K blocks) has `d_l = max(1, round(d (1 - c r) + c r))` units,
-    `r = l / (K - 2)`: the depth falls linearly over the blocks. Of the n units after the cut, the model's head left
-    out, those at `round(l + n / d_l * i) - l`, i = 1..d_l, are picked (all where there are no more than d_l; Python's
-    rounding, half to even). Each becomes a unit of the same kind with weights of its own, from the channels that come
-    in to the channels of the picked one. Its stride comes from the change of shape inside the head, not from the picked
-    unit: where the shape has changed since the unit before, the unit that changes it (the first of a stage) is the
-    model. Where it has changed twice, as from 16 to 64 channels, one unit makes the whole jump, with the stride of the
-    last change alone (as released), if it can be made to: else there is one unit for each change (a ConvNeXt's
-    downsampling layers, each stage of a VGG).
+    The head of local block l (from 0, of K blocks) has `d_l = max(1, round(d (1 - c r) + c r))` units with
+    `r = l / (K - 2)`: the depth falls linearly over the blocks. Of the n units after the cut, without the model's head,
+    the head samples those at `round(l + n / d_l * i) - l`, i = 1..d_l (all units if n <= d_l; Python rounds halves to
+    even). For each sampled unit the head gets a unit of the same class with its own weights, which leads from the
+    channels before it in the head to the channels of the sampled unit.
 
-    The head ends with the mean over space and a linear layer, behind a BatchNorm where there is one unit or none (as
-    released); tokens are pooled as in `classifier`. It is initialised like the network.
+    The stride follows from the change of shape inside the head, not from the sampled unit. If the shape has changed
+    since the sampled unit before, the unit that changes it (the first of a stage) is copied instead. If it has changed
+    twice, as from 16 to 64 channels, one unit makes the whole change, with the stride of the last change alone (as
+    released). If no single unit can, there is one unit for each change (a ConvNeXt's downsampling layers, each stage of
+    a VGG).
 
-    The papers' K is nominal: "K" blocks with depth d are K - d, one layer each, and the last one keeps d + 1 layers.
+    The head ends with the mean over space and a linear layer, with a BatchNorm before the linear layer if the head has
+    one unit or none (as released). Tokens are pooled as in `classifier`. The head is initialised like the network.
 
-    With a momentum auxiliary network in front, the units after the copied one are sampled.
+    The papers' K is nominal: "K" blocks with depth d are K - d blocks: all but the last have one layer each, and the
+    last keeps d + 1 layers.
+
+    With a momentum auxiliary network, the units after the copied one are sampled.
 
     Args:
         num_classes: width of the head: classes (2 or more under cross-entropy), labels, or values to predict.
-        depth: d, at the first block.
+        depth: d, the number of units at the first block.
         pyramid: c, from 0 (the same depth at each block) to 1 (one unit at the last local block).
-        criterion: loss of the head's scores `(N, num_classes)` and the targets. Without one the head takes the model's,
-            which is cross-entropy unless `split` is told otherwise.
-        pool: average maps `(N, C, H, W)` over squares of this side first; the head's cost falls by its square. 1, as
-            released, for none.
+        criterion: loss of the head's scores `(N, num_classes)` and the targets. By default it is the model's criterion,
+            which is cross-entropy unless `split` gets another.
+        pool: average maps `(N, C, H, W)` over squares of this side (in pixels) first, which divides the head's cost by
+            the side's square. 1, as released, is no pooling.
 
     Returns:
-        A function of a site that builds the module; its head is `.classifier`.
+        A function of a site that builds the module. The module's head is `.classifier`.
 
     Raises:
         SettingsError: `num_classes`, `depth` or `pool` is less than 1, or `pyramid` not from 0 to 1.

@@ -1,4 +1,4 @@
-"""Barlow Twins: features of two views of an image agree, and different features are decorrelated."""
+"""Barlow Twins: a loss that makes features of two views of an image agree, and decorrelates different features."""
 
 # pyright: reportUnnecessaryIsInstance=false
 
@@ -15,7 +15,7 @@ from localgrad.objectives.layout import AsMap, MeanOverSpace, conv_norm_relu, fu
 
 
 class Barlow(nn.Module):
-    """Barlow Twins' loss of the two halves of a batch; see `barlow`."""
+    """The Barlow Twins loss between the two halves of a batch; see `barlow`."""
 
     reads_inputs = False
 
@@ -41,7 +41,7 @@ class Barlow(nn.Module):
             )
         if self.noise and self.training:
             features = features + self.noise * features.detach().std() * torch.randn_like(features)
-        # each view passes the norms alone, as in the released code
+        # the norms see one view at a time, as in the released code
         first, second = (self.projector(self.pooled(view)) for view in features.chunk(2))
         return self.scale * barlow_loss(first, second, self.redundancy)
 
@@ -50,9 +50,9 @@ def barlow_loss(first: Tensor, second: Tensor, redundancy: float = 0.0051) -> Te
     """`sum_i (1 - C_ii)^2 + redundancy sum_{i != j} C_ij^2`, C the correlation over the batch of two views' features.
 
     Args:
-        first: `(N, D)` of one view; each feature is centred and divided by its deviation.
-        second: `(N, D)` of the other view, in the same order.
-        redundancy: lambda.
+        first: features `(N, D)` of one view. Each is centred and divided by its standard deviation over the batch.
+        second: features `(N, D)` of the other view, of the same images in the same order.
+        redundancy: lambda, the weight of the off-diagonal terms.
 
     Source: Zbontar et al. 2021 (https://arxiv.org/abs/2103.03230), equation 1.
     """
@@ -77,22 +77,22 @@ def barlow(
 
     The batch is two views of N images, stacked: `inputs = torch.cat([first, second])`. C is the correlation over the
     images between the projections of the two views. The head is a 1x1 convolution to `width` channels with batch norm
-    and ReLU, the mean over space, and a projector of linear layers with batch norm and ReLU between them. Each view
-    passes the head's norms alone; those of the model see both views. Targets are not read.
+    and ReLU, the mean over space, and a projector of linear layers with batch norm and ReLU between them. The head's
+    norms see one view at a time; the model's norms see both views together. Targets are not read.
 
     The defaults are the released ones for ImageNet. For images of 32 pixels `barlow(512, (1024, 1024))` is enough.
 
     Args:
         width: channels of the 1x1 convolution.
-        projector: widths of the projector's layers, the last of which is D.
-        redundancy: lambda.
+        projector: widths of the projector's layers; the last is D.
+        redundancy: weight of the off-diagonal terms, lambda in the paper.
         scale: factor of the loss.
-        noise: while training, the head sees `h + noise std(h) e` with e standard normal and std over the whole tensor.
-            The released code has 0.25 and gives the next block the noised features too: for that, end the block with a
-            module of your own that adds the noise, and leave this at 0.
+        noise: while training, the head gets `h + noise std(h) e` with e standard normal and std over the whole tensor.
+            The released code uses 0.25 and gives the noised features to the next block too. For that, end the block
+            with a module of your own that adds the noise, and leave this at 0.
 
     Returns:
-        A function of a site that builds the module. Its parts are `.pooled` and `.projector`; it has no class scores.
+        A function of a site that builds the module. Its parts are `.pooled` and `.projector`. It has no class scores.
 
     Raises:
         LocalGradError: an argument is out of range; on a batch, an odd number of samples.

@@ -13,7 +13,7 @@ from localgrad.objectives.targets import HeadCriterion
 
 
 class Classifier(nn.Module):
-    """The criterion of a linear layer on pooled features; see `classifier`."""
+    """A criterion on the scores of a linear layer on pooled features; see `classifier`."""
 
     reads_inputs = False
 
@@ -35,7 +35,7 @@ class Classifier(nn.Module):
         return self.classifier(features)
 
     def forward(self, features: Tensor, targets: Any, inputs: Tensor) -> Tensor:
-        """Features, the criterion's targets (classes `(N,)`) and inputs (unused) to a scalar loss."""
+        """Features, targets of the criterion (classes `(N,)`) and inputs (unused) to a scalar loss."""
         return self.criterion(self.predict(features), targets)
 
 
@@ -43,16 +43,17 @@ def _prefix_tokens(site: Site) -> int:
     try:
         return AsMap(site, "classifier").prefix_tokens
     except CannotSitError:
-        return 0  # no image, or no grid of patches in it
+        return 0  # the tokens form no grid of patches
 
 
 class TokenPool(nn.Module):
-    """Tokens `(N, L, D)` to `(N, D)`: the class token where there is one, else the mean over the patches."""
+    """Tokens `(N, L, D)` to `(N, D)`: the class token if there is one, else the mean over the patches."""
 
     def __init__(self, prefix_tokens: int) -> None:
         super().__init__()
         self.prefix_tokens = prefix_tokens
-        # 1 alone, 2 with one for distillation, odd with an even number of registers, which stand alone in the others
+        # the first token is a class token if there is 1, if there are 2 (class and distillation token), or if the
+        # number is odd (class token and an even number of registers); any other number are registers alone
         self.first_token = prefix_tokens == 2 or prefix_tokens % 2 == 1
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -62,17 +63,18 @@ class TokenPool(nn.Module):
 def classifier(num_classes: int, criterion: Criterion | None = None) -> Callable[[Site], nn.Module]:
     """Greedy supervised local learning: `L = criterion(W pool(h) + b, y)`, cross-entropy in the paper.
 
-    Maps are averaged over space. Tokens `(N, L, D)` pass a LayerNorm; then the class token is taken, or the mean where
-    there is none (the local head of MAN++ for ViT). Of the tokens before the patches the first is the class token if
-    there are two (DeiT) or an odd number; an even number of more are registers, which are left out of the mean.
+    Maps are averaged over space. Tokens `(N, L, D)` pass a LayerNorm; then the class token is taken, or without one the
+    mean over the patches (the local head of MAN++ for ViT). The first of the tokens before the patches is the class
+    token if there are two such tokens (DeiT) or an odd number. Four or any larger even number are registers, which are
+    left out of the mean.
 
     Args:
         num_classes: width of the head: classes (2 or more under cross-entropy), labels, or values to predict.
-        criterion: loss of the head's scores `(N, num_classes)` and the targets. Without one the head takes the model's,
-            which is cross-entropy unless `split` is told otherwise.
+        criterion: loss of the head's scores `(N, num_classes)` and the targets. By default it is the model's criterion,
+            which is cross-entropy unless `split` gets another.
 
     Returns:
-        A function of a site that builds the module; its head is `.classifier`.
+        A function of a site that builds the module. The module's head is `.classifier`.
 
     Raises:
         SettingsError: `num_classes` is less than 1.

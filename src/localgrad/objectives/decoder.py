@@ -1,4 +1,4 @@
-"""The decoders of InfoPro: features back to logits of the image."""
+"""The decoders of InfoPro: from features to logits of the image."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,10 +15,14 @@ WIDTH = 12
 def decoder(channels: int, size: tuple[int, int], image: tuple[int, int], image_channels: int) -> nn.Module:
     """A module from features `(N, channels, *size)` to logits `(N, image_channels, *image)`.
 
-    Up to 64 channels: upsample to the image's size, 3x3 to 12, 3x3 to 3 (the released CIFAR decoder). More channels:
-    one convolution a doubling of the size, four at most, whose first then upsamples further: 1x1 to a quarter of the
-    channels (192 at most), then 64 (1x1), 32, 12 and 3 (3x3), which is the released ImageNet decoder at 512 x 28 x 28
-    and 1024 x 14 x 14.
+    Up to 64 channels it upsamples to the image's size, and has two 3x3 convolutions, to 12 channels and to those of the
+    image (the released CIFAR decoder).
+
+    For more channels it has one convolution for each doubling from the features' size to the image's, four at most, and
+    upsampling after each; with more doublings the first upsampling is larger. The widths are a quarter of the channels
+    (192 at most), then 64, 32 and 12; fewer doublings keep only the last of these three. The first convolution and the
+    one to 64 channels are 1x1, the others 3x3. A 3x3 convolution to the image's channels follows. At 512 x 28 x 28 and
+    1024 x 14 x 14 this is the released ImageNet decoder.
     """
     if channels <= MAX_DIRECT_CHANNELS:
         return DirectDecoder(channels, size, image, image_channels)
@@ -35,7 +39,7 @@ def decoder(channels: int, size: tuple[int, int], image: tuple[int, int], image_
 
 
 class DirectDecoder(nn.Module):
-    """Upsample to the image (bilinear, corners aligned), 3x3 to 12 channels, batch norm, ReLU, 3x3 to its channels."""
+    """Upsampling to the image's size (bilinear, corners aligned) and two 3x3 convolutions with batch norm and ReLU."""
 
     def __init__(self, channels: int, size: tuple[int, int], image: tuple[int, int], image_channels: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""One class a pixel or a token."""
+"""Local objective for targets with one class per pixel or token."""
 
 # pyright: reportUnnecessaryIsInstance=false
 
@@ -20,7 +20,7 @@ from localgrad.objectives.tokens import check_shift, shifted
 
 
 class Dense(nn.Module):
-    """Loss of one score vector a pixel or a token; see `dense`."""
+    """A loss of the scores of each pixel or token; see `dense`."""
 
     mean: Tensor
     std: Tensor
@@ -70,7 +70,7 @@ class Dense(nn.Module):
         self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
 
     def predict(self, features: Tensor) -> Tensor:
-        """Features to scores: `(N, num_classes, h, w)` of maps at their own size, `(N, L, num_classes)` of tokens."""
+        """Features to scores: `(N, num_classes, h, w)` at the size of the map, or `(N, L, num_classes)` for tokens."""
         if self.as_map is not None:
             return self.classifier(self.as_map(features))
         return self.classifier(features if self.channel_dim != 1 else features.transpose(1, 2))
@@ -114,7 +114,7 @@ class Dense(nn.Module):
 
 
 class CrossEntropy(nn.Module):
-    """Cross-entropy with class weights and an ignored class; 0, not nan, where no target counts."""
+    """Cross-entropy with class weights and an ignored class; the loss is 0, not nan, if all targets are ignored."""
 
     weight: Tensor | None
 
@@ -124,7 +124,7 @@ class CrossEntropy(nn.Module):
         self.register_buffer("weight", None if weight is None else torch.as_tensor(weight, dtype=torch.float32))
 
     def forward(self, scores: Tensor, targets: Tensor) -> Tensor:
-        """Scores `(N, C, ...)` and classes `(N, ...)` to the mean, weighed by each target's class."""
+        """Scores `(N, C, ...)` and classes `(N, ...)` to the mean loss, weighted by class."""
         weight = None if self.weight is None else self.weight.to(scores.dtype)
         total = F.cross_entropy(scores, targets, weight, ignore_index=self.ignore_index, reduction="sum")
         counted = targets != self.ignore_index
@@ -146,34 +146,36 @@ def dense(
     mean: Sequence[float] = (),
     std: Sequence[float] = (),
 ) -> Callable[[Site], nn.Module]:
-    """One class a pixel or a token: `L = CE(resize(head(h)), y)`, and InfoPro's reconstruction beside it if wanted.
+    """One class per pixel or token: `L = CE(resize(head(h)), y)`, with InfoPro's reconstruction loss added if wanted.
 
-    Maps `(N, C, H, W)`: a 3x3 convolution to `width` channels with batch norm and ReLU, a 1x1 convolution to scores,
-    resized bilinearly to the targets' size. Tokens `(N, L, D)` of images are laid on the grid of patches and treated
-    likewise; other tokens pass a LayerNorm and a linear layer, a private output layer for a language model.
+    For maps `(N, C, H, W)` the head is a 3x3 convolution to `width` channels with batch norm and ReLU, and a 1x1
+    convolution to scores, which are resized bilinearly to the targets' size. Tokens `(N, L, D)` of images are laid on
+    the grid of patches and get the same head. Other tokens pass a LayerNorm and a linear layer, which for a language
+    model is an output layer of the block's own.
 
-    With `reconstruction` above 0 the loss is `CE + reconstruction R(h)`, R InfoPro's binary cross-entropy between the
-    image in [0, 1] and what a small decoder makes of h (see `infopro`).
+    With `reconstruction` above 0 the loss is `CE + reconstruction R(h)`. R is InfoPro's binary cross-entropy between
+    the image in [0, 1] and its reconstruction from h by a small decoder (see `infopro`).
 
     Args:
         num_classes: width of the scores, at least 2 (1 with a `criterion`).
         criterion: a function of scores and targets, for several labels a pixel or for regression. It gets scores
-            `(N, num_classes, H, W)`, or `(N L, num_classes)` and targets flattened likewise. Without one, and without
-            `weight` and `ignore_index`, the head takes the model's, cross-entropy unless `split` is told otherwise.
-        weight: of each class, in the cross-entropy.
+            `(N, num_classes, H, W)` of maps; of tokens it gets scores `(N L, num_classes)` and targets whose first two
+            dimensions are flattened. By default it is the cross-entropy with `weight` and `ignore_index`; if both are
+            left at their defaults it is the model's criterion.
+        weight: weight of each class in the cross-entropy.
         ignore_index: the class of pixels or tokens that do not count in the cross-entropy.
-        width: channels of the head; half of the features', 32 at least, if None. Maps only.
-        shift: token labels repeat the input tokens, and each position predicts the next one; see `readout`.
+        width: channels of the head, for maps only; if None, half of the features' channels, at least 32.
+        shift: whether token labels repeat the input tokens, so that each position predicts the next one; see `readout`.
         reconstruction: weight of R, 0 or more.
         mean: mean of each channel by which the images were normalised, in units of [0, 1]; for R.
-        std: standard deviation of each channel, likewise.
+        std: standard deviation of each channel by which the images were normalised, in units of [0, 1]; for R.
 
     Returns:
-        A function of a site that builds the module; its head is `.classifier`, its decoder `.decoder` or None.
+        A function of a site that builds the module. Its head is `.classifier`, its decoder `.decoder` or None.
 
     Raises:
-        LocalGradError: an argument is out of range or has no effect; on building, features that are no map and no
-            tokens, or a reconstruction of what is no image; on a batch, targets of another shape.
+        LocalGradError: an argument is out of range or has no effect; when built, the features are neither a map nor
+            tokens, or `reconstruction` is given and the inputs are no images; on a batch, targets have another shape.
 
     Source: Wang et al. 2021 (https://arxiv.org/abs/2101.10832), released code for semantic segmentation.
     """

@@ -1,4 +1,4 @@
-"""Decoupled greedy learning (DGL): cross-entropy of a small convolutional head."""
+"""Decoupled greedy learning (DGL): the criterion on the scores of a small convolutional head."""
 
 import math
 from collections.abc import Callable
@@ -15,7 +15,7 @@ Head = Literal["original", "compact", "wide", "light"]
 
 
 class DGL(nn.Module):
-    """The criterion of the head MLP-SR-aux; see `dgl`."""
+    """A criterion on the scores of the head MLP-SR-aux; see `dgl`."""
 
     reads_inputs = False
 
@@ -32,7 +32,7 @@ class DGL(nn.Module):
         return self.classifier(features)
 
     def forward(self, features: Tensor, targets: Any, inputs: Tensor) -> Tensor:
-        """Features, the criterion's targets (classes `(N,)`) and inputs (unused) to a scalar loss."""
+        """Features, targets of the criterion (classes `(N,)`) and inputs (unused) to a scalar loss."""
         return self.criterion(self.predict(features), targets)
 
 
@@ -80,14 +80,15 @@ def _wide(channels: int, size: tuple[int, int], num_classes: int) -> list[nn.Mod
 
 def _light(channels: int, size: tuple[int, int], num_classes: int) -> list[nn.Module]:
     width = max(channels // 4, 1)
-    # on maps of one pixel the other taps see padding alone, and bf16 on a processor leaves their gradients undefined
+    # on maps of one pixel all taps but the middle one see padding alone, and bf16 on a CPU leaves their gradients
+    # undefined
     kernel, stride = (3, 2) if size != (1, 1) else (1, 1)
     convs = [*conv_norm_relu(channels, width, 1), *conv_norm_relu(width, width, kernel, stride)]
     return [*convs, MeanOverSpace(), nn.Linear(width, num_classes)]
 
 
 def _pooled(size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """A quarter of the size, rounded up, and at most 2x2 of that."""
+    """A quarter of the size, rounded up; and the same limited to 2x2."""
     quarter = (math.ceil(size[0] / 4), math.ceil(size[1] / 4))
     return quarter, (min(quarter[0], 2), min(quarter[1], 2))
 
@@ -106,27 +107,29 @@ def dgl(num_classes: int, head: Head = "compact", criterion: Criterion | None = 
     The papers' heads average the map to a quarter of its size, apply three 1x1 convolutions (each with batch norm and
     ReLU), average to 2x2, and end in an MLP. For features `(N, C, H, W)`:
 
-    - `"original"` (DGL's own): C channels; three linear layers 4C to 4C with bias and batch norm, then one to classes.
-    - `"compact"` (AugLocal's, for its tables on CIFAR): C channels; two linear layers 4C to 4C (C to C
+    - `"original"` (of the DGL paper): C channels; three linear layers 4C to 4C with bias and batch norm, then one to
+      classes.
+    - `"compact"` (of AugLocal, for its tables on CIFAR): C channels; two linear layers 4C to 4C (C to C
       where a quarter of the map is one pixel) without bias, with batch norm; 9,962 parameters at C = 16 and 10 classes.
-    - `"wide"` (MAN++'s): the map is averaged to 8x8 and later to 1x1; 128 channels, then 512 features, three layers;
-      635,146 parameters at C = 16 and 10 classes.
-    - `"light"` (no paper's; for wide features, where the MLPs above would outweigh the network): 1x1 to C/4, 3x3 with
-      stride 2 (1x1 on maps of one pixel), each with batch norm and ReLU, the mean over space, one linear layer.
+    - `"wide"` (of MAN++): the map is averaged to 8x8 and later to 1x1; 128 channels, then three linear layers to 512
+      features; 635,146 parameters at C = 16 and 10 classes.
+    - `"light"` (from no paper; for wide features, where the MLPs above would outweigh the network): a 1x1 convolution
+      to C/4 channels and a 3x3 convolution with stride 2 (1x1 on maps of one pixel), each with batch norm and ReLU, the
+      mean over space, and one linear layer.
 
     Tokens `(N, L, D)` are laid on the grid of patches, without class tokens.
 
     Args:
         num_classes: width of the head: classes (2 or more under cross-entropy), labels, or values to predict.
-        head: see above.
-        criterion: loss of the head's scores `(N, num_classes)` and the targets. Without one the head takes the model's,
-            which is cross-entropy unless `split` is told otherwise.
+        head: `"original"`, `"compact"`, `"wide"` or `"light"`, see above.
+        criterion: loss of the head's scores `(N, num_classes)` and the targets. By default it is the model's criterion,
+            which is cross-entropy unless `split` gets another.
 
     Returns:
-        A function of a site that builds the module; its head is `.classifier`.
+        A function of a site that builds the module. The module's head is `.classifier`.
 
     Raises:
-        SettingsError: `num_classes` is less than 1 or `head` unknown.
+        SettingsError: `num_classes` is less than 1, or `head` is unknown.
         CannotSitError: when built, tokens form no grid, or `num_classes` is 1 under cross-entropy.
 
     Source: Belilovsky et al. 2020, Decoupled Greedy Learning of CNNs (https://arxiv.org/abs/1901.08164), section 4;

@@ -1,7 +1,7 @@
-"""Faster forms of functions on a processor, which the objectives use there.
+"""Faster forms of some functions on a CPU, which the objectives use there.
 
-Each is equal to its definition up to rounding (`tests/objectives/test_fast.py`). A tensor on `meta` stands for one on
-the processor.
+Each is equal to its definition up to rounding (`tests/objectives/test_fast.py`). A tensor on the meta device stands for
+one on the CPU.
 """
 
 import math
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 WORTHWHILE = 3.0
-"""How many times fewer multiplications the low resolution must need for `upsampled_conv` to convolve there."""
+"""`UpsampledConv` is used if it needs this many times fewer multiplications than the convolution after upsampling."""
 
 
 _simulated: ContextVar[str | None] = ContextVar("simulated", default=None)
@@ -23,7 +23,7 @@ _simulated: ContextVar[str | None] = ContextVar("simulated", default=None)
 
 @contextmanager
 def simulated_device(kind: str) -> Generator[None, None, None]:
-    """Context: tensors without data stand for tensors on this kind of device, and objectives take its forms."""
+    """Context: tensors without data stand for tensors on this type of device, and objectives use the forms for it."""
     token = _simulated.set(kind)
     try:
         yield
@@ -32,7 +32,7 @@ def simulated_device(kind: str) -> Generator[None, None, None]:
 
 
 def is_on_processor(tensor: Tensor) -> bool:
-    """Whether a tensor is on a processor, or stands for one that is."""
+    """Whether a tensor is on the CPU, or stands for one on the CPU (see `simulated_device`)."""
     return (_simulated.get() or tensor.device.type) in ("cpu", "meta")
 
 
@@ -62,7 +62,10 @@ class _BinaryCrossEntropy(torch.autograd.Function):
 
 
 def norm_of_few_channels(norm: nn.Module, maps: Tensor, like: Tensor) -> Tensor:
-    """A batch norm of few channels map by map, three times as fast as channels last, which `like` may have."""
+    """Apply a batch norm of few channels in contiguous layout, which is three times as fast as in channels last.
+
+    If `like` is in channels last, so is the output.
+    """
     if not like.is_contiguous(memory_format=torch.channels_last):
         return norm(maps)
     if not maps.is_contiguous():
@@ -71,7 +74,7 @@ def norm_of_few_channels(norm: nn.Module, maps: Tensor, like: Tensor) -> Tensor:
 
 
 def in_layout(maps: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """A copy of maps `(N, C, H, W)` in a memory format, whose gradient has the format that the maps had."""
+    """A copy of maps `(N, C, H, W)` in another memory format; the gradient of `maps` keeps the format of `maps`."""
     return _InLayout.apply(maps, memory_format)  # pyright: ignore[reportReturnType]
 
 
@@ -88,14 +91,14 @@ class _InLayout(torch.autograd.Function):
 
 
 class UpsampledConv(nn.Module):
-    """`conv(upsample(maps))` for a 3x3 convolution, computed at the low resolution where that takes far less.
+    """`conv(upsample(maps))` for a 3x3 convolution, with the convolution computed at the low resolution.
 
-    Both steps are linear, so they may trade places: one 1x1 convolution at the low resolution for all nine taps, then
-    the interpolation of each, shifted, as two products with matrices of one row a pixel. That needs no upsampled copy
-    of the features.
+    Both steps are linear, so their order may be exchanged. A 1x1 convolution at the low resolution computes all nine
+    taps. Then each tap's result is interpolated and shifted by two matrix products. No upsampled copy of the features
+    is needed.
 
     Attributes:
-        is_worthwhile: whether it takes a third of the multiplications or less.
+        is_worthwhile: whether this takes at most a third of the multiplications of the usual order.
     """
 
     rows: Tensor
@@ -124,9 +127,9 @@ class UpsampledConv(nn.Module):
 
 
 def _shifted_interpolation(size: int, output: int) -> Tensor:
-    """Matrix `(output, 3 size)` from three vectors to the sum of their interpolations, shifted by -1, 0 and 1 pixels.
+    """Matrix `(output, 3 size)` that maps three vectors to the sum of their interpolations, shifted by -1, 0, 1 pixels.
 
-    What comes from beyond the border is 0, as in a convolution with padding.
+    Values from beyond the border are 0, as in a convolution with zero padding.
     """
     weights = F.interpolate(torch.eye(size)[None], size=output, mode="linear", align_corners=True)[0].T
     padded = F.pad(weights, (0, 0, 1, 1))

@@ -1,4 +1,4 @@
-"""InfoPro: a reconstruction loss of the image and a task loss."""
+"""InfoPro: the weighted sum of a reconstruction loss of the image and a task loss."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -36,7 +36,7 @@ TEMPERATURE = 0.07
 
 
 LARGE_MAP = 32
-"""Height or width from which on a head's first convolution halves a map of 64 channels or more too; ours."""
+"""On maps higher or wider than this a head's first convolution has stride 2 also at 64 channels or more; our choice."""
 
 
 class InfoPro(nn.Module):
@@ -71,7 +71,7 @@ class InfoPro(nn.Module):
         size = (site.inputs[2], site.inputs[3])
         width = num_classes if loss == "cross_entropy" else feature_dim
         self.as_map = as_map
-        self.decoder = self.classifier = None  # a part without weight in the loss is not made
+        self.decoder = self.classifier = None  # a part whose weight in the loss is 0 is not built
         if self.reconstruction:
             self.decoder = decoder(as_map.channels, as_map.size, size, site.inputs[1])
         if self.task:
@@ -81,13 +81,13 @@ class InfoPro(nn.Module):
         self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
 
     def predict(self, features: Tensor) -> Tensor | None:
-        """Features to class scores `(N, num_classes)`; None where the task loss is contrastive or has weight 0."""
+        """Features to class scores `(N, num_classes)`; None if the task loss is contrastive or has weight 0."""
         if self.classifier is None or self.loss != "cross_entropy":
             return None
         return self.classifier(self.as_map(features))
 
     def forward(self, features: Tensor, targets: Any, inputs: Tensor) -> Tensor:
-        """Features, the criterion's targets (classes `(N,)`) and normalised images `(N, 3, H, W)` to a scalar loss."""
+        """Features, targets of the criterion (classes `(N,)`) and normalised images `(N, 3, H, W)` to a scalar loss."""
         features = self.as_map(features)
         total = features.new_zeros((), dtype=torch.float32)
         if self.decoder is not None:
@@ -114,12 +114,12 @@ def supervised_contrast(embeddings: Tensor, targets: Tensor, ignore_index: int =
 
     With `z_i` the embeddings divided by their norm and P(i) the other samples of i's class,
     `L = 1/N sum_i -1/|P(i)| sum_{p in P(i)} log(exp(z_i z_p / t) / sum_{a != i} exp(z_i z_a / t))`.
-    Samples without another of their class contribute 0 and stay in the mean. Samples without a label (`ignore_index`,
-    or any class below 0) are left out: the sums and N are of the others.
+    A sample that is the only one of its class contributes 0 and counts in the mean. Samples without a label
+    (`ignore_index`, or any class below 0) are left out of the sums and of N.
 
     Args:
         embeddings: `(N, D)`.
-        targets: `(N,)` classes.
+        targets: classes `(N,)`.
         ignore_index: the class of samples that have no label.
 
     Source: Khosla et al. 2020 (https://arxiv.org/abs/2004.11362), equation 2; as used by Wang et al. 2021
@@ -142,8 +142,8 @@ def supervised_contrast(embeddings: Tensor, targets: Tensor, ignore_index: int =
 def _head(name: TaskHead, channels: int, size: tuple[int, int], feature_dim: int, out_features: int) -> list[nn.Module]:
     """The task head `XcYf` of X convolutions and Y linear layers, or the released ImageNet head.
 
-    The first convolution doubles the channels and halves the map; from 64 channels on it keeps both, unless the map is
-    larger than 32.
+    The first convolution doubles the channels and has stride 2. From 64 channels on it keeps the channels, and has
+    stride 2 only if the map is higher or wider than 32.
     """
     pool = [MeanOverSpace()]
     if name == "imagenet":
@@ -179,42 +179,41 @@ def infopro(
     feature_dim: int = 128,
     criterion: Criterion | None = None,
 ) -> Callable[[Site], nn.Module]:
-    """InfoPro: `L_j = lambda_j R(h) + mu_j T(h)`, information propagation by reconstruction and a task loss.
+    """InfoPro: `L_j = lambda_j R(h) + mu_j T(h)`, information propagation by a reconstruction loss and a task loss.
 
-    R is the binary cross-entropy between the image in [0, 1] and its reconstruction by a small decoder, computed with
-    logits. T is the criterion (cross-entropy in the paper), or the supervised contrastive loss
+    R is the binary cross-entropy between the image in [0, 1] and its reconstruction by a small decoder, computed from
+    logits. T is the criterion (cross-entropy in the paper) of class scores, or the supervised contrastive loss
     (`supervised_contrast`) of `feature_dim` outputs.
-    Two weights go linearly from the first local block to the last: `lambda_j = first (1 - r) + last r` with
-    `r = j / (K - 2)`, and r = 0 for K = 2. K - 1 weights are those of the local blocks in order. Tokens are laid on
-    the grid of patches.
+    Two given weights are interpolated from the first local block to the last: `lambda_j = first (1 - r) + last r` with
+    `r = j / (K - 2)`, and r = 0 for K = 2. K - 1 given weights are those of the local blocks in order. Tokens are laid
+    on the grid of patches.
 
     Args:
-        num_classes: at least 2.
+        num_classes: number of classes, at least 2.
         mean: mean of each channel by which the inputs were normalised, in units of [0, 1].
-        std: standard deviation of each channel, likewise.
-        reconstruction: weight of R at the first and at the last local block, or at each; not negative.
-        task: weight of T, likewise.
-        loss: `"cross_entropy"`, which means the criterion, or `"contrast"`.
-        head: `"0c1f"`, `"0c2f"`, `"1c1f"`, `"1c2f"`, `"1c3f"`, `"2c2f"`: 3x3 convolutions and linear layers, or
-            `"imagenet"`, four convolutions up to 2048 channels.
+        std: standard deviation of each channel by which the inputs were normalised, in units of [0, 1].
+        reconstruction: weights lambda of R, at the first and the last local block or at each; not negative.
+        task: weights mu of T, at the first and the last local block or at each; not negative.
+        loss: `"cross_entropy"` for the criterion, or `"contrast"`.
+        head: `"0c1f"`, `"0c2f"`, `"1c1f"`, `"1c2f"`, `"1c3f"`, `"2c2f"`: numbers of 3x3 convolutions (c) and linear
+            layers (f), or `"imagenet"`, four convolutions up to 2048 channels.
         feature_dim: width of the hidden linear layers and of the contrastive embedding.
-        criterion: loss of the head's scores `(N, num_classes)` and the targets. Without one the head takes the model's,
-            which is cross-entropy unless `split` is told otherwise.
+        criterion: loss of the head's scores `(N, num_classes)` and the targets. By default it is the model's criterion,
+            which is cross-entropy unless `split` gets another.
 
     Returns:
-        A function of a site that builds the module; its parts `.decoder` and `.classifier` are None where
-        their weight is 0.
+        A function of a site that builds the module. The module's parts `.decoder` and `.classifier` are None if their
+        weight is 0.
 
     Raises:
-        SettingsError: an argument is out of range; when built, the weights are of another number of blocks or leave a
-            block without a loss.
-        CannotSitError: when built, the objective sits on a vector, or on inputs that are no images of `len(mean)`
-            channels.
+        SettingsError: an argument is out of range; when built, there are weights for another number of blocks, or both
+            weights of a block are 0.
+        CannotSitError: when built, the features are a vector, or the inputs are no images of `len(mean)` channels.
 
     Source: Wang et al. 2021, Revisiting Locally Supervised Learning (https://arxiv.org/abs/2101.10832), equation 8, and
-    released code, `networks/auxiliary_nets.py`. The default weights are the MAN code's, but for the task's last one,
-    there 0, which would leave the last local block without a loss. That code takes r from the index of the stage
-    instead of the block.
+    released code, `networks/auxiliary_nets.py`. The default weights are those of the MAN code, except for the last
+    weight of the task, which is 0 there and would leave the last local block without a loss. The MAN code computes r
+    from the index of the stage instead of the block.
     """
     check_num_classes(num_classes)
     check_choice("loss", loss, ("cross_entropy", "contrast"))

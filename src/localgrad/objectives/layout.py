@@ -19,17 +19,19 @@ MAX_PREFIX_TOKENS = 8
 
 
 class AsMap(nn.Module):
-    """View features as a map `(N, C, H, W)`, whatever layout the site has.
+    """Bring features of any layout into a map `(N, C, H, W)`.
 
-    Maps with channels last are permuted; videos and volumes, `(N, C, T, H, W)` or `(N, T, H, W, C)`, are averaged over
-    T; a sequence `(N, C, L)` is a map of L x 1; tokens `(N, L, D)` are laid on the grid of the image's patches, and
-    class or register tokens before them are left out, or L x 1 where the input is no image; a vector `(N, D)` is a map
-    of 1x1.
+    - Maps with channels last are permuted.
+    - Videos and volumes, `(N, C, T, H, W)` or `(N, T, H, W, C)`, are averaged over T.
+    - A sequence `(N, C, L)` becomes a map of L x 1.
+    - Tokens `(N, L, D)` of an image are laid on the grid of its patches, without class and register tokens; tokens of
+      other inputs become a map of L x 1.
+    - A vector `(N, D)` becomes a map of 1x1.
 
     Attributes:
-        channels: C.
-        size: (H, W).
-        prefix_tokens: number of class and register tokens.
+        channels: channels C of the map.
+        size: height and width (H, W) of the map.
+        prefix_tokens: number of class and register tokens, which come before the patches.
     """
 
     def __init__(self, site: Site, objective: str) -> None:
@@ -71,10 +73,10 @@ class AsMap(nn.Module):
 
 
 class MeanOverSpace(nn.Module):
-    """Maps `(N, C, H, W)` to `(N, C)`.
+    """Mean over space: maps `(N, C, H, W)` to `(N, C)`.
 
-    The gradient has the layout of the maps. That of PyTorch's adaptive pooling to 1x1 never has channels last, which
-    makes a ReLU before it more than twice as slow.
+    The gradient has the layout of the maps. The gradient of PyTorch's adaptive pooling to 1x1 is never channels last,
+    which makes a ReLU before it more than twice as slow.
     """
 
     def forward(self, maps: Tensor) -> Tensor:
@@ -82,9 +84,12 @@ class MeanOverSpace(nn.Module):
 
 
 def token_grid(tokens: int, site: Site, objective: str) -> tuple[int, int]:
-    """Height and width of the grid of patches, in the image's proportions, behind at most 8 other tokens.
+    """Height and width of the grid of patches, which has the image's proportions and at most 8 other tokens before it.
 
-    Tokens of an input that is no image `(N, C, H, W)` are a grid of one column.
+    For inputs that are no images `(N, C, H, W)` the grid has one column.
+
+    Raises:
+        CannotSitError: the tokens form no such grid.
     """
     if len(site.inputs) != 4:
         return tokens, 1
@@ -100,13 +105,13 @@ def token_grid(tokens: int, site: Site, objective: str) -> tuple[int, int]:
 
 
 def full_precision(tensor: Tensor) -> AbstractContextManager[object]:
-    """Leave autocast, so that a loss is computed in the precision of its arguments; nothing to leave on `meta`."""
+    """Context: autocast is off, so that a loss is computed in the precision of its arguments; no-op on `meta`."""
     kind = tensor.device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def check_num_classes(num_classes: int, at_least: int = 2) -> None:
-    """Refuse a number of classes that no head can have."""
+    """Refuse a number of classes that is no integer, or less than `at_least`."""
     if not isinstance(num_classes, Integral) or num_classes < at_least:  # NumPy's integers too
         given = repr(num_classes) if isinstance(num_classes, int | float | str) else f"a {type(num_classes).__name__}"
         raise SettingsError(
@@ -124,6 +129,6 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 def conv_norm_relu(
     in_channels: int, out_channels: int, kernel: int, stride: int = 1, bias: bool = False
 ) -> list[nn.Module]:
-    """A convolution that keeps the size (or halves it), batch norm and ReLU."""
+    """A convolution that keeps the size of the map (or halves it with stride 2), batch norm and ReLU."""
     conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, bias=bias)
     return [conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]

@@ -1,4 +1,4 @@
-"""PredSim: prediction loss and similarity matching."""
+"""PredSim: the weighted sum of a prediction loss and a similarity matching loss."""
 
 # pyright: reportUnnecessaryIsInstance=false
 
@@ -19,7 +19,7 @@ from localgrad.objectives.targets import HeadCriterion, check_classes, left_out
 
 
 class PredSim(nn.Module):
-    """The criterion of a linear layer, and similarity matching; see `predsim`."""
+    """The criterion on the scores of a linear layer, and a similarity matching loss; see `predsim`."""
 
     reads_inputs = False
 
@@ -44,19 +44,19 @@ class PredSim(nn.Module):
         return self.classifier(self.as_map(features))
 
     def forward(self, features: Tensor, targets: Tensor, inputs: Tensor) -> Tensor:
-        """Features, classes `(N,)` or rows `(N, num_classes)`, and inputs (unused) to a scalar loss."""
+        """Features, targets (classes `(N,)` or rows `(N, num_classes)`) and inputs (unused) to a scalar loss."""
         prediction = self.criterion(self.predict(features), targets)
         matched = features if isinstance(self.similarity, nn.Linear) else self.as_map(features)
         found = similarity_matrix(self.similarity(matched))
         wanted, labelled = self._labels(targets)
         with full_precision(features):
             pairs = (labelled[:, None] * labelled).to(found)  # 1 where both samples have a label
-            alike = similarity_matrix(wanted).to(found)  # CUDA takes no loss of two dtypes
+            alike = similarity_matrix(wanted).to(found)  # CUDA refuses an mse_loss of two dtypes
             matching = F.mse_loss(found * pairs, alike * pairs) * (pairs.numel() / pairs.sum())
         return (1 - self.beta) * prediction + self.beta * matching
 
     def _labels(self, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Each sample's labels as a row, and 1 for each that has one, else 0."""
+        """Labels of the samples as rows `(N, num_classes)`, and `(N,)` with 1 for a sample with a label, else 0."""
         if isinstance(targets, Tensor) and targets.ndim == 2 and targets.shape[1] == self.num_classes:
             return targets, targets.new_ones(len(targets), dtype=torch.float32)
         check_classes(targets, "predsim")
@@ -83,12 +83,12 @@ def similarity_matrix(features: Tensor) -> Tensor:
 
 
 def prediction_pool(channels: int, size: tuple[int, int], limit: int) -> tuple[nn.Module, tuple[int, int]]:
-    """Average pooling to at most `limit` features, or one a channel where there are more channels.
+    """Average pooling to at most `limit` features, or to one pixel if there are more than `limit` channels.
 
-    Its kernel is doubled in height, then width, in turns.
+    The kernel is doubled in height and in width in turns, until the features are few enough.
 
     Returns:
-        The layer, and the height and width that it leaves.
+        The layer, and the height and width of its output.
     """
     kernel, pooled, axis = [1, 1], [*size], 0
     while channels * pooled[0] * pooled[1] > limit and pooled != [1, 1]:
@@ -109,31 +109,31 @@ def predsim(
 ) -> Callable[[Site], nn.Module]:
     """PredSim: `L = (1 - beta) CE(W pool(h), y) + beta MSE(S(conv(h)), S(onehot(y)))`.
 
-    S is the matrix of cosine similarities between the samples of the batch (`similarity_matrix`), the mean of the
-    squared error goes over all its entries: a batch in two parts has another loss. `conv` is 3x3 from C to C channels
-    without bias. Tokens are laid on the grid of patches; a vector `(N, D)` takes a linear layer instead of `conv`.
-    Pairs with a sample that the criterion ignores (or whose class is negative) are left out of the mean; rows
-    `(N, num_classes)` of several labels or probabilities take the place of onehot(y).
+    S is the matrix of cosine similarities between the samples of the batch (`similarity_matrix`). MSE is the mean over
+    all entries of the matrix, so a batch in two micro-batches has another loss. `conv` is a 3x3 convolution from C to C
+    channels without bias; for vectors `(N, D)` it is a linear layer. Tokens are laid on the grid of patches. Pairs with
+    a sample that the criterion ignores (or whose class is negative) are left out of the mean. Targets may also be rows
+    `(N, num_classes)` of several labels or probabilities, which are used instead of onehot(y).
 
     Args:
-        num_classes: at least 2.
+        num_classes: number of classes, at least 2.
         beta: weight of similarity matching, from 0 to 1.
-        max_features: the map is averaged until at most so many features are left for the prediction, or one a channel
-            where there are more channels; 512 in the tables of the papers on CIFAR, 1024 to 4096 in the original.
-        criterion: loss of the head's scores `(N, num_classes)` and the targets. Without one the head takes the model's,
-            which is cross-entropy unless `split` is told otherwise.
+        max_features: the map is average-pooled to at most this number of features for the prediction, or to one pixel
+            if there are more channels; 512 in the papers' tables on CIFAR, 1024 to 4096 in the original.
+        criterion: loss of the head's scores `(N, num_classes)` and the targets, CE above. By default it is the model's
+            criterion, which is cross-entropy unless `split` gets another.
 
     Returns:
-        A function of a site that builds the module; its head is `.classifier`, the convolution `.similarity`.
+        A function of a site that builds the module. The module's head is `.classifier`, and `conv` is `.similarity`.
 
     Raises:
         SettingsError: an argument is out of range.
         CannotSitError: when built, tokens form no grid.
 
     Source: Nokland and Eidnes 2019, Training Neural Networks with Local Error Signals
-    (https://arxiv.org/abs/1901.06656), section 2, and released code, `train.py`. As in AugLocal's tables the last
-    block's cross-entropy has weight 1 (there 1 - beta) and the prediction layer keeps its default initial values (there
-    zero).
+    (https://arxiv.org/abs/1901.06656), section 2, and released code, `train.py`. Two choices follow AugLocal's tables:
+    the last block's cross-entropy has weight 1 (1 - beta in the original), and the prediction layer keeps PyTorch's
+    default initial values (zero in the original).
     """
     check_num_classes(num_classes)
     if not isinstance(beta, int | float) or not 0 <= beta <= 1:

@@ -20,11 +20,11 @@ from localgrad.objectives.layout import full_precision
 from localgrad.objectives.tokens import check_shift, shifted
 
 SCORES_AT_ONCE = 2**24
-"""How many scores are alive at once unless `chunk` says otherwise: 64 MiB of float32."""
+"""Number of scores in memory at once if `chunk` is None: 64 MiB of float32."""
 
 
 class Readout(nn.Module):
-    """Cross-entropy of the scores that the model's own output layer gives; see `readout`."""
+    """Cross-entropy of scores that the model's own output layer computes; see `readout`."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class Readout(nn.Module):
         chunk: int | None,
     ) -> None:
         super().__init__()
-        # a tuple is not registered, and a name finds a layer that was exchanged (a resized vocabulary)
+        # a tuple is not registered; the layer is looked up by name because it may be replaced (a resized vocabulary)
         self._model, self._head = (site.model,), head
         self.shift, self.ignore_index, self.chunk = shift, ignore_index, chunk
         self._checked = False
@@ -67,7 +67,7 @@ class Readout(nn.Module):
         return weight.detach(), None if bias is None else bias.detach()
 
     def predict(self, features: Tensor) -> Tensor:
-        """Features `(N, L, D)` or `(N, D)` to the scores of all of them, `(N, L, V)` or `(N, V)`."""
+        """Features `(N, L, D)` or `(N, D)` to scores `(N, L, V)` or `(N, V)`, all in memory at once."""
         weight, bias = self._output_layer()
         hidden = self.scale * self.classifier(features)
         return F.linear(hidden.to(weight.dtype), weight, bias)
@@ -99,19 +99,20 @@ def linear_cross_entropy(
 ) -> Tensor:
     """`cross_entropy(hidden @ weight.T + bias, targets)`, a few rows at a time, with a gradient for `hidden` alone.
 
-    The gradient `(softmax(z) - onehot(y)) @ weight` is made beside the loss, while a chunk's scores are there, and
-    waits for the backward pass in the place of the scores: D numbers a row instead of V.
+    The forward pass computes the gradient `(softmax(z) - onehot(y)) @ weight` together with the loss, chunk by chunk.
+    It saves this gradient for the backward pass instead of the scores: D numbers a row instead of V.
 
     Args:
         hidden: `(T, D)`.
-        weight: `(V, D)`, in the precision to multiply in unless autocast is on.
+        weight: `(V, D)`.
         bias: `(V,)` or None.
-        targets: `(T,)` classes.
-        ignore_index: the class of rows that do not count. Where no row counts the loss is 0.
-        chunk: rows at once; as many as make 16 million scores if None.
+        targets: classes `(T,)`.
+        ignore_index: the class of rows that do not count. If no row counts the loss is 0.
+        chunk: number of rows at once; None takes as many as give 16 million scores.
 
     Returns:
-        The mean over the rows that count, in float32 (float64 for float64).
+        The mean over the rows that count, in float32 (float64 for float64). Products are computed in the dtype of
+        autocast if it is on, else in the dtype that `hidden` and `weight` promote to.
     """
     kind = hidden.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
@@ -153,7 +154,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         gradient, count = ctx.saved_tensors
-        # divided here and not before: what one of many tokens adds is too small for float16
+        # divided here and not in forward: the gradient of one of many tokens may be too small for float16
         return gradient * (gradients[0] / count).to(gradient.dtype), None, None, None, None, None
 
 
@@ -169,7 +170,7 @@ def _submodule(model: nn.Module | None, name: str, argument: str) -> nn.Module:
 
 
 def _fresh_units(site: Site, depth: int) -> list[nn.Module]:
-    """Units of the shape of those after the cut, with weights of their own, drawn anew."""
+    """Copies of the first `depth` units after the cut, with their own weights, drawn anew."""
     following = list(itertools.islice(site.following, depth))
     if len(following) < depth:
         raise LocalGradError(
@@ -203,32 +204,33 @@ def readout(
 ) -> Callable[[Site], nn.Module]:
     """Class scores by the model's own output layer, read-only: `z = s norm(phi(h)) W^T + b`, `L = CE(z, y)`.
 
-    W and b are those of the model's output layer as the batch finds them; the last block trains them, and no gradient
-    of a local loss does. The norm, the number s (initially 1) and phi, `depth` units of the shape of those after the
-    cut, are the block's own. For a language model this saves a private output layer a block, which is V x D weights.
+    W and b are the present weights of the model's output layer. The last block trains them; local losses give them no
+    gradient. The block has its own norm, its own number s (initially 1) and its own phi, `depth` units shaped like
+    those after the cut. For a language model this saves an output layer of V x D weights for each block.
 
-    Scores of all tokens are never alive at once: loss and gradient are made a chunk of tokens at a time.
+    The scores of all tokens are never in memory at once: loss and gradient are computed for a chunk of tokens at a
+    time.
 
     Args:
         head: dotted name of the model's output layer, such as `"lm_head"`: a linear layer `(V, D)` with or without
             bias, whose weight may be tied to the embedding.
-        norm: dotted name of the norm before it, such as `"transformer.ln_f"`: the block gets a copy of its kind and
-            first values, trained with the block. None takes an RMSNorm.
-        depth: how many fresh units of the shape of those after the cut stand before the norm.
-        shift: labels `(N, L)` repeat the input tokens, as causal models of Hugging Face take them, and each position
-            predicts the next token. False where labels are next tokens already, or are none (masked models). The first
-            batch is checked. Without effect on vectors `(N, D)`.
+        norm: dotted name of the norm before it, such as `"transformer.ln_f"`. The block gets a copy with the norm's
+            present values and trains it. None gives a new RMSNorm.
+        depth: number of new units before the norm, shaped like those after the cut.
+        shift: whether labels `(N, L)` repeat the input tokens, as for causal models of Hugging Face, so that each
+            position predicts the next token. Give False if labels are next tokens already, or other labels (masked
+            models). The first batch is checked. It has no effect on vectors `(N, D)`.
         ignore_index: the class of tokens that do not count.
-        chunk: tokens at once. None takes as many as make 16 million scores, 64 MiB in float32.
+        chunk: number of tokens at once. None takes as many as give 16 million scores, 64 MiB in float32.
 
     Returns:
         A function of a site that builds the module; phi and the norm are `.classifier`, s is `.scale`.
 
     Raises:
-        LocalGradError: `depth` or `chunk` is out of range; on building, the model has no such layer, its width is not
-            the features', or a unit after the cut cannot stand alone; on the first batch, `shift` is wrong.
+        LocalGradError: `depth` or `chunk` is out of range; when built, the model has no such layer, the layer's width
+            is not that of the features, or a unit after the cut cannot run alone; on the first batch, `shift` is wrong.
 
-    Source: SOLO (https://arxiv.org/abs/2609.35440), whose phi are two transformer blocks.
+    Source: SOLO (https://arxiv.org/abs/2609.35440), where phi is two transformer blocks.
     """
     if not isinstance(head, str) or not head or not (norm is None or isinstance(norm, str)):
         raise LocalGradError(

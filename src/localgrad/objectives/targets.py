@@ -1,4 +1,4 @@
-"""What heads do with targets: the criterion that they apply, and what it can take."""
+"""The criterion that heads apply to scores and targets, and checks of targets."""
 
 import copy
 import functools
@@ -18,18 +18,18 @@ OTHER_TARGETS = (
 
 
 class HeadCriterion(nn.Module):
-    """The loss of a head: `criterion(scores, targets)`, of the given criterion or else the site's.
+    """The loss of a head, `criterion(scores, targets)`. Without a criterion it is the site's.
 
-    Scores are cast to float32 first (not float64 ones where targets are too), and scores `(N, 1)` become `(N,)` where
-    targets are. A criterion with trained parameters is copied, since no two blocks may train the same; any other is
-    the caller's own, so that what changes on it (a label smoothing that is annealed) changes here too.
+    Scores are cast to float32 first, unless targets are float64. Scores `(N, 1)` become `(N,)` if targets are `(N,)`. A
+    criterion with trained parameters is copied, since no two blocks may train the same parameters. Any other criterion
+    is used itself, so that later changes of it (annealed label smoothing) take effect here too.
 
-    Softmax cross-entropy takes classes `(N,)` or rows of probabilities `(N, C)`; anything else is refused, by its
-    values where it is rows of numbers (that waits for the device).
+    Softmax cross-entropy takes classes `(N,)` or rows of probabilities `(N, C)`; other targets are refused. Rows of
+    numbers are checked by their values, which needs a synchronization with the device.
 
     Attributes:
         is_softmax: whether the criterion is softmax cross-entropy.
-        ignore_index: the class that the criterion leaves out.
+        ignore_index: the class that the criterion ignores.
     """
 
     def __init__(self, criterion: Criterion | None, site: Site, num_classes: int) -> None:
@@ -56,12 +56,12 @@ class HeadCriterion(nn.Module):
             scores = scores.float()
         if isinstance(targets, Tensor) and targets.ndim == 1 and scores.shape[1] == 1:
             scores = scores[:, 0]
-        if self.is_softmax and scores.ndim == 2:  # a score a pixel has a target a pixel, which the criterion checks
+        if self.is_softmax and scores.ndim == 2:  # scores of pixels are left to the criterion's own checks
             check_softmax_targets(scores, targets)
         return self._on(scores.device)(scores, targets)
 
     def _on(self, device: torch.device) -> Criterion:
-        """The criterion, with its weights where the scores are."""
+        """The criterion, with its buffers (such as class weights) on the device of the scores."""
         criterion = self._criterion[0] if self.trained is None else self.trained
         if isinstance(criterion, nn.Module) and any(buffer.device != device for buffer in criterion.buffers()):
             return copy.deepcopy(criterion).to(device)
@@ -69,7 +69,7 @@ class HeadCriterion(nn.Module):
 
 
 def check_softmax_targets(scores: Tensor, targets: Any) -> None:
-    """Refuse what is neither classes `(N,)` nor rows of probabilities `(N, C)`."""
+    """Refuse targets that are neither classes `(N,)` nor rows of probabilities `(N, C)`."""
     takes = f"it takes one class a sample, (N,) of torch.int64, or probabilities (N, {scores.shape[1]})"
     if not isinstance(targets, Tensor):
         raise LocalGradError(f"targets are a {type(targets).__name__} under softmax cross-entropy: {takes}")
@@ -87,7 +87,7 @@ def check_softmax_targets(scores: Tensor, targets: Any) -> None:
 
 
 def check_classes(targets: Any, what: str) -> None:
-    """Refuse what is not one class a sample."""
+    """Refuse targets that are not one class per sample, `(N,)`; `what` names the loss in the message."""
     if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.ndim != 1:
         is_tensor = isinstance(targets, Tensor)
         given = f"{targets.dtype} of shape {tuple(targets.shape)}" if is_tensor else f"a {type(targets).__name__}"
@@ -97,17 +97,17 @@ def check_classes(targets: Any, what: str) -> None:
 
 
 def is_distribution(rows: Tensor) -> bool:
-    """Whether each row of `(N, C)` is not negative and sums to 1, to what 16 bits can tell."""
+    """Whether no entry of `(N, C)` is negative and each row sums to 1, within 0.02 for 16-bit dtypes."""
     return bool(((rows >= 0).all(1) & ((rows.detach().float().sum(1) - 1).abs() <= 0.02)).all())
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether the host may read the values: not on `meta`, in a simulation, or while a CUDA graph is captured."""
+    """Whether the host can read the values: not on `meta`, in a simulation, or while a CUDA graph is captured."""
     if tensor.untyped_storage().device.type == "meta":
         return False
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def left_out(targets: Tensor, ignore_index: int) -> Tensor:
-    """Which samples have no label, `(N,)`: those of the criterion's `ignore_index`, and of any class below 0."""
+    """Mask `(N,)` of the samples without a label: those of class `ignore_index`, and of any class below 0."""
     return (targets == ignore_index) | (targets < 0)

@@ -1,4 +1,4 @@
-"""What the losses a token share: labels that still have to be shifted, and those that were."""
+"""Shift token labels by one position for next-token losses, and check whether a batch needs it."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,15 +7,15 @@ from localgrad.errors import LocalGradError
 
 
 def shifted(targets: Tensor, ignore_index: int) -> Tensor:
-    """Labels `(N, L)` that repeat the inputs to the token after each; the last position has none."""
+    """Shift labels `(N, L)` that repeat the inputs: each position gets the next token, the last gets `ignore_index`."""
     return F.pad(targets[:, 1:], (0, 1), value=ignore_index)
 
 
 def check_shift(targets: Tensor, inputs: object, shift: bool, ignore_index: int, objective: str) -> None:
-    """Refuse a `shift` that the batch contradicts; inputs that are no token ids tell nothing.
+    """Refuse a `shift` that contradicts the batch. Inputs that are no token ids are not checked.
 
-    Labels that repeat the inputs have to be shifted, or a block would learn to copy its input. Any others must not be,
-    or it would learn the token after the one that is meant. Reads the batch, so call it once.
+    Labels that repeat the inputs must be shifted, or a block would learn to copy its input. Other labels must not be
+    shifted, or it would learn the token after the intended one. It reads values from the device, so call it once.
     """
     if not isinstance(inputs, Tensor) or inputs.is_floating_point() or inputs.shape != targets.shape or inputs.is_meta:
         return
