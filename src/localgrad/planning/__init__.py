@@ -1,1 +1,1 @@
-"""The planner: memory of a step, predicted and measured."""
+"""The planner: predict and measure the memory of a training step."""

@@ -1,4 +1,4 @@
-"""The plan of a model that `isolate` cuts: a step on `meta`, measured, for given or evenly spaced cuts."""
+"""The plan of a model that `isolate` cuts: the measured peak of a step on the meta device, for given or even cuts."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -32,28 +32,29 @@ def plan_isolated(
 ) -> list[PlanRow]:
     """Predict the peak memory of a step of any network that `isolate` trains; nothing is computed.
 
-    A copy on `meta` is isolated and takes one step with SGD and momentum, with every live storage counted; what
-    `plan` counts and leaves out is the same. `plan` finds the best cuts of a chain; here cuts are evenly spaced over
-    the longest chain of equal modules, or given.
+    A copy of the model on the meta device is isolated and takes one step with SGD and momentum, with every live storage
+    counted. The peak includes what it includes in `plan`. `plan` finds the best cuts of a chain; here cuts are given,
+    or evenly spaced over the longest chain of modules of one class.
 
     Args:
         model: as for `isolate`; it is not changed.
         example: a batch of the size to train with: a tensor, a tuple of the arguments of forward or a dict of them.
         objective: the local objective.
         momentum: `man(...)`, `manpp(...)` or None.
-        num_blocks: the K to try; 1 is end-to-end.
-        cuts: names of modules, instead of `num_blocks`.
+        num_blocks: the K to try; 1 is end-to-end training.
+        cuts: names of modules to cut after, instead of `num_blocks`.
         budget: bytes that a step may take.
-        targets: the argument of forward that holds the targets, as "labels", or an example of what the objective
-            takes: a tensor or tensors in any nesting.
+        targets: name of the argument of forward that holds the targets, such as "labels", or an example of the targets
+            that the objective takes: a tensor or tensors in any nesting.
+        loss: a function of the model's output that returns a scalar. By default it takes the output's `loss`, else the
+            sum of the output's scalars, else the sum of its first tensor.
         reach: as for `isolate`.
-        loss: the scalar loss of the model's output; of an output that has a `loss`, that, and else its sum.
 
     Returns:
-        For each K, or for the cuts, a row without and with `recompute`.
+        For each K, or for the given cuts, one row without `recompute` and one with it.
 
     Raises:
-        LocalGradError: as `isolate`; the model needs values to run; nothing fits the budget.
+        LocalGradError: as in `isolate`; the model cannot run on tensors without data; nothing fits the budget.
     """
     choices: list[tuple[int | None, Sequence[str] | None]] = [(None, cuts)]
     if cuts is None:
@@ -89,7 +90,7 @@ def _step(
     recompute: bool,
     reach: int,
 ) -> tuple[int, int, tuple[str, ...]]:
-    """Peak bytes and operations of a step of a copy on `meta`, and the names of its cuts."""
+    """Peak bytes and operations of a step of a copy on the meta device, and the names of its cuts."""
     copied = to_meta(model).train()
     batch = mapped(_on_meta, dict(cast(Mapping[Any, Any], example)) if isinstance(example, Mapping) else example)
     args, kwargs = as_arguments(batch)
@@ -139,7 +140,7 @@ def _on_meta(tensor: Tensor) -> Tensor:
 
 
 def _loss_of(output: Any) -> Tensor:
-    """The loss that a model gives, or the sum of its first floating-point output."""
+    """The output's `loss`, or the sum of its scalars, or the sum of its first tensor that requires a gradient."""
     found = getattr(output, "loss", None)
     if isinstance(found, Tensor):
         return found

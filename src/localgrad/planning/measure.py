@@ -1,4 +1,4 @@
-"""Peak memory of a function, measured by its live tensor storages, and its operations."""
+"""Measure the peak memory of a function by its live tensor storages, and count its operations."""
 
 import weakref
 from collections.abc import Callable
@@ -18,13 +18,13 @@ CPU = torch.device("cpu")
 
 
 class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of tensor storages that are alive, from those made inside.
+    """Context that counts the bytes of live tensor storages that were created inside it.
 
-    Works on every device, `meta` included, where it predicts what a real device would hold.
+    It works on every device. On the meta device it predicts what a real device would hold.
 
     Attributes:
-        current: bytes alive now.
-        peak: the most that was alive at once.
+        current: bytes that are alive now.
+        peak: the most bytes that were alive at once.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class PeakMemory(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for value in leaves((args, kwargs)):
             if isinstance(value, Tensor):
-                self._sizes.setdefault(value.untyped_storage(), 0)  # was there before
+                self._sizes.setdefault(value.untyped_storage(), 0)  # created outside
         result = func(*args, **(kwargs or {}))
         for value in leaves(result):
             if isinstance(value, Tensor):
@@ -57,10 +57,12 @@ class PeakMemory(TorchDispatchMode):
 
 
 class Operations(TorchDispatchMode):
-    """Counts the floating-point operations of matrix products, convolutions and attention; a multiply-add is two.
+    """Context that counts floating-point operations of matrix products, convolutions and attention.
+
+    A multiply-add counts two.
 
     Attributes:
-        total: of what has run inside.
+        total: operations that have run inside.
     """
 
     def __init__(self) -> None:
@@ -77,21 +79,22 @@ class Operations(TorchDispatchMode):
 
 
 _ATEN = torch.ops.aten
-_SAME_FORMULA = {  # which torch's registry leaves out
+_SAME_FORMULA = {  # torch's registry has no formula for the keys
     _ATEN._scaled_dot_product_flash_attention_for_cpu: _ATEN._scaled_dot_product_flash_attention,
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _ATEN._scaled_dot_product_flash_attention_backward,
 }
 
 
 def measure_peak(function: Callable[[], Result], device: torch.device = CPU) -> tuple[Result, int]:
-    """Run a function and measure the most memory it held at once beyond what was there before.
+    """Run a function and measure the peak of the memory that it allocates.
 
     Args:
-        function: what to run.
-        device: where its tensors are.
+        function: the function to run.
+        device: the device of its tensors.
 
     Returns:
-        The function's result, and bytes: of the allocator on CUDA, of live tensor storages elsewhere.
+        The function's result, and its peak in bytes beyond the memory allocated before: of the allocator on CUDA, of
+        live tensor storages on other devices.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""Peaks: the memory of any cuts by addition, and the cuts with the smallest peak."""
+"""Peaks: the peak memory for any cuts, by addition of profiles, and the cuts with the smallest peak."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,17 +12,18 @@ INFINITE = float("inf")
 
 @dataclass(frozen=True)
 class Pass:
-    """What a unit's forward and backward pass do to memory, in bytes.
+    """Memory of a unit's forward and backward pass, in bytes.
 
     Attributes:
-        kept: what its graph keeps for the backward pass, without input and output.
-        keeps_input: whether its graph keeps the input.
-        keeps_output: whether its graph keeps the output.
-        casts: weights in lower precision that autocast caches until the block's forward pass ends, and no graph keeps.
-        forward: the most that is alive during its forward pass beyond the input.
-        backward: the most that is alive during its backward pass, its own kept bytes included, beyond the input.
-        backward_last: the same where it is the last of a block and its output stays.
-        operations: floating-point operations of both, with those of a second forward pass where it is recomputed.
+        kept: bytes that the unit's graph saves for the backward pass, without input and output.
+        keeps_input: whether the graph saves the input.
+        keeps_output: whether the graph saves the output.
+        casts: bytes of weights in lower precision that autocast caches until the block's forward pass ends, without
+            those that a graph saves.
+        forward: peak of the forward pass beyond the input.
+        backward: peak of the backward pass beyond the input, with `kept`.
+        backward_last: peak of the backward pass if the unit is the last of a block, so that its output stays alive.
+        operations: floating-point operations of both passes, with those of the recomputation if there is one.
     """
 
     kept: int
@@ -37,14 +38,14 @@ class Pass:
 
 @dataclass(frozen=True)
 class UnitProfile:
-    """What one unit does to memory in a training step.
+    """Memory of one unit in a training step, in bytes.
 
     Attributes:
-        lasting: bytes of parameters, buffers, and one buffer of optimizer state a trained parameter.
-        gradients: bytes of gradients of its parameters; 0 for a frozen unit.
-        output: bytes of its features.
-        inner: its passes where its input needs a gradient.
-        first: its passes where that needs none: the first unit of a block, and those up to its first trained one.
+        lasting: parameters, buffers, and one buffer of optimizer state for each trained parameter.
+        gradients: gradients of its parameters; 0 for a frozen unit.
+        output: the unit's output.
+        inner: its passes if its input requires a gradient.
+        first: its passes if its input requires none: for a block's units up to the first trained one.
     """
 
     lasting: int
@@ -56,16 +57,16 @@ class UnitProfile:
 
 @dataclass(frozen=True)
 class EndProfile:
-    """What a loss does to memory, in bytes: of a block that ends after a unit, or of the model's output.
+    """Memory of a loss, in bytes: of momentum and objective of a block that ends after a unit, or of the criterion.
 
     Attributes:
-        lasting: parameters, buffers and optimizer state of momentum and objective; infinite where they cannot sit.
-        gradients: of their parameters.
-        forward: the most that is alive during their forward pass beyond the features.
-        backward: the most that is alive during their backward pass beyond the features.
-        forward_frozen: as `forward` where nothing before them is trained, so that the features need no gradient.
-        backward_frozen: as `backward`, likewise.
-        refused: why they cannot sit, where they cannot.
+        lasting: parameters, buffers and optimizer state of momentum and objective; infinite if they cannot be built.
+        gradients: gradients of their parameters.
+        forward: peak of their forward pass beyond the features.
+        backward: peak of their backward pass beyond the features.
+        forward_frozen: peak of their forward pass if the block trains nothing, so that features require no gradient.
+        backward_frozen: peak of their backward pass in that case.
+        refused: why they cannot be built; empty if they can.
         operations: floating-point operations of forward and backward pass.
     """
 
@@ -84,18 +85,18 @@ NO_END = EndProfile(0, 0, 0, 0, 0, 0)
 
 @dataclass(frozen=True)
 class Profile:
-    """A model's memory behaviour, unit by unit; the peak of any cuts follows by addition.
+    """A model's memory, unit by unit. The peak for any cuts follows by addition.
 
     Attributes:
-        units: one profile a unit.
-        ends: of a block that ends after each unit, and of the model's output for the last unit; three times, for the
-            first, a middle and the last local block, since an objective may differ between them.
+        units: one profile for each unit.
+        ends: for each unit the profile of a loss after it; for the last unit, of the criterion. There are three such
+            tuples, for the first, a middle and the last local block, since an objective may differ between them.
         batch: bytes of inputs and targets.
-        step_each_block: whether a block's gradients are gone before the next block's forward pass.
-        parts: number of micro-batches, one of which was profiled. A block passes all of them, and adds up their
+        step_each_block: whether a block's gradients are freed before the next block's forward pass.
+        parts: number of micro-batches, one of which was profiled. A block takes all of them, and adds up their
             gradients, before the next block starts.
-        ends_at: what a block of this index, of so many, may end in, where an objective differs from block to block
-            (AugLocal's depth); without it `ends`.
+        ends_at: a function of a block's index and the number of blocks that returns the profiles of its possible ends,
+            for an objective that differs from block to block (AugLocal's depth). With None `ends` is used.
     """
 
     units: tuple[UnitProfile, ...]
@@ -106,7 +107,7 @@ class Profile:
     ends_at: Callable[[int, int], tuple[EndProfile, ...]] | None = None
 
     def ends_of(self, index: int, num_blocks: int) -> tuple[EndProfile, ...]:
-        """Profiles of the ends of a block with this index."""
+        """Profiles of the loss of the block with this index, if it ends after each unit."""
         if self.ends_at is not None:
             return self.ends_at(index, num_blocks)
         if index == 0:
@@ -115,7 +116,7 @@ class Profile:
 
     @property
     def most_blocks(self) -> int:
-        """The largest number of blocks that there can be."""
+        """The largest number of blocks: 1 + the number of units after which momentum and objective can be built."""
         return 1 + sum(end.lasting < INFINITE for end in self.ends[1][:-1])
 
     @cached_property
@@ -134,14 +135,14 @@ class Profile:
         return 0 if self.step_each_block else self._gradients_before[start]
 
     def peaks_from(self, start: int, ends: Sequence[EndProfile]) -> list[float]:
-        """Peak of a block from the unit `start` to each later unit: what it adds while it is trained."""
+        """Peak bytes that training a block adds, for blocks from the unit `start` to each later unit."""
         passes = self._passes_from(start)
         entry = 0 if start == 0 else self.units[start - 1].output
         kept = entry if passes[0].keeps_input else 0
         peaks: list[float] = []
         forward_peak, level, casts = 0.0, float(kept), 0
         caller = entry - kept  # holds the block's input until its forward pass ends
-        # of the units so far: their backward pass beyond what gradients of later units and the block's output add
+        # peak of each unit's backward pass so far, without gradients of later units and the block's output
         backward: list[float] = []
         alive_input = 0
         for position, (here, after) in enumerate(zip(passes, [*passes[1:], None], strict=True), start=start):
@@ -159,7 +160,7 @@ class Profile:
             earlier = (peak + held - self._gradients_before[start + 1 + i] for i, peak in enumerate(backward))
             worst = max([last - gradients, *earlier]) + gradients
             peak = max(forward_peak, at_end, worst + end.gradients) + (self.parts - 1) * entry
-            if self.parts > 1:  # after the first part all gradients are there, and some parts have passed the block
+            if self.parts > 1:  # from the second micro-batch on, all gradients and earlier outputs are alive
                 worst = max([last, *(each + held for each in backward)])
                 others = max((self.parts - 1) * held, (self.parts - 2) * entry + held)
                 peak = max(peak, max(forward_peak, at_end, worst) + own + end.gradients + others)
@@ -171,12 +172,12 @@ class Profile:
         return peaks
 
     def _end(self, ends: Sequence[EndProfile], start: int, stop: int) -> EndProfile:
-        """Profile of the block's end; empty for a block that trains nothing and is not the last."""
+        """Profile of the block's loss; zeros for a block that trains nothing and is not the last."""
         trains = self._gradients_before[stop + 1] > self._gradients_before[start]
         return ends[stop] if trains or stop == len(self.units) - 1 else NO_END
 
     def _passes_from(self, start: int) -> list[Pass]:
-        """The pass of each unit of a block from `start`: no gradient goes beyond the first trained unit."""
+        """The passes of the units of a block from `start`. Units up to the first trained one need no input gradient."""
         before = self._gradients_before
         return [
             unit.first if before[position] == before[start] else unit.inner
@@ -184,7 +185,7 @@ class Profile:
         ]
 
     def peak(self, cuts: Sequence[int]) -> float:
-        """Peak bytes of a step with blocks that end after these units: everything that lives in it."""
+        """Peak bytes of a step with blocks that end after these units: everything that is alive in it."""
         starts, stops = [0, *(cut + 1 for cut in cuts)], [*cuts, len(self.units) - 1]
         lasting, worst, gradients = float(self._lasting), 0.0, 0
         for index, (start, stop) in enumerate(zip(starts, stops, strict=True)):
@@ -209,8 +210,8 @@ class Profile:
     def best_cuts(self, num_blocks: int) -> list[int]:
         """The cuts into K blocks with the smallest peak.
 
-        Exact for `peak`: dynamic programming over (blocks, last unit), with the Pareto front of what auxiliary
-        networks add for good, what gradients wait in them, and the worst block so far.
+        The result is exact for `peak`. It is found by dynamic programming over (blocks, last unit), with the Pareto
+        front of lasting bytes of auxiliary networks, bytes of their gradients, and the peak of the worst block so far.
 
         Args:
             num_blocks: K.
@@ -219,7 +220,7 @@ class Profile:
             The K - 1 indices of the units after which to cut, ascending.
 
         Raises:
-            LocalGradError: K is out of range, or no K - 1 cuts exist at which momentum and objective can sit.
+            LocalGradError: K is out of range, or there are no K - 1 cuts at which momentum and objective can be built.
         """
         check_num_blocks(num_blocks, len(self.units))
         last = len(self.units) - 1

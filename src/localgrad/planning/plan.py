@@ -1,4 +1,4 @@
-"""The planner: the peak memory of a step for each number of blocks, with the cuts that make it smallest."""
+"""The planner: the smallest peak memory of a step for each number of blocks, and the cuts that reach it."""
 
 # pyright: reportUnnecessaryIsInstance=false
 
@@ -30,18 +30,18 @@ USUAL_PARTS = 4
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One way to train a model, the memory that a step takes, and what it computes.
+    """One way to train a model, with the peak memory and the operations of a step.
 
     Attributes:
-        num_blocks: K; 1 is end-to-end.
+        num_blocks: K; 1 is end-to-end training.
         cuts: names of the units after which to cut, the best for this K.
         recompute: whether every unit is checkpointed, `split(recompute=True)`.
-        peak: bytes of weights, gradients, optimizer state, activations, auxiliary networks and temporary tensors.
-        fits: whether the peak is within the budget; True without one.
+        peak: peak bytes of weights, gradients, optimizer state, activations, auxiliary networks and temporary tensors.
+        fits: whether the peak is within the budget; True without a budget.
         parts: number of micro-batches, `local_step(parts=...)`; 1 is the whole batch at once. With K = 1 it is
             gradient accumulation.
-        operations: floating-point operations of forward and backward passes, relative to end-to-end training
-            with the whole batch: about the time of a step on a busy device.
+        operations: floating-point operations of forward and backward passes, relative to end-to-end training with the
+            whole batch. On a busy device this is about the relative time of a step.
     """
 
     num_blocks: int
@@ -72,43 +72,45 @@ def plan(
 ) -> list[PlanRow]:
     """Predict the peak memory of a training step, and find the cuts that make it smallest, without running it.
 
-    For each K the cuts are the best there are for a batch like `example`. Every unit, and every auxiliary network
-    where it may sit, is profiled once on `meta` tensors with every live storage counted; the peak of a choice of cuts
-    follows by addition. Counted: weights, gradients, one buffer of optimizer state a parameter, activations, auxiliary
-    networks, temporary tensors, the batch. Not counted: what a convolution takes as workspace, and fragmentation.
+    For each K the cuts are the best of all for a batch like `example`. Every unit, and the auxiliary networks after
+    every unit, are profiled once on tensors without data, with every live storage counted. The peak for any cuts
+    follows by addition. It includes weights, gradients, one buffer of optimizer state per parameter, activations,
+    auxiliary networks, temporary tensors and the batch. It does not include workspaces of convolutions, nor
+    fragmentation.
 
-    Beside local learning stand the ways to save memory that change no gradient: activation checkpointing, gradient
-    accumulation, and both. Where a batch may be parted, compare K blocks with these rows of K = 1.
+    The rows also contain the ways to save memory that change no gradient: activation checkpointing, gradient
+    accumulation, and both. If your batch can be split into micro-batches, compare K blocks with these rows of K = 1.
 
     Args:
         model: as for `split`; it is not changed. For a model that `isolate` cuts see `plan_isolated`.
-        example: a batch of the size to train with, such as `torch.empty(128, 3, 224, 224, device="meta")`. In bf16 its
-            device decides whose autocast is meant: the processor's for an example on the CPU, else CUDA's.
+        example: a batch of the size to train with, such as `torch.empty(128, 3, 224, 224, device="meta")`. With
+            `"bf16-mixed"` its device chooses the rules of autocast: the CPU's for an example on the CPU, else CUDA's.
         objective: the local objective.
         momentum: `man(...)`, `manpp(...)` or None.
         budget: bytes that a step may take.
-        num_blocks: the K to try; 1, 2, 4, 8, ... up to the most that there can be if not given, and the smallest that
-            fits the budget. K = 1 is end-to-end.
-        parts: the numbers of micro-batches to try, as in `local_step`; 1 and 4 if not given, where each of four has two
-            samples. Losses of a whole batch (PredSim, contrast) and batch norm see a micro-batch.
-        names: the units by name, for a model that cannot be traced.
+        num_blocks: the K to try; K = 1 is end-to-end training. If None, 1, 2, 4, 8, ... up to the largest possible
+            number, and the smallest K that fits the budget.
+        parts: the numbers of micro-batches to try, as in `local_step`. If None, 1, and also 4 if each of four has two
+            samples. Losses of a whole batch (PredSim, contrast) and batch norms see one micro-batch at a time.
+        names: the units by name, for a model that cannot be traced (see `units`).
         precision: `"32-true"`, or `"bf16-mixed"` for weights in float32 and each block's forward pass under bf16
-            autocast, as the trainer runs it.
+            autocast, as in the trainer.
         step_each_block: as in `local_step`.
         channel_dim: as in `split`.
-        targets: an example of what objective and criterion take; classes `(N,)` if None.
+        targets: an example of the targets for objective and criterion; classes `(N,)` if None.
         criterion: loss of the model's output, as in `split`.
-        reach: number of blocks that a loss trains, as in `local_step`. Above 1 the cuts are good ones by an estimate,
-            not proven to be the best, and each row's peak and operations are those of a step on `meta`. In float32.
+        reach: number of blocks that a loss trains, as in `local_step`. Above 1 the cuts are good by an estimate, but
+            not proven to be the best, and each row's peak and operations are measured in a step on the meta device, in
+            float32.
 
     Returns:
-        For each K, in the order of `num_blocks`, else ascending, a row for each of `parts` without and with
-        `recompute`. Without `num_blocks` the first row that fits has the smallest K.
+        For each K, in the order of `num_blocks`, else ascending, and for each of `parts`, one row without `recompute`
+        and one with it. Without `num_blocks` the first row that fits has the smallest K.
 
     Raises:
-        LocalGradError: the budget is not positive, or less than any row takes (the message names the largest unit and
-            what would fit), a K is out of range, the precision is unknown, the model cannot be split, or a unit or
-            objective cannot run on tensors without data.
+        LocalGradError: the budget is not positive, or smaller than the peak of every row (the message names the largest
+            unit and what would fit), a K is out of range, the precision is unknown, the model cannot be split, or a
+            unit or objective cannot run on tensors without data.
     """
     _check_request(num_blocks, budget)  # before profiling, which takes longer
     planner = Planner(
@@ -132,7 +134,7 @@ def plan(
 
 
 def _check_request(num_blocks: Any, budget: Any) -> None:
-    """Refuse a budget or numbers of blocks of another type."""
+    """Refuse a budget that is no positive integer, and numbers of blocks that are no sequence."""
     if budget is not None and (not isinstance(budget, int) or budget <= 0):
         raise SettingsError(f"budget is {budget!r}: give a whole number of bytes more than 0, such as 8 * 2**30")
     if num_blocks is not None and not isinstance(num_blocks, Sequence):
@@ -140,13 +142,13 @@ def _check_request(num_blocks: Any, budget: Any) -> None:
 
 
 class Planner:
-    """A model profiled with and without recompute for each number of micro-batches; rows follow by addition.
+    """Profiles of a model with and without recompute, for each number of micro-batches; rows follow by addition.
 
     Args:
-        model: as for `plan`, like `example`, `parts`, `names`, `channel_dim`.
-        known: profiles of parts, to be shared by planners that have some in common.
+        model: as for `plan`, like `example`, `parts`, `names` and `channel_dim`.
+        known: a cache of profiles of units and auxiliary networks, which several planners may share.
         reach: as for `plan`.
-        settings: of `profile`.
+        settings: further arguments of `profile`.
     """
 
     def __init__(
@@ -215,7 +217,7 @@ class Planner:
         return rows
 
     def _cheapest(self, profiled: Profile, count: int, parts: int, recompute: bool) -> tuple[tuple[str, ...], int, int]:
-        """Cuts into so many blocks, the peak of a step, and its operations."""
+        """The best cuts into `count` blocks, and the peak bytes and operations of a step with them."""
         reaches = self.reach > 1 and count > 1
         ends = cuts_for_reach(profiled, count, self.reach) if reaches else profiled.best_cuts(count)
         cuts = tuple(self.found[end].name for end in ends)
@@ -234,7 +236,7 @@ class Planner:
         return {count for counts in fitting if (count := next(counts, None)) is not None}
 
     def _check_counts(self, counts: Sequence[int]) -> None:
-        """Refuse a number of blocks above the number of units or of places where an objective can sit."""
+        """Refuse a number of blocks for which there are too few units, or too few where an objective can be built."""
         most = self.plain.most_blocks
         for count in counts:
             check_num_blocks(count, len(self.found), why_whole(self.found))

@@ -1,4 +1,4 @@
-"""Profiles: the memory of each unit and each auxiliary network in a training step."""
+"""Profile the memory of each unit and of the auxiliary networks after it in a training step."""
 
 import copy
 from collections.abc import Callable, Generator, Sequence
@@ -42,21 +42,21 @@ def profile(
     criterion: Criterion = F.cross_entropy,
     known: dict[Any, Any] | None = None,
 ) -> Profile:
-    """Profile every unit, and every place where a block may end, on tensors without data: nothing is computed.
+    """Profile every unit, and the auxiliary networks after every unit, on tensors without data: nothing is computed.
 
     Args:
         found: the units, from `localgrad.units`.
-        example: a batch of the size to train with. In bf16 its device decides whose autocast is meant: the processor's
-            for an example on the CPU, else CUDA's.
-        objective: what ends a block; without one no cut is possible.
-        momentum: likewise, or None.
-        recompute: with activation checkpointing of each unit.
+        example: a batch of the size to train with. With `"bf16-mixed"` its device chooses the rules of autocast: the
+            CPU's for an example on the CPU, else CUDA's.
+        objective: the local objective of a block; without one no cut is possible.
+        momentum: the momentum auxiliary network of a block, or None.
+        recompute: whether each unit is checkpointed.
         precision: `"32-true"`, or `"bf16-mixed"` for each block's forward pass under bf16 autocast.
         step_each_block: as in `local_step`.
-        parts: likewise; the largest micro-batch is profiled.
-        targets: an example of what objective and criterion take; classes `(N,)` if None.
+        parts: number of micro-batches, as in `local_step`; the largest is profiled.
+        targets: an example of the targets for objective and criterion; classes `(N,)` if None.
         criterion: loss of the model's output.
-        known: what earlier calls have profiled, filled further; to be shared by calls that have parts in common.
+        known: a cache of profiles of units and auxiliary networks. This call reads it and adds to it.
     """
     simulation = Simulation(precision, example.device.type)
     on_meta = [replace(unit, module=to_meta(unit.module).train()) for unit in found]
@@ -72,10 +72,10 @@ def profile(
     profiles: list[UnitProfile] = []
     made: list[tuple[torch.Size, torch.dtype]] = []
     for unit in on_meta:
-        shared = bool(profiles) and profiles[-1].inner.keeps_output  # the input stays for the unit before
+        shared = bool(profiles) and profiles[-1].inner.keeps_output  # the graph of the unit before saves this input
         key = ("unit", *setting, recompute, shared, features.shape, features.dtype, _signature(unit.module))
         if key not in known:
-            module = copy.deepcopy(unit.module)  # the next block's first unit is copied from `meta`
+            module = copy.deepcopy(unit.module)  # place() changes it, and momentum copies the one on meta
             with simulation.running(), _explained(f"the unit {unit.name!r}", [module], samples):
                 placed = simulation.place(module)
                 run = partial(_run_unit, placed, features, recompute, unit.writes_input, parts > 1, simulation)
@@ -93,11 +93,12 @@ def profile(
 
 
 class _Ends:
-    """What momentum and objective do to memory, of any block that ends after any unit.
+    """Profiles of momentum and objective for any block that ends after any unit.
 
     Attributes:
-        of_roles: after each unit, those of the first, a middle and the last local block of four.
-        differ: whether these consist of other layers, so that those of any other block may, too (AugLocal's).
+        of_roles: for the first, a middle and the last local block, of four blocks: one profile after each unit.
+        differ: whether the three have parameters of other shapes, so that those of any other block may have too
+            (AugLocal's).
     """
 
     def __init__(
@@ -120,7 +121,7 @@ class _Ends:
         self._at: dict[tuple[int, int], tuple[EndProfile, ...]] = {}
 
     def at(self, index: int, num_blocks: int) -> tuple[EndProfile, ...]:
-        """Those of this block of so many, where it may end at all; elsewhere those of its role."""
+        """Profiles of block `index` of `num_blocks` after each unit where it can end; elsewhere those of its role."""
         if (index, num_blocks) not in self._at:
             begin, stop = index, len(self.units) - num_blocks + index
             role = self.of_roles[0 if index == 0 else 2 if index == num_blocks - 2 else 1]
@@ -131,7 +132,7 @@ class _Ends:
         return self._at[index, num_blocks]
 
     def _end(self, position: int, index: int, num_blocks: int) -> tuple[EndProfile, Any]:
-        """That of a block, and the shapes of what its auxiliary networks consist of."""
+        """Profile of a block's end after the unit at `position`, and the shapes of its auxiliary parameters."""
         unit, rest = self.units[position], self.units[position + 1 :]
         objective, momentum, criterion, model = self.factories
         wanted, inputs = self.batch
@@ -142,7 +143,7 @@ class _Ends:
             modules = _auxiliary(unit, following, rest, example, place, objective, momentum, criterion, model)
         if isinstance(modules, str):
             return EndProfile(INFINITE, 0, 0, 0, 0, 0, refused=modules), None
-        # frozen tensors that copies share with their unit count once
+        # the units' profiles count the frozen parameters that copies share with them
         shared = sum(p.nbytes for module in modules for p in module.parameters() if id(p) in self.counted)
         key = ("end", *self.setting, *self.made[position], *map(_signature, modules))
         if key not in self.known:
@@ -158,7 +159,7 @@ class _Ends:
 
 @contextmanager
 def _explained(what: str, modules: Sequence[nn.Module], samples: int) -> Generator[None, None, None]:
-    """Context: name the part that needs values, or more than one sample, to run."""
+    """Context: an error inside says that `what` needs data, or more than one sample, to run."""
     try:
         yield
     except (RuntimeError, NotImplementedError, ValueError) as error:
@@ -176,7 +177,7 @@ def _explained(what: str, modules: Sequence[nn.Module], samples: int) -> Generat
 
 
 def _signature(module: nn.Module) -> tuple[object, ...]:
-    """Key of a module's memory behaviour: types, settings and shapes. Modules with equal keys are profiled once."""
+    """Key of a module's memory: classes, settings, shapes and dtypes. Modules with equal keys are profiled once."""
     parts: list[object] = []
     for name, layer in named_modules(module):
         settings = [
@@ -223,7 +224,7 @@ class _After(torch.autograd.Function):
 def _profile_unit(
     module: nn.Module, features: Tensor, shared: bool, run: Callable[..., Pass], simulation: Simulation
 ) -> tuple[UnitProfile, torch.Size, torch.dtype]:
-    """The profile, and the shape and dtype of the output."""
+    """Profile of a unit, and shape and dtype of its output."""
     with torch.no_grad(), simulation.forward_pass():
         result = module(features.clone())
     output = result.untyped_storage().nbytes()
@@ -252,9 +253,10 @@ def _run_unit(
     shared: bool = False,
     last: bool = False,
 ) -> Pass:
-    """Memory and operations of one forward and one backward pass.
+    """Memory and operations of one forward and one backward pass of a unit.
 
-    `first`: its input needs no gradient. `shared`: its input stays, for the unit before. `last`: its output stays.
+    With `first` the input requires no gradient. With `shared` the input stays alive, because the graph of the unit
+    before saves it. With `last` the output stays alive.
     """
     _set_gradients(module, accumulates)
     anchor = torch.zeros((), device=features.device, requires_grad=True)
@@ -290,7 +292,7 @@ def _run_unit(
 
 
 def _set_gradients(module: nn.Module, accumulates: bool) -> None:
-    """Reset gradients: to None, or to zeros where earlier micro-batches have left theirs."""
+    """Reset gradients: to None, or to zeros if gradients of earlier micro-batches are accumulated."""
     for parameter in module.parameters():
         parameter.grad = torch.zeros_like(parameter) if accumulates and parameter.requires_grad else None
 
@@ -306,7 +308,7 @@ def _auxiliary(
     criterion: Criterion,
     model: nn.Module | None,
 ) -> list[nn.Module] | str:
-    """Momentum and objective of a block of so many; the reason if no block can end here."""
+    """Momentum and objective of the block at `place` (index, number of blocks), or why no block can end here."""
     if objective is None:
         return "there is no objective"
     try:
@@ -325,7 +327,7 @@ def _profile_end(
     accumulates: bool,
     simulation: Simulation,
 ) -> EndProfile:
-    """Profile of momentum and objective, or of the criterion of the model's output where there are none."""
+    """Profile of momentum and objective, or of the criterion on the model's output if `modules` is empty."""
     modules = [simulation.place(module) for module in modules]
     trained = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
     passes: list[int] = []

@@ -1,4 +1,4 @@
-"""Plans of losses that reach further than their own block: cuts by an estimate, peaks by a step on `meta`."""
+"""Cuts for losses with a reach above 1, by an estimate of the peak memory."""
 
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -7,11 +7,11 @@ from localgrad.planning.peaks import INFINITE, Profile
 
 
 def cuts_for_reach(profile: Profile, num_blocks: int, reach: int) -> list[int]:
-    """Cuts into K blocks whose losses train `reach` blocks each, with a small peak by an estimate.
+    """Cuts into K blocks whose losses train `reach` blocks each, with a small estimated peak.
 
-    While the loss of block i is back-propagated the graphs of `reach` blocks are alive, about those of one block from
-    the first of them to i. The best cuts of `reach=1` and evenly spaced ones are moved, one cut at a time, as long as
-    that makes the largest of these blocks smaller; so they need not be the best there are.
+    While the loss of block i is back-propagated, the graphs of `reach` blocks are alive. The estimate treats them as
+    one block. The best cuts for `reach=1` and evenly spaced cuts are moved, one cut at a time, as long as the estimate
+    gets smaller. So the result need not be the best of all cuts.
     """
     last = len(profile.units) - 1
 
@@ -33,7 +33,7 @@ def cuts_for_reach(profile: Profile, num_blocks: int, reach: int) -> list[int]:
 
 
 def _moved(cuts: Sequence[int], last: int, estimate: Callable[[Sequence[int]], float]) -> list[int]:
-    """The cuts after moving one at a time to where the estimate is least, until none gains."""
+    """Move one cut at a time to the position with the smallest estimate, until no move makes it smaller."""
     best, found = estimate(cuts), list(cuts)
     gains = True
     while gains:

@@ -1,4 +1,4 @@
-"""Simulation: forward and backward passes on fake tensors, also under bf16 autocast."""
+"""Simulate forward and backward passes on fake tensors, also under bf16 autocast."""
 
 import logging
 from collections.abc import Generator
@@ -33,7 +33,7 @@ def check_precision(precision: str) -> None:
 
 
 class _CudaRules(TorchFunctionMode):
-    """Compute in float32 what CUDA's autocast would: the processor's list has no norms and no softmax."""
+    """Compute norms and softmax in float32, as CUDA's autocast does: the CPU's autocast does not."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -45,15 +45,15 @@ class _CudaRules(TorchFunctionMode):
 
 
 class Simulation:
-    """Fake tensors, which have no data, for a simulated step; they behave as tensors of a processor.
+    """Fake tensors, which have no data, for a simulated step. They behave like tensors on the CPU.
 
-    `meta` tensors know no autocast, and take attention apart where real devices have one kernel for it. A fake tensor
-    on CUDA would be closer, but its backward pass needs a GPU to be there.
+    Tensors on the meta device have no autocast, and run attention as several operations where real devices have one
+    kernel. A fake tensor on CUDA would be closer, but its backward pass needs a GPU.
 
     Args:
-        precision: of the forward passes.
-        device_type: whose forms the objectives take, and whose rules autocast follows, `"cpu"`, or CUDA's for any
-            other.
+        precision: precision of the forward passes.
+        device_type: type of the device that is simulated. The objectives use their forms for it, and autocast follows
+            the CPU's rules for `"cpu"`, CUDA's for any other.
     """
 
     def __init__(self, precision: Precision, device_type: str) -> None:
@@ -65,7 +65,7 @@ class Simulation:
 
     @contextmanager
     def running(self) -> Generator[None, None, None]:
-        """Tensors made inside are fake; what fails there is said by whoever catches it, not logged by torch too."""
+        """Context: tensors created inside are fake. PyTorch's log of failures is off, because callers report errors."""
         log = logging.getLogger("torch._subclasses.fake_tensor")
         level = log.level
         log.setLevel(logging.CRITICAL)
@@ -76,11 +76,11 @@ class Simulation:
             log.setLevel(level)
 
     def forward_pass(self) -> torch.autocast:
-        """Autocast for the forward pass of one block; casts of its weights are cached until it ends."""
+        """Autocast context for the forward pass of one block; it caches casts of the block's weights until its end."""
         return torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16-mixed")
 
     def place(self, module: nn.Module) -> nn.Module:
-        """Give a module fake tensors, in place, and return it; to be called inside `running`."""
+        """Replace a module's parameters and buffers by fake tensors, in place, and return it. Call it in `running`."""
         known: dict[torch.Tensor, torch.Tensor] = {}
         for layer in module.modules():
             for table in (own_parameters(layer), own_buffers(layer)):

@@ -1,4 +1,4 @@
-"""Peak memory and operations of one local step, measured where the model is."""
+"""Measure the peak memory and the operations of one local step on the model's device."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from localgrad.planning.simulation import Precision
 
 
 def step_peak(*args: Any, **options: Any) -> int:
-    """The peak alone of `step_cost`, whose arguments it takes."""
+    """Peak bytes of a `local_step`; the arguments are those of `step_cost`."""
     return step_cost(*args, **options)[0]
 
 
@@ -40,19 +40,19 @@ def step_cost(
     criterion: Criterion = F.cross_entropy,
     channel_dim: int | Mapping[str, int] | None = None,
 ) -> tuple[int, int]:
-    """Peak bytes of a `local_step` of a copy of the model, with SGD and all that lives in it included, and operations.
+    """Peak bytes and operations of a `local_step` of a copy of the model, with SGD with momentum.
 
-    What `plan` predicts, measured where the model is; on `meta` nothing is computed. The first step makes the state of
-    the optimizers, the second is measured.
+    This measures on the model's device what `plan` predicts: the peak includes weights, optimizer state and the batch.
+    On the meta device nothing is computed. The first step creates the state of the optimizers; the second is measured.
 
     Args:
-        model: on the device of `example`.
-        example: a batch of the size to train with; not read.
+        model: the model, on the device of `example`.
+        example: a batch of the size to train with; the step uses zeros of its shape.
         cuts: as for `split`, like `objective`, `momentum`, `names` and `recompute`.
-        precision: `"bf16-mixed"` runs each block's forward pass under autocast; `meta` has none.
+        precision: `"bf16-mixed"` runs each block's forward pass under autocast, which the meta device does not have.
         step_each_block: as in `local_step`.
         parts: as in `local_step`, like `reach`.
-        targets: an example of what objective and criterion take, as many as `example`; classes `(N,)` if None.
+        targets: an example of the targets, as many as `example` has samples; classes `(N,)` if None.
         criterion: loss of the model's output.
         channel_dim: as for `split`.
     """
