@@ -1,1 +1,1 @@
-"""Blocks, shards and replicas on several devices."""
+"""Training on several devices: blocks on ranks of their own, sharded weights, synchronised batch norms."""

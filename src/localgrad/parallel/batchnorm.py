@@ -1,4 +1,4 @@
-"""BatchNorm over a batch whose images several ranks share."""
+"""BatchNorm over a batch whose images are divided among several ranks."""
 
 from collections.abc import Iterable
 from typing import Any, cast
@@ -12,11 +12,11 @@ from torch.distributed.nn.functional import all_reduce  # pyright: ignore[report
 from localgrad.errors import LocalGradError
 
 BatchNorm = nn.modules.batchnorm._BatchNorm  # pyright: ignore[reportPrivateUsage]
-"""What all of PyTorch's batch norms are, `nn.SyncBatchNorm` too; PyTorch gives it no public name."""
+"""The base class of all of PyTorch's batch norms, `nn.SyncBatchNorm` included, which has no public name."""
 
 
 class SyncBatchNorm(BatchNorm):
-    """`torch.nn.SyncBatchNorm` for tensors on a CPU, for which PyTorch has none.
+    """`torch.nn.SyncBatchNorm` for tensors on a CPU, which PyTorch's own does not take.
 
     `y = (x - mean) / sqrt(var + eps) * weight + bias` with mean and (biased) variance over the images of all ranks of
     `process_group`, in float32. The running variance is the unbiased one, as in PyTorch.
@@ -64,16 +64,16 @@ class SyncBatchNorm(BatchNorm):
 
 
 def synchronise(module: nn.Module, process_group: Any = None) -> None:
-    """Have every BatchNorm of a module normalise over the batches of all processes of a group.
+    """Make every BatchNorm of a module normalise over the batches of all ranks of a group.
 
     The norms stay the same objects with the same `state_dict` keys; only their class changes.
 
     Args:
         module: a block, its auxiliary networks included.
-        process_group: the processes that share a batch; all if None.
+        process_group: the ranks that a batch is divided among; all ranks if None.
 
     Raises:
-        LocalGradError: a norm is of a class of its own, whose forward pass is not known.
+        LocalGradError: a norm's class is not one of PyTorch's, so that its forward pass is not known.
     """
     for name, norm in cast("Iterable[tuple[str, nn.Module]]", module.named_modules()):
         if not isinstance(norm, BatchNorm):

@@ -1,4 +1,4 @@
-"""What travels between ranks in block-parallel training: batches of tensors whose layout is known beforehand."""
+"""Messages between ranks in block-parallel training: tensors of a batch, whose layout the receiver knows beforehand."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from localgrad.errors import LocalGradError
 
 @dataclass(frozen=True)
 class Layout:
-    """Shape, strides and type of a batch but for its number of samples."""
+    """Shape, strides and dtype of a tensor `(N, ...)`, without its number of samples N."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -21,16 +21,16 @@ class Layout:
 
     @classmethod
     def of(cls, tensor: Tensor) -> "Layout":
-        """Of a tensor `(N, ...)`."""
+        """The layout of a tensor `(N, ...)`."""
         return cls(tuple(tensor.shape[1:]), (tensor[0].numel(), *tensor.stride()[1:]), tensor.dtype)
 
     def empty(self, size: int, device: torch.device) -> Tensor:
-        """A tensor for a batch of `size` samples."""
+        """An uninitialised tensor of this layout for `size` samples."""
         return torch.empty_strided((size, *self.shape), self.strides, dtype=self.dtype, device=device)
 
 
 def dense(tensor: Tensor) -> Tensor:
-    """The tensor, samples one after the other and without gaps, channels last where it is."""
+    """The tensor if it is contiguous or in channels last, else a contiguous copy."""
     formats = (torch.contiguous_format, *([torch.channels_last] if tensor.dim() == 4 else []))
     if any(tensor.is_contiguous(memory_format=form) for form in formats):
         return tensor
@@ -38,12 +38,12 @@ def dense(tensor: Tensor) -> Tensor:
 
 
 def flat(tensor: Tensor) -> Tensor:
-    """One dimension over the memory of a dense tensor: what travels, whatever the order of the dimensions."""
+    """A one-dimensional view of the memory of a dense tensor, to be sent or received in any memory format."""
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
 def check_targets(targets: Any, size: int) -> None:
-    """Refuses targets that hold something else than None and tensors of `size` samples, at any depth."""
+    """Refuse targets that hold anything but None and tensors of `size` samples, in any nesting."""
     wrong = [
         leaf
         for leaf in leaves(targets)
@@ -58,6 +58,6 @@ def check_targets(targets: Any, size: int) -> None:
 
 
 def wait(work: dist.Work | None) -> None:
-    """Waits for a send or receive; torch.distributed gives None for one that is not this rank's."""
+    """Wait for a send or receive; torch.distributed returns None if this rank takes no part in it."""
     if work is not None:
         work.wait()

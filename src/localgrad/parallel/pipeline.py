@@ -1,16 +1,17 @@
-"""Block-parallel training: runs of blocks on ranks of their own.
+"""Block-parallel training: each rank trains consecutive blocks of the network.
 
-In step t, features go forward from rank to rank and the weights that a momentum auxiliary network follows come back;
-no gradient travels, so a rank trains on one batch while the next rank is still at the batch before:
+For each batch a rank sends features to the next rank, and sends back to the rank before it the weights that a momentum
+auxiliary network there follows. No gradient is sent, so a rank trains on one batch while the next rank still trains on
+the batch before:
 
     rank 0   | batch 0 | batch 1 | batch 2 |
     rank 1        | batch 0 | batch 1 | batch 2 |
 
-Block j's EMA reads block j + 1 as it was when batch t began. That state was final one step ago, so the weights are
-sent when a rank begins a batch, and the rank before needs them only at the end of the same batch. The result is that
-of one process, bit for bit.
+Block j's EMA reads the weights that block j + 1 has when batch t begins. These are final after batch t - 1, so a rank
+sends them when it begins batch t, and the rank before needs them only at the end of batch t. The result is that of
+training in one process, bit for bit.
 
-The inputs travel with the features only where an objective further on reads them (InfoPro reconstructs them).
+The inputs are sent with the features only if an objective on a later rank reads them (InfoPro reconstructs them).
 """
 
 import copy
@@ -34,13 +35,13 @@ from localgrad.errors import LocalGradError
 from localgrad.parallel.messages import Layout, check_targets, dense, flat, wait
 
 Layouts = Any
-"""What the next rank receives: a tree with a `Layout` in place of each tensor."""
+"""Layouts of the tensors of a batch that a rank receives: a tree with a `Layout` for each tensor."""
 
 
 class Stage:
     """The blocks that one rank trains in block-parallel training.
 
-    Every rank makes all the blocks with the same weights, and makes a Stage of them. Then:
+    Every rank builds all blocks with the same weights, and a Stage of them. Then:
 
         stage = Stage(blocks, place(costs, num_stages=2))
         optimizers = [torch.optim.SGD(block.trainable_parameters(), lr=0.1) for block in stage.blocks]
@@ -49,23 +50,23 @@ class Stage:
         stage.gather()                     # every rank has the whole network again
 
     Args:
-        blocks: all blocks, as `split` gave them, on this rank's device.
-        starts: index of each rank's first block, ascending, the first 0 (see `place`).
-        replicas: number of pipelines side by side, each over `len(starts)` ranks in a row, with gradients averaged
-            between them by a data-parallel wrapper around each block.
+        blocks: all blocks from `split`, on this rank's device.
+        starts: index of each rank's first block, ascending from 0 (see `place`).
+        replicas: number of data-parallel pipelines, each over `len(starts)` consecutive ranks. DDP wraps each block and
+            averages its gradients over the pipelines.
 
     Attributes:
-        blocks: those that this rank trains.
-        wrapped: the same, as they are called: in a data-parallel wrapper each where there are replicas.
-        own: their indices among all.
-        index: of this stage, from 0.
+        blocks: the blocks that this rank trains.
+        wrapped: the same blocks, each wrapped in DDP if there are replicas; call these.
+        own: indices of this rank's blocks among all blocks.
+        index: index of this stage, from 0.
         num_stages: number of ranks of a pipeline.
         replica: index of this rank's pipeline, from 0.
         replica_group: the ranks that train the same blocks on other images of a batch, or None.
-        is_last_batch: whether the ranks stop after the batch that `batches` gave last, since its `stop` said so.
+        is_last_batch: whether the ranks stop after the present batch of `batches`, because its `stop` returned True.
 
     Raises:
-        LocalGradError: torch.distributed has another number of ranks, or a stage would be left without a block.
+        LocalGradError: torch.distributed has another number of ranks, or a stage would have no block.
     """
 
     def __init__(self, blocks: Sequence[Block], starts: Sequence[int], replicas: int = 1) -> None:
@@ -81,22 +82,22 @@ class Stage:
         self._after = rank + 1 if self.index < self.num_stages - 1 else None
         self._inputs_go_on = any(_reads_inputs(block) for block in self._all[self.own.stop :])
         self._device = next(parameter for block in self._all for parameter in block.parameters()).device
-        # a posted NCCL receive blocks device-wide synchronisation, which the rank itself may be waiting for
+        # a posted NCCL receive blocks device-wide synchronisation, on which this rank itself may wait: a deadlock
         self._receives_ahead = self._device.type != "cuda"
         self._make_groups(replicas)
-        self._layouts: Layouts = None  # of what the rank before sends, known from its first batch on
+        self._layouts: Layouts = None  # layouts of the batches from the rank before, known from the first batch on
         self._announced = False
         self._sends: list[tuple[dist.Work | None, Tensor]] = []
         self._weights: tuple[dist.Work | None, Tensor] | None = None
         self._batch: tuple[Tensor | None, Any] = None, None
 
     def _make_groups(self, replicas: int) -> None:
-        """The process groups; every rank makes all of them, also those that it is not in."""
+        """Make the process groups. Every rank makes all of them, also those that it does not belong to."""
         num_stages = self.num_stages
         self._ranks = [range(n * num_stages, (n + 1) * num_stages) for n in range(replicas)]
         self._pipeline = [_group(ranks) for ranks in self._ranks][self.replica]
         self._control = [_group(ranks, "gloo") for ranks in self._ranks][self.replica]
-        # each pair of neighbours has a group for each direction, so that no message waits behind another
+        # each pair of neighbours has a group for each direction, so that features and weights do not wait in one queue
         neighbours = [pair for ranks in self._ranks for pair in pairwise(ranks)]
         self._down = {pair: _group(pair) for pair in neighbours}
         self._up = {pair: _group(pair) for pair in neighbours}
@@ -108,7 +109,8 @@ class Stage:
             self.wrapped = [
                 nn.parallel.DistributedDataParallel(block, process_group=self.replica_group) for block in self.blocks
             ]
-            # one for each stage, though only the first ranks' is used: NCCL wants each rank in as many groups as others
+            # one for each stage, though only that of the first ranks is used: with NCCL all ranks must be in the same
+            # number of groups
             self._agreement = [_group(side, "gloo") for side in sides][self.index]
 
     @property
@@ -122,18 +124,18 @@ class Stage:
         sizes: Sequence[int],
         stop: Callable[[], bool] = lambda: False,
     ) -> Iterator[tuple[Tensor, Any, Tensor]]:
-        """The batches of an epoch, on each rank when the rank before has sent it.
+        """Iterate over the batches of an epoch. A later rank gets each batch when the rank before has sent it.
 
         Args:
-            loader: inputs `(N, ...)` and targets: None, or tensors of N samples, in tuples, lists or dicts too; read on
-                the first rank only.
+            loader: yields inputs `(N, ...)` and targets: None, or tensors of N samples, also in tuples, lists or dicts.
+                Only the first rank reads it.
             sizes: number of samples of each batch, on every rank.
-            stop: asked on the first rank before each batch; when it says yes, all ranks stop after this batch.
+            stop: called on the first rank before each batch. If it returns True, all ranks stop after this batch.
 
         Returns:
-            Iterator of inputs `(N, ...)`, targets, and the features that this rank's first block gets `(N, ...)`, which
-            are the inputs on the first rank. Where no objective from here on reads the inputs, the features are in
-            their place too.
+            Iterator of inputs `(N, ...)`, targets, and the features `(N, ...)` for this rank's first block. On the
+            first rank the features are the inputs. If no objective on this or a later rank reads the inputs, they are
+            not sent, and the features are given in their place.
         """
         source = iter(loader)
         posted = self._post(sizes[0]) if sizes and self._receives_ahead else None
@@ -161,8 +163,8 @@ class Stage:
         """Train this rank's blocks on a batch, as `local_step` trains all of them.
 
         Args:
-            optimizers: one a block of this rank.
-            inputs, targets, features: what `batches` gave.
+            optimizers: one for each block of this rank.
+            inputs, targets, features: a batch from `batches`.
 
         Returns:
             One detached scalar loss for each block of this rank.
@@ -173,13 +175,13 @@ class Stage:
         return losses
 
     def send(self, output: Tensor) -> None:
-        """Send the output of this rank's last block to the next rank, with the batch; returns at once.
+        """Send the output of this rank's last block to the next rank, with targets and inputs; return at once.
 
         Args:
-            output: detached, `(N, ...)`.
+            output: the detached output, `(N, ...)`.
 
         Raises:
-            LocalGradError: targets hold something else than tensors of N samples, or None.
+            LocalGradError: targets hold anything but None and tensors of N samples.
         """
         if self._after is None:
             return
@@ -196,7 +198,7 @@ class Stage:
         self._sends.append((dist.isend(flag, self._after, group=self._control), flag))
 
     def take_weights(self) -> None:
-        """Put the weights that the next rank began this batch with where this rank's last EMA reads them."""
+        """Copy the weights with which the next rank began this batch to where this rank's last EMA reads them."""
         followed = self._followed(self.own.stop - 1) if self._after is not None else []
         if not followed:
             return
@@ -218,13 +220,13 @@ class Stage:
                     dist.broadcast(tensor.detach(), ranks[stage], group=self._pipeline)
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """What each stage of this pipeline gives, in order, on every rank of it; tensors on the processor."""
+        """The values of all stages of this pipeline, in order, on each of its ranks; tensors are on the CPU."""
         values: list[Any] = [None] * len(self._ranks[self.replica])
         dist.all_gather_object(values, mapped(Tensor.cpu, value), group=self._control)
         return values
 
     def _followed(self, index: int) -> list[nn.Parameter]:
-        """The parameters of block `index + 1` that block `index` follows."""
+        """The parameters of block `index + 1` that the EMA of block `index` follows."""
         momentum: Any = self._all[index].momentum
         return [] if momentum is None else momentum.followed()
 
@@ -242,7 +244,7 @@ class Stage:
         return dist.irecv(received, self._after, group=self._up[dist.get_rank(), self._after]), received
 
     def _post(self, size: int) -> tuple[list[dist.Work | None], Any] | None:
-        """Receives for a batch of `size` samples; None on the first rank, or while its layouts are not known."""
+        """Post receives for a batch of `size` samples; None on the first rank, or while the layouts are not known."""
         if self._before is None or self._layouts is None:
             return None
         group = self._down[self._before, dist.get_rank()]
@@ -251,7 +253,7 @@ class Stage:
         return [dist.irecv(flat(tensor), self._before, group=group) for tensor in tensors], batch
 
     def _received(self, posted: tuple[list[dist.Work | None], Any] | None, size: int) -> tuple[Tensor, Any, Any]:
-        """Features, inputs and targets, once they are there."""
+        """Wait for features, inputs and targets of a batch, and return them."""
         if posted is None:
             received: list[Any] = [None]
             if self._layouts is None:
@@ -264,7 +266,7 @@ class Stage:
         return posted[1]
 
     def _agreed(self, stop: bool) -> bool:
-        """Whether any pipeline's first rank is asked to stop."""
+        """Whether the first rank of any pipeline is asked to stop, on all of them."""
         if self._agreement is None:
             return stop
         flag = torch.tensor([int(stop)])
@@ -283,7 +285,7 @@ class Stage:
 
 
 def _check_stages(edges: Sequence[int], replicas: int) -> None:
-    """Refuse another number of processes than ranks are needed, and a rank without a block."""
+    """Refuse a number of processes other than the number of ranks needed, and a rank without a block."""
     num_stages, world_size = len(edges) - 1, dist.get_world_size()
     if num_stages * replicas != world_size:
         raise LocalGradError(
@@ -298,20 +300,20 @@ def _check_stages(edges: Sequence[int], replicas: int) -> None:
 
 
 def _reads_inputs(block: Block) -> bool:
-    """Whether a block's loss reads the network's inputs; an objective that does not says `reads_inputs = False`."""
+    """Whether a block's loss reads the network's inputs; an objective that does not sets `reads_inputs = False`."""
     return block.objective is not None and getattr(block.objective, "reads_inputs", True)
 
 
 def _group(ranks: Sequence[int] | None = None, backend: str | None = None) -> Any:
-    """A process group, which every rank of the world has to make, also those that are not in it."""
+    """Make a process group. Every rank of the world must make it, also ranks that do not belong to it."""
     return dist.new_group(None if ranks is None else list(ranks), backend=backend)
 
 
 def place(costs: Sequence[float], num_stages: int) -> list[int]:
-    """First block of each rank, so that the busiest rank has as little to do as possible.
+    """First block of each rank, such that the largest cost of a rank is as small as possible.
 
     Args:
-        costs: of each block, in any unit of measure, such as `block_seconds` gives.
+        costs: cost of each block, in any unit of measure, such as the seconds of `block_seconds`.
         num_stages: number of ranks, from 1 to the number of blocks.
 
     Raises:
@@ -333,14 +335,14 @@ def block_seconds(
     context: Callable[[int], AbstractContextManager[Any]] = nullcontext,
     rounds: int = 3,
 ) -> list[float]:
-    """Median seconds of each block's forward and backward pass; measured on copies, nothing of the blocks changes.
+    """Median seconds of each block's forward and backward pass, measured on copies: the blocks do not change.
 
     Args:
         blocks: all blocks.
         inputs: a batch of the size that will be trained on, `(N, 3, H, W)`.
-        targets: `(N,)`.
-        context: what a block's forward pass runs in, such as autocast.
-        rounds: number of passes, after one that is not counted.
+        targets: targets of the batch, such as classes `(N,)`.
+        context: called with a block's index; returns the context of its forward pass, such as autocast.
+        rounds: number of measured passes, after one warm-up pass.
     """
     copies = copy.deepcopy(list(blocks))
     seconds: list[list[float]] = [[] for _ in copies]

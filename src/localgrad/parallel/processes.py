@@ -1,4 +1,4 @@
-"""Ranks that fail, and ranks that torchrun has restarted."""
+"""Failed ranks, and ranks that torchrun has restarted."""
 
 import os
 from collections.abc import Generator
@@ -13,18 +13,19 @@ from localgrad.errors import LocalGradError
 
 
 def restarted() -> bool:
-    """Whether torchrun has restarted this process, after a rank had failed."""
+    """Whether torchrun has restarted this process after the failure of a rank."""
     return dist.is_torchelastic_launched() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def join_again(accelerator: str) -> None:
-    """Makes the process group of ranks that torchrun has restarted.
+    """Initialise the process group of ranks that torchrun has restarted.
 
     torchrun's store still holds the addresses of the ranks before the restart, and PyTorch would wait for them. A
     prefix for each attempt keeps the attempts apart.
 
     Args:
-        accelerator: as in the config; NCCL for `auto` and `cuda` where there is a CUDA device, else gloo.
+        accelerator: the accelerator of the config. For `auto` and `cuda` with a CUDA device the backend is NCCL, else
+            gloo.
     """
     store, rank, world_size = next(rendezvous("env://"))
     prefix = f"attempt{os.environ['TORCHELASTIC_RESTART_COUNT']}"
@@ -37,7 +38,7 @@ def join_again(accelerator: str) -> None:
 
 @contextmanager
 def peer_failure_as_error() -> Generator[None]:
-    """Context: translates an error of torch.distributed (another rank has died) into a LocalGradError.
+    """Context: translate an error of torch.distributed (another rank has died) into a LocalGradError.
 
     Raises:
         LocalGradError: a rank that this one waited for has ended.

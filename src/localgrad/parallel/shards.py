@@ -1,4 +1,4 @@
-"""Sharded weights (FSDP2): each rank keeps a shard of every weight; a block's are gathered while it computes."""
+"""Sharded weights (FSDP2): each rank keeps a shard of every weight, and gathers a block's weights while it computes."""
 
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from localgrad.errors import LocalGradError
 
 
 def shard(model: nn.Module, blocks: Sequence[Block], device: torch.device, world_size: int) -> None:
-    """Shards the weights of every block over all ranks, auxiliary networks included, in place.
+    """Shard the weights of every block over all ranks, auxiliary networks included, in place.
 
     Parameters become DTensors, so make optimizers afterwards. An EMA and the unit that it follows have the same shapes,
     hence the same shards: the average needs no communication.
@@ -24,11 +24,11 @@ def shard(model: nn.Module, blocks: Sequence[Block], device: torch.device, world
     Args:
         model: the whole network.
         blocks: its blocks; each becomes one FSDP unit.
-        device: of this rank.
+        device: device of this rank.
         world_size: number of ranks.
 
     Raises:
-        LocalGradError: the model has parameters outside the units' layers, which would stay unsharded.
+        LocalGradError: the model has parameters outside the units' layers, which would not be sharded.
 
     Source: https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
     """
@@ -46,15 +46,15 @@ def shard(model: nn.Module, blocks: Sequence[Block], device: torch.device, world
         )
     mesh = init_device_mesh(device.type, (world_size,))
     for block in blocks:
-        block.to(memory_format=torch.contiguous_format)  # FSDP2 takes no channels-last weights; features may be so
+        block.to(memory_format=torch.contiguous_format)  # FSDP2 refuses channels-last weights, not features
         fully_shard(block, mesh=mesh)
 
 
 @contextmanager
 def unsharded(blocks: Sequence[nn.Module]) -> Generator[None]:
-    """All-gathers the weights of every block, which the model's own forward pass needs; blocks in no shards are left.
+    """Context: all-gather the weights of every sharded block, because the model's own forward pass needs them.
 
-    Every rank enters and leaves together; the weights are shards again at the end, also after an error.
+    All ranks must enter and leave together. The weights are sharded again at the end, also after an error.
     """
     sharded = [block for block in blocks if isinstance(block, FSDPModule)]
     for block in sharded:
@@ -67,12 +67,12 @@ def unsharded(blocks: Sequence[nn.Module]) -> Generator[None]:
 
 
 def gathered_state(values: Any) -> Any:
-    """The same tree with every DTensor as a whole tensor, on every rank; anything else as it is."""
+    """The tree with every DTensor gathered into a full tensor, on every rank; other leaves stay."""
     return mapped(DTensor.full_tensor, values, DTensor)
 
 
 def sharded_as(values: Any, like: dict[str, Any]) -> Any:
-    """A saved dict of whole tensors, with those sharded that are sharded in the dict `like`; anything else as it is."""
+    """A saved dict of full tensors, in which those are sharded that are sharded in `like`; other values stay."""
     if not isinstance(values, dict):
         return values
     table = cast("dict[str, Any]", values)
@@ -85,7 +85,7 @@ def sharded_as(values: Any, like: dict[str, Any]) -> Any:
 
 
 def shard_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
-    """Shards the state of a loaded optimizer as its parameters are."""
+    """Shard the state of a loaded optimizer like its parameters."""
     for parameter, state in optimizer.state.items():
         if isinstance(parameter, DTensor):
             like = dict.fromkeys(state, parameter)
