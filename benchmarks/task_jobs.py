@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 SMALL = ""  # the defaults are nanoGPT's small setting
-MIDDLE = "--layers 6 --steps 1200"
+MIDDLE = "--layers 6 --steps 1200 --lr 0.003"
 LARGE = "--layers 6 --heads 8 --width 256 --context 128 --batch-size 32 --dropout 0.1"
 LOCAL = "--method local --blocks {blocks}"
 HEADS = {
@@ -53,6 +53,7 @@ def language() -> list[tuple[str, str, int, float]]:
     ]
     for seed in range(3):
         rows.append((f"mid-e2e-seed{seed}", f"{MIDDLE} --seed {seed}", 3, 12.0))
+        rows.append((f"mid-l2-seed{seed}", f"{MIDDLE} --layers 2 --seed {seed}", 3, 5.0))
         for head, flags in HEADS.items():
             flags = f"{MIDDLE} {LOCAL.format(blocks=3)} {flags} --seed {seed}"
             rows.append((f"mid-k3-{head}-seed{seed}", flags, 3, 20.0))

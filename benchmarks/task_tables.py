@@ -44,6 +44,7 @@ LEAST_GAP = 0.005
 LANGUAGE = {
     "e2e": "end-to-end",
     "checkpointed": "end-to-end, checkpointed",
+    "l2": "end-to-end, two layers",
     "private": "private output layer",
     "private-man": "private output layer, MAN",
     "readout": "readout",
@@ -163,6 +164,7 @@ def tables(root: Path) -> dict[str, Callable[[], str]]:
     folder = root / "results" / "tasks"
     return {
         "language-small": lambda: language_table(folder, "small"),
+        "language-mid": lambda: language_table(folder, "mid"),
         "language-large": lambda: language_table(folder, "large"),
         "language-memory": lambda: language_memory_table(root / "results" / "language_memory.json"),
         "segmentation": lambda: segmentation_table(folder),
