@@ -1,1 +1,1 @@
-"""The core: units, cuts, blocks, momentum and the local step, on torch alone."""
+"""The core: units, cuts, blocks, momentum and the local step. It needs torch and NumPy alone."""

@@ -1,4 +1,4 @@
-"""Which dimension of features holds channels."""
+"""Find the dimension of features that holds channels."""
 
 import warnings
 from collections.abc import Sequence

@@ -157,7 +157,8 @@ def seeded(device: torch.device) -> Generator[None, None, None]:
     devices = range(torch.cuda.device_count() if device.type == "cuda" else 0)
     with torch.random.fork_rng(devices=devices):  # pyright: ignore[reportUnknownMemberType]
         try:
-            seed: Any = cast(Any, torch.default_generator if on_cpu else torch).manual_seed  # torch's seeds devices too
+            # torch.manual_seed seeds the devices' generators too
+            seed: Any = cast(Any, torch.default_generator if on_cpu else torch).manual_seed
             seed(0)
             random.seed(0)
             np.random.seed(0)

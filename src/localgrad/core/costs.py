@@ -32,8 +32,8 @@ class UnitCost:
         parameters: number of elements of its parameters.
         activations: bytes saved for the backward pass, the output included.
         flops: floating-point operations of the forward pass (a multiply-add counts two).
-        end_activations: bytes that momentum auxiliary network and objective save for the backward pass. It is infinite,
-            as are the two below, at the last unit and where they cannot be built.
+        end_activations: bytes that momentum auxiliary network and objective save for the backward pass; infinite, like
+            the two values below, at the last unit and where they cannot be built.
         end_flops: floating-point operations of their forward pass.
         end_parameters: number of elements of their parameters, without those that they share with the model.
     """
@@ -140,7 +140,7 @@ class CannotCountError(LocalGradError):
 
 @contextmanager
 def _counting(what: str) -> Generator[None, None, None]:
-    """Context: an error inside becomes a CannotCountError that names `what` failed."""
+    """Context: an error inside becomes a CannotCountError, which says that `what` does not run without data."""
     try:
         yield
     except Exception as error:  # of any class: it is the user's code
@@ -148,7 +148,7 @@ def _counting(what: str) -> Generator[None, None, None]:
 
 
 def without_data(targets: Any, given: int, samples: int, device: torch.device) -> Any:
-    """Zeros of the targets' nesting and dtypes, for `samples` instead of `given` samples; classes `(N,)` if None."""
+    """Zeros shaped like `targets`, but for `samples` instead of `given` samples; classes `(N,)` if None."""
     if targets is None:
         return torch.zeros(samples, dtype=torch.long, device=device)
 

@@ -110,9 +110,9 @@ def even_cuts(run: ForwardPass, num_blocks: int) -> list[Call]:
     """K - 1 cuts that divide the longest chain of modules of one class evenly.
 
     A model can be cut after a module if everything later is computed from that module's output. Modules of one class
-    after which the model can be cut form a chain. Chains of composite modules (residual units, transformer layers) are
-    tried first, if the chain has at least half of the calls of its class; then chains of any class; then the chain of
-    all innermost modules with weight matrices. The first kind with a chain of K members or more is taken. Of equally
+    after which the model can be cut form a chain. The longest chain of composite modules (residual units, transformer
+    layers) that has at least half of all calls of its class is taken, if it has K members or more. Otherwise the
+    longest chain of any class is taken, or at last the chain of all innermost modules with weight matrices. Of equally
     long chains the outer one is taken. Modules without weight matrices (norms, activations, pooling) stay with the
     block before them.
 

@@ -108,7 +108,7 @@ def _misfit(error: Exception, block: Block, index: int, inputs: Tensor, targets:
 
 def _label_misfit(error: Exception, block: Block, index: int, inputs: Tensor, labels: list[Tensor]) -> str | None:
     classes = [tensor for tensor in labels if tensor.numel() and not tensor.is_floating_point()]
-    if isinstance(error, IndexError) and classes:  # what indexing by a class that does not exist raises
+    if isinstance(error, IndexError) and classes:  # raised by indexing with a class that does not exist
         low, high = int(classes[0].min()), int(classes[0].max())
         return (
             f"targets hold classes {low} to {high}, and one of them is not among the classes of block {index}: build "

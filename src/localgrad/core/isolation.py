@@ -214,7 +214,7 @@ class Isolation(nn.Module):
         return super().state_dict(*args, **kwargs)  # pyright: ignore[reportUnknownVariableType]
 
     def remove(self) -> None:
-        """Remove the hooks, and with them the local losses, from the model. Its weights stay as they are trained."""
+        """Remove the hooks, and with them the local losses, from the model. The trained weights keep their values."""
         for _, handle in self._hooks:
             handle.remove()
         for module in (module for part in self._parts if self._recompute for module in part.inner):
@@ -257,7 +257,7 @@ def isolate(
     last block. On models that `split` takes, gradients and EMA are those of `local_step`, bit for bit; but the model
     need not be a chain. In evaluation mode and under `no_grad` the hooks do nothing.
 
-    With momentum the local loss is computed when the next block's first module is called: its copies get the same
+    With momentum the local loss is computed when the next block's first module is called. Copies of it get the same
     arguments, such as masks. The EMA is updated once per change of the weights that it follows, before optimizers step.
 
     A parameter that several blocks use (tied embeddings) is trained by the last of them alone. A block without trained

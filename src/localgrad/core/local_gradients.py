@@ -28,9 +28,9 @@ LOST = (
 class LocalGradients:
     """The local gradients of one forward pass: stored when it ends, added to `.grad` when the backward pass begins.
 
-    So they act as if the backward pass had computed them, in every order of a training loop. If the loop zeroes
-    gradients between forward and backward pass, they are added after that. If the loop leaves the batch out, they are
-    dropped. Until the backward pass they need memory beside the gradients of earlier batches.
+    So they act as if the backward pass had computed them. A training loop that zeroes gradients between forward and
+    backward pass does not zero them. If the loop runs no backward pass for the batch, they are dropped. Until the
+    backward pass they need memory beside the gradients of earlier batches.
 
     Args:
         blocks: the parameters of the local blocks.

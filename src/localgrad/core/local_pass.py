@@ -20,7 +20,7 @@ BACKWARD: Callable[[Tensor], Any] = cast(Any, Tensor).backward  # torch types it
 
 
 class LocalPass:
-    """Trains the local blocks on one batch: `leave` runs after each cut's module, `meet` before the next block's first.
+    """Trains local blocks on one batch: `leave` runs after a cut's module, `meet` before the next block's first module.
 
     Args:
         objectives: auxiliary network and local loss of each local block, or None.

@@ -38,7 +38,7 @@ def man(
 
     `form="fused"`, after the paper's text: `y = unit(h) + b`, with one copy of the unit, which is trained by its
     gradient and then updated by the same average, and one learnable number `b` a channel, initially 0. The paper's text
-    leaves the shape and the place of b open, and has a second gradient update after the average.
+    leaves the shape and the place of b open. Its second gradient update, after the average, is left out here.
 
     The rows of the paper's ablation are settings: `bias=False` (EMA only), `ema=False` (bias only: one more trained
     unit), `decay=0` (the next unit's weights used directly, one step old). The average covers trained parameters.
@@ -55,12 +55,12 @@ def man(
             parametrization computes (weight norm), stay copies.
         recompute: activation checkpointing of both branches: the backward pass computes them again. Running statistics
             are still updated once a step.
-        depth: number of the next block's first units that are copied; all of them if it has fewer. The model's head is
-            copied only if the last block has no other unit.
+        depth: number of units that are copied, from the next block's first on; all of its units if it has fewer. The
+            model's head is copied only if the last block has no other unit.
         bias_form: the trained part of the sum: `"unit"`, a copy of the unit (as released), or `"conv1x1"`, a 1x1
             convolution `W h + b` from the channels before the unit to those after it, with the unit's stride and
             initially 0 (a linear layer if channels are the last dimension). The paper's text speaks of a "lightweight"
-            bias. It costs 1/18 of a residual unit of two 3x3 convolutions.
+            bias. The 1x1 convolution costs 1/18 of a residual unit of two 3x3 convolutions.
         pool: average maps `(N, C, H, W)` over squares of this side (in pixels) before the branches, which divides their
             cost by the side's square. The objective sees the smaller map. This is from no paper.
 

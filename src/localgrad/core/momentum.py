@@ -151,8 +151,8 @@ class MomentumAuxiliary(nn.Module):
     def follow(self) -> None:
         """Update the EMA if the next unit's weights have changed since the last call: once per optimizer step.
 
-        A trained EMA (the fused form) is updated after its optimizer has stepped, by `settle`, with the weights that
-        the next unit has now.
+        A trained EMA (the fused form) is updated by `settle`, after its optimizer has stepped, with the weights that
+        the next unit has at this call.
         """
         followed = self.followed()
         if versions(followed) == self._seen:

@@ -137,7 +137,7 @@ def _drop(tensor: Any) -> Any:
 
 @contextmanager
 def _in_training(model: nn.Module) -> Generator[None, None, None]:
-    """Context: a model in evaluation mode trains, every weight requires a gradient; all is restored at the end."""
+    """Context: a model in evaluation mode trains, and weights require gradients; everything is restored at the end."""
     parameters = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     devices = {p.device for p, _ in parameters if p.device.type not in ("cpu", "meta")}
     kind = next((device.type for device in devices), "cuda")
@@ -232,7 +232,7 @@ def takes(call: Call, source: Call) -> bool:
 
 
 def places_to_cut(run: ForwardPass) -> list[Call]:
-    """Calls after which a model can be cut, in order of their end. Modules that are called twice are left out.
+    """Calls after which a model can be cut, in order of their end. Modules called more than once are left out.
 
     Everything after such a call is computed from its output and from parameters. In the autograd graph, whose nodes are
     numbered in the order of their creation, only edges of its output lead from nodes before its end to later nodes.

@@ -75,14 +75,14 @@ def cut_by_peak(
 ) -> list[int]:
     """Cut so that the largest `cost_of(first unit, last unit)` over all blocks is as small as possible.
 
-    Exact, by dynamic programming over (number of blocks, last unit), once for the smallest peak and once for the
-    smallest sum of `tie_of` among the choices that reach it. Time: O(K n^2) for n units.
+    The result is exact. Dynamic programming over (number of blocks, last unit) runs once for the smallest peak, and
+    once for the smallest sum of `tie_of` among the choices that reach this peak. Time: O(K n^2) for n units.
 
     Args:
         cost_of: cost of a block from its first to its last unit, both included.
         num_units: n.
         num_blocks: K, from 1 to n.
-        tie_of: second cost of a block, of the same arguments. Among choices with the same peak, the one with the
+        tie_of: second cost of a block, with the same arguments. Among choices with the same peak, the one with the
             smallest sum of second costs is taken.
 
     Returns:

@@ -15,7 +15,7 @@ DDP: Any = DistributedDataParallel  # the attributes used here are private, and 
 
 
 def leave_to_isolation(model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
-    """Make DDP ignore these parameters, whose gradients are computed in the forward pass. Call it before DDP wraps."""
+    """Make DDP, which is to wrap the model later, ignore these parameters: their gradients come in the forward pass."""
     names = {id(parameter): name for name, parameter in model.named_parameters(remove_duplicate=False)}
     ignored = {*getattr(model, IGNORED, ()), *(names[id(parameter)] for parameter in parameters)}
     DDP._set_params_and_buffers_to_ignore_for_model(model, ignored)

@@ -66,7 +66,8 @@ def split(
             with them; classes `(N,)` if None.
 
     Returns:
-        K blocks in order. Auxiliary networks have the model's device and dtype. The global random generator draws them.
+        K blocks in order. Auxiliary networks are on the model's device, in the dtype of its features. Their initial
+        values are drawn from the global random generator.
 
     Raises:
         LocalGradError: a cut is no unit or the last unit, cuts are not in the model's order, K is out of range, no

@@ -100,7 +100,7 @@ class Frozen:
         if not changed:
             return
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", LocalGradWarning)  # it warned when the model was split
+            warnings.simplefilter("ignore", LocalGradWarning)  # trace() warned when the model was split
             again = trace(self.model)
         if again.training.same(self.traced.training) and again.evaluating.same(self.traced.evaluating):
             self.traced = again  # the attribute changed, and the graphs did not
@@ -122,7 +122,7 @@ def trace(model: nn.Module) -> Traced:
     Modules that have hooks, assign their own attributes in their forward pass or cannot be traced are not traced into.
 
     Raises:
-        LocalGradError: it cannot be traced, has hooks of its own, or does not take and return one tensor.
+        LocalGradError: the model cannot be traced, has hooks itself, or does not take and return one tensor.
     """
     refuse_hooks(model, type(model).__name__)
     whole = {name: "it has hooks" for name, module in named_modules(model) if has_hooks(module)}
@@ -131,7 +131,7 @@ def trace(model: nn.Module) -> Traced:
             known, through, reads = len(whole), {"": model}, dict[str, Read]()
             training = _trace(model, True, whole, through, reads, put_back)
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", LocalGradWarning)  # the trace in training mode warned
+                warnings.simplefilter("ignore", LocalGradWarning)  # the trace in training mode has warned
                 evaluating = _trace(model, False, whole, through, reads, put_back)
             if len(whole) == known:
                 return Traced(training, evaluating, whole, through, reads)
@@ -179,7 +179,7 @@ def _trace(
     reads: dict[str, Read],
     put_back: Callable[[], None],
 ) -> Graph:
-    """Trace one mode. Modules not traced into go to `whole`, others to `through`, and attributes to `reads`."""
+    """Trace one mode. It adds modules that fail to `whole`, modules traced into to `through`, attributes to `reads`."""
     layers = _layers(model)
     defaults = _defaults(model)
     while True:
@@ -332,7 +332,7 @@ def has_effect(node: fx.Node, model: nn.Module) -> bool:
     in_place = node.kwargs.get("inplace") is True
     if node.op == "call_module":
         in_place = getattr(model.get_submodule(cast(str, node.target)), "inplace", False) is True
-    if in_place:  # it counts only if the tensor that it changes is read later
+    if in_place:  # it is kept only if the changed tensor is read later
         return any(user > node for source in node.all_input_nodes for user in source.users)
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return node.op in ("call_method", "call_function") and name.endswith("_") and not name.endswith("__")

@@ -27,13 +27,13 @@ class Unit:
     """One piece of a model.
 
     Attributes:
-        name: dotted name of the submodule that the unit consists of or, where it consists of several,
-            of the first one with a weight.
+        name: dotted name of the submodule that has all of the unit's weights and no others, else of the first submodule
+            with a weight.
         module: takes the features before the unit to the features after it. Its parameters are the model's own.
         features: shape of the output for the example batch, `(N, C, H, W)`, `(N, H, W, C)`, `(N, C, L)`, `(N, L, D)`,
             `(N, D)`, or with one dimension more for videos and volumes.
         channel_dim: the dimension of `features` that holds channels, 1 or the last.
-        writes_input: whether the unit changes its input in place (it starts with an in-place activation, say).
+        writes_input: whether the unit changes its input in place (for example, it starts with an in-place activation).
         inputs: shape of the unit's input for the example batch.
         dtype: dtype of the output.
         whole: why the unit is not cut further, in words: the values that are alive between its layers. Empty if it is
@@ -62,10 +62,10 @@ def units(
     """List the units of `model`, in order. Applied one after another they compute `model(inputs)`, bit for bit.
 
     The forward pass is traced with `torch.fx`, with blocks (the children of `nn.Sequential` and `nn.ModuleList`)
-    as leaves. A unit may start where exactly one tensor is alive, with one entry a sample along its first dimension,
-    and a weight of two or more dimensions follows: norms, activations and pooling stay with the unit before them, the
-    pooling of a classifier's head with the head. Sizes, and what is computed from sizes and constants alone (tables of
-    rotary embeddings), are computed again in each unit that needs them.
+    as leaves. A unit may start where exactly one tensor is alive, whose first dimension is that of the samples, and
+    where a weight of two or more dimensions follows. So norms, activations and pooling stay with the unit before them;
+    the pooling of a classifier's head stays with the head. Sizes, and values computed from sizes and constants alone
+    (tables of rotary embeddings), are computed again in each unit that needs them.
 
     Nothing is changed in the model: the units hold its own submodules and parameters. They hold a snapshot of its
     forward pass, with the numbers that it read and the branches that it took. `local_step` refuses to train when these
@@ -88,7 +88,7 @@ def units(
 
     Raises:
         LocalGradError: the model cannot be traced or run on the example, the submodules `names` do not compute what it
-            computes, hooks on it would not be run, or it checkpoints its activations itself.
+            computes, it has hooks that units would not run, or it checkpoints its activations itself.
 
     Warns:
         LocalGradWarning: an output, an argument or an assignment is left out, or the channel dimension is not found.

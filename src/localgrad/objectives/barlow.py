@@ -95,7 +95,7 @@ def barlow(
         A function of a site that builds the module. Its parts are `.pooled` and `.projector`. It has no class scores.
 
     Raises:
-        LocalGradError: an argument is out of range; on a batch, an odd number of samples.
+        LocalGradError: an argument is out of range; on a batch, the number of samples is odd or less than four.
 
     Source: Siddiqui et al., Blockwise Self-Supervised Learning at Scale, TMLR 2024 (https://arxiv.org/abs/2302.01647),
     released code, `model.py`; Zbontar et al. 2021 (https://arxiv.org/abs/2103.03230).

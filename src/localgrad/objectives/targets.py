@@ -97,7 +97,7 @@ def check_classes(targets: Any, what: str) -> None:
 
 
 def is_distribution(rows: Tensor) -> bool:
-    """Whether no entry of `(N, C)` is negative and each row sums to 1, within 0.02 for 16-bit dtypes."""
+    """Whether no entry of `(N, C)` is negative and each row sums to 1, within 0.02 (for rows in 16-bit dtypes)."""
     return bool(((rows >= 0).all(1) & ((rows.detach().float().sum(1) - 1).abs() <= 0.02)).all())
 
 

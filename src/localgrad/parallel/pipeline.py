@@ -175,7 +175,9 @@ class Stage:
         return losses
 
     def send(self, output: Tensor) -> None:
-        """Send the output of this rank's last block to the next rank, with targets and inputs; return at once.
+        """Send the output of this rank's last block to the next rank, with the targets; return at once.
+
+        The inputs are sent too if an objective on a later rank reads them.
 
         Args:
             output: the detached output, `(N, ...)`.
@@ -266,7 +268,7 @@ class Stage:
         return posted[1]
 
     def _agreed(self, stop: bool) -> bool:
-        """Whether the first rank of any pipeline is asked to stop, on all of them."""
+        """Whether `stop` is True on the first rank of any pipeline. The first ranks of all pipelines call this."""
         if self._agreement is None:
             return stop
         flag = torch.tensor([int(stop)])

@@ -33,8 +33,8 @@ def plan_isolated(
     """Predict the peak memory of a step of any network that `isolate` trains; nothing is computed.
 
     A copy of the model on the meta device is isolated and takes one step with SGD and momentum, with every live storage
-    counted. The peak includes what it includes in `plan`. `plan` finds the best cuts of a chain; here cuts are given,
-    or evenly spaced over the longest chain of modules of one class.
+    counted. The peak includes the same tensors as in `plan`. `plan` finds the best cuts of a chain; here cuts are
+    given, or evenly spaced over the longest chain of modules of one class.
 
     Args:
         model: as for `isolate`; it is not changed.

@@ -96,8 +96,8 @@ class _Ends:
     """Profiles of momentum and objective for any block that ends after any unit.
 
     Attributes:
-        of_roles: for the first, a middle and the last local block, of four blocks: one profile after each unit.
-        differ: whether the three have parameters of other shapes, so that those of any other block may have too
+        of_roles: for each role (first, middle and last local block, of four blocks) the profiles after each unit.
+        differ: whether parameters have other shapes from role to role, so that they may differ in any block
             (AugLocal's).
     """
 

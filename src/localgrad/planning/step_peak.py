@@ -40,7 +40,7 @@ def step_cost(
     criterion: Criterion = F.cross_entropy,
     channel_dim: int | Mapping[str, int] | None = None,
 ) -> tuple[int, int]:
-    """Peak bytes and operations of a `local_step` of a copy of the model, with SGD with momentum.
+    """Peak bytes and operations of a `local_step` of a copy of the model, which SGD with momentum trains.
 
     This measures on the model's device what `plan` predicts: the peak includes weights, optimizer state and the batch.
     On the meta device nothing is computed. The first step creates the state of the optimizers; the second is measured.
