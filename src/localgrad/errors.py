@@ -1,23 +1,22 @@
-"""The one base error of the library, and what its messages share."""
+"""The library's errors and warnings, and helpers for their messages."""
 
 from __future__ import annotations
 
-TYPE_CHECKING = False  # without `typing`, which the command line would wait for
+TYPE_CHECKING = False  # as type checkers know it: importing `typing` would delay the command line
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
 class LocalGradError(ValueError):
-    """What was given cannot be used.
+    """An input cannot be used: the base class of every error that localgrad raises about its input.
 
-    The message says what was given (name and value), what is allowed, and what to do. Every error that
-    localgrad raises about its input is of this class; the command line prints it in one line and leaves
-    with exit code 2.
+    The message says what was given (name and value), what is allowed, and what to do. The command line prints the
+    message without a traceback and exits with code 2.
     """
 
 
 class LocalGradWarning(UserWarning):
-    """Something that was given works, but perhaps not as meant; the message says what is left out or assumed."""
+    """An input works, but perhaps not as the user meant; the message says what is left out or assumed."""
 
 
 class DefaultsWarning(LocalGradWarning):
@@ -25,7 +24,7 @@ class DefaultsWarning(LocalGradWarning):
 
 
 class SettingsError(LocalGradError):
-    """An argument is outside what is allowed."""
+    """The value of an argument is not allowed."""
 
 
 class NotTraceableError(LocalGradError):
@@ -33,22 +32,27 @@ class NotTraceableError(LocalGradError):
 
 
 class CannotSitError(LocalGradError):
-    """An objective or a momentum network cannot be built at this cut; at another it may."""
+    """An objective or a momentum network cannot be built at this cut, but perhaps at another one."""
 
 
 class DoesNotFitError(LocalGradError):
-    """Nothing that is allowed fits into the memory that there is."""
+    """No allowed plan fits into the available memory."""
 
 
 def check_rules(what: str, rules: list[tuple[str, bool]]) -> None:
-    """Refuse `what` with every problem whose rule does not hold, all at once."""
+    """Raise one LocalGradError that lists all violated rules.
+
+    Args:
+        what: what is checked, the subject of the message.
+        rules: pairs of a problem, in words, and whether the value is free of it.
+    """
     problems = [problem for problem, holds in rules if not holds]
     if problems:
         raise LocalGradError(f"{what} cannot be used: " + "; ".join(problems))
 
 
 def closest(name: str, choices: Sequence[str], count: int = 3) -> str:
-    """The choices that look most like a mistyped name, as the end of a message: ` (did you mean ...?)`, or nothing."""
+    """End of a message about a mistyped name: ` (did you mean ...?)` with similar choices, or "" if none is similar."""
     import difflib
 
     matches = difflib.get_close_matches(name, choices, n=count, cutoff=0.5)

@@ -1,4 +1,4 @@
-"""The CIFAR-type ResNets of the papers, with torchvision's names."""
+"""The CIFAR ResNets of the papers, with torchvision's module names."""
 
 from torch import Tensor, nn
 
@@ -7,7 +7,7 @@ from localgrad.errors import LocalGradError
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut, a 1x1 convolution where the shape changes (option B)."""
+    """Two 3x3 convolutions and a shortcut, which is a 1x1 convolution if the shape changes (option B of He et al.)."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """A stem of 16 channels and three stages of 16, 32 and 64; see `cifar_resnet`."""
+    """A stem of 16 channels, three stages of 16, 32 and 64 channels, and a linear classifier; see `cifar_resnet`."""
 
     def __init__(self, blocks_per_stage: int, num_classes: int) -> None:
         super().__init__()
@@ -76,15 +76,18 @@ def cifar_resnet(depth: int, num_classes: int = 10) -> CifarResNet:
 
 
 def small_stem(model: nn.Module) -> nn.Module:
-    """Give a ResNet a stem for small images: a 3x3 convolution of stride 2 and no max pool, in place of 7x7 and both.
+    """Replace a ResNet's stem (7x7 convolution, max pool) by a 3x3 convolution of stride 2, for small images.
 
-    Images of 64 pixels enter the first stage with 32, where the stem for 224 pixels leaves 16.
+    Images of 64 pixels enter the first stage with 32 pixels; with the original stem they would have 16.
 
     Args:
-        model: with `conv1` (3 to C channels) and `maxpool`, as torchvision's; changed in place.
+        model: a ResNet with `conv1` (3 to C channels) and `maxpool`, such as torchvision's; changed in place.
+
+    Returns:
+        The same model.
 
     Raises:
-        LocalGradError: it has no such stem.
+        LocalGradError: the model has no `conv1` and `maxpool`.
     """
     conv = getattr(model, "conv1", None)
     if not isinstance(conv, nn.Conv2d) or not isinstance(getattr(model, "maxpool", None), nn.MaxPool2d):

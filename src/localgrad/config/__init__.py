@@ -1,1 +1,1 @@
-"""What a run is: dataclasses, their checks, and the objects that they describe."""
+"""The config of a run: dataclasses, their checks, and the model, blocks and optimizers built from them."""

@@ -1,4 +1,4 @@
-"""From a config to objects: the model, its blocks, the optimizers."""
+"""Build the objects that a config describes: the model, its blocks, the optimizers."""
 
 import inspect
 import warnings
@@ -20,10 +20,10 @@ from localgrad.errors import DefaultsWarning
 
 
 def build_blocks(config: TrainConfig, model: nn.Module, num_classes: int) -> list[Block]:
-    """The blocks of a model, as the config cuts it; the last one's criterion is a cross-entropy."""
+    """Split a model into the blocks of a config; the criterion of the last block is the cross-entropy."""
     objective, momentum = build_factories(config, num_classes)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DefaultsWarning)  # the trainer gives the network images and nothing else
+        warnings.simplefilter("ignore", DefaultsWarning)  # the trainer calls the network with images alone
         return split(
             model,
             torch.zeros(2, 3, config.data.image_size, config.data.image_size),
@@ -38,14 +38,14 @@ def build_blocks(config: TrainConfig, model: nn.Module, num_classes: int) -> lis
 
 
 def build_factories(config: TrainConfig, num_classes: int) -> tuple[Objective | None, Momentum | None]:
-    """The objective and the momentum auxiliary network of a config, as `split` and `plan` take them."""
-    # as released: heads without the label smoothing of the last block
+    """The factories of objective and momentum network of a config, for `split` and `plan`; None for `none`."""
+    # as in the papers' code, local heads have no label smoothing, only the last block has
     data = {"num_classes": num_classes, "mean": config.data.mean, "std": config.data.std, "criterion": F.cross_entropy}
     return _make(config.objective, OBJECTIVES, data), _make(config.momentum, MOMENTA, {})
 
 
 def build_planned(name: str, num_classes: int, image_size: int) -> Objective:
-    """The objective that `localgrad plan` takes for a network of images of that size."""
+    """The factory of an objective for planning: its head fits the image size; mean and deviation of pixels are 0.5."""
     half = (0.5, 0.5, 0.5)
     chosen = planned_objective(name, image_size)
     return _make(chosen, OBJECTIVES, {"num_classes": num_classes, "mean": half, "std": half})
@@ -63,19 +63,19 @@ def _make(chosen: Any, choices: dict[str, Method], data: dict[str, Any]) -> Any:
 def build_optimizers(
     config: OptimConfig, blocks: Sequence[Block], *, fused: bool = True, capturable: bool = False
 ) -> list[torch.optim.Optimizer]:
-    """One optimizer a block, over the parameters that get gradients.
+    """One optimizer per block, over the block's trainable parameters.
 
     Args:
-        config: which optimizer.
-        blocks: what `split` gave.
-        fused: in one kernel, which shards have not.
-        capturable: for CUDA graphs.
+        config: name and settings of the optimizer.
+        blocks: the blocks from `split`.
+        fused: use the fused implementation, which does not take sharded parameters (DTensors).
+        capturable: let AdamW be captured in a CUDA graph.
     """
     parameters = [block.trainable_parameters() for block in blocks]
     if config.name == "adamw":
         options: dict[str, Any] = {"betas": (config.momentum, 0.999), "capturable": capturable}
         kind: Any = torch.optim.AdamW
-    else:  # SGD is capturable as it is
+    else:  # SGD can always be captured, and has no such flag
         options = {"momentum": config.momentum, "nesterov": config.nesterov}
         kind = torch.optim.SGD
     return [kind(own, lr=config.lr, weight_decay=config.weight_decay, fused=fused, **options) for own in parameters]

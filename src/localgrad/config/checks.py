@@ -1,4 +1,4 @@
-"""Checks of a config, all problems at once."""
+"""Checks of a config; one error lists all problems."""
 
 import math
 import typing
@@ -8,13 +8,13 @@ from localgrad.errors import LocalGradError
 
 
 def validate(config: TrainConfig) -> TrainConfig:
-    """Checks a config as far as possible without data or model.
+    """Check a config as far as possible without data or model.
 
     Returns:
         The config itself.
 
     Raises:
-        LocalGradError: that lists all problems at once.
+        LocalGradError: the config has problems; the message lists all of them.
     """
     if not isinstance(config, TrainConfig):
         raise LocalGradError(f"config is a {type(config).__name__}: give a TrainConfig, as recipe(NAME).config")
@@ -55,7 +55,7 @@ def _number_problems(config: TrainConfig) -> list[str]:
 
 
 def _pair_problems(config: TrainConfig) -> list[str]:
-    """Settings that do not go together."""
+    """Problems of settings that exclude each other, one sentence each."""
     optim, problems = config.optim, list[str]()
     if optim.nesterov and optim.momentum == 0:
         problems.append("optim.nesterov is on with optim.momentum 0, give a momentum, or --optim.no-nesterov")

@@ -1,4 +1,4 @@
-"""The methods by name: objectives and momentum networks, with their options."""
+"""The methods that a config can name: objectives and momentum networks, with their options and labels."""
 
 import inspect
 from collections.abc import Callable
@@ -17,18 +17,18 @@ from localgrad.objectives.infopro import infopro
 from localgrad.objectives.predsim import predsim
 
 LARGE_IMAGES = 96
-"""Pixels above which a network is taken for one of ImageNet's, with wide features."""
+"""Image size in pixels above which planning assumes an ImageNet network, whose features are wide."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method by name: its factory, and what tables and the planner know of it.
+    """An objective or a momentum network: its factory, its label, and its options for planning.
 
     Attributes:
-        factory: builds the objective or the momentum network from its options.
-        label: its name in tables and charts.
-        planned: options that have no default, with the values that `localgrad plan` takes.
-        large_images: options for networks of large images, whose features are wide.
+        factory: function of the options that returns the objective or the momentum network.
+        label: name in tables and charts.
+        planned: options without a default, with the values that planning uses.
+        large_images: options that planning uses above `LARGE_IMAGES` pixels, where features are wide.
     """
 
     factory: Callable[..., Any]
@@ -44,13 +44,13 @@ OBJECTIVES: dict[str, Method] = {
     "infopro": Method(infopro, "InfoPro", planned={"task": (0.5, 0.5)}, large_images={"head": "imagenet"}),
     "auglocal": Method(auglocal, "AugLocal"),
 }
-"""The objectives, in the order of tables."""
+"""The objectives by their names in a config, in the order of tables."""
 
 MOMENTA: dict[str, Method] = {"man": Method(man, "MAN"), "manpp": Method(manpp, "MAN++")}
-"""The momentum auxiliary networks, in the order of tables."""
+"""The momentum auxiliary networks by their names in a config, in the order of tables."""
 
 DEFAULT_OBJECTIVE = "dgl"
-"""The local loss that is planned with and advised where none is named."""
+"""The local loss that plans and memory advice use if the user names none."""
 
 _CHOICES: dict[str, dict[str, Method]] = {"objective": OBJECTIVES, "momentum": MOMENTA}
 
@@ -59,7 +59,12 @@ _FROM_DATA = ("num_classes", "mean", "std", "criterion")
 
 
 def option_problems(kind: str, chosen: ObjectiveConfig | MomentumConfig) -> list[str]:
-    """What is wrong with the choice of an objective or momentum network and its options, a sentence each."""
+    """Problems with the name of an objective or momentum network and its options, one sentence each.
+
+    Args:
+        kind: "objective" or "momentum".
+        chosen: its part of the config.
+    """
     given = [name for name, value in vars(chosen).items() if value is not None and name != "name"]
     if chosen.name == "none":
         return [f"{kind}.{name} is given, but {kind}.name is none" for name in given]
@@ -80,7 +85,7 @@ def _options(factory: Callable[..., Any]) -> list[str]:
 
 
 def with_defaults(config: TrainConfig) -> TrainConfig:
-    """The config with every option of its objective and momentum network written out, and folders by absolute paths."""
+    """The config with defaults filled in for options of objective and momentum, and with absolute paths."""
     return replace(
         config,
         data=located(config.data),
@@ -91,7 +96,7 @@ def with_defaults(config: TrainConfig) -> TrainConfig:
 
 
 def _with_defaults(chosen: Any, choices: dict[str, Method]) -> Any:
-    if chosen.name not in choices:  # none, or one of another version
+    if chosen.name not in choices:  # "none", or a method of another version
         return chosen
     parameters = inspect.signature(choices[chosen.name].factory).parameters
     missing = [name for name, value in vars(chosen).items() if value is None and name in parameters]
@@ -100,14 +105,14 @@ def _with_defaults(chosen: Any, choices: dict[str, Method]) -> Any:
 
 
 def planned_objective(name: str, image_size: int) -> ObjectiveConfig:
-    """The config of an objective that is planned with: its defaults, and the head for images of that size."""
+    """The config of an objective for planning: its default options, and the head for this image size."""
     method = OBJECTIVES[name]
     large = method.large_images if image_size > LARGE_IMAGES else {}
     return _with_defaults(ObjectiveConfig(name, **method.planned, **large), OBJECTIVES)
 
 
 def method_label(config: TrainConfig) -> str:
-    """What a config trains, in the papers' words, as `DGL + MAN (EMA only)`; `End-to-end` without an objective."""
+    """Name of a config's method as in the papers, such as `DGL + MAN (EMA only)`; `End-to-end` without an objective."""
     objective, momentum = config.objective, config.momentum
     name = OBJECTIVES[objective.name].label if objective.name in OBJECTIVES else objective.name
     name = "End-to-end" if objective.name == "none" else name
@@ -137,7 +142,7 @@ def method_label(config: TrainConfig) -> str:
 
 
 def method_order(config: TrainConfig) -> tuple[int, int]:
-    """Where a method stands in a table: end-to-end first, then as the methods are listed, unknown ones last."""
+    """Sort key of a method in tables: end-to-end first, then the order of the methods above, unknown methods last."""
     objectives, momenta = ["none", *OBJECTIVES], ["none", *MOMENTA]
     objective, momentum = config.objective.name, config.momentum.name
     return (

@@ -1,4 +1,4 @@
-"""Networks by name, one's own among them."""
+"""Build networks by name: built-in, torchvision's, timm's, or a user's function."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ KINDS = "cifar_resnet, torchvision:NAME, timm:NAME, package.module:factory or pa
 
 
 def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
-    """A fresh network with random weights; those of the modules that are frozen need no gradient.
+    """A network with random weights; parameters of the modules in `config.freeze` require no gradient.
 
     Args:
-        config: its name. `package.module:factory` and `file.py:factory` are called with `num_classes=`, or without
-            arguments where they take no such.
+        config: name and options of the network. `package.module:factory` and `file.py:factory` are called with
+            `num_classes=`, or without arguments if the function does not take it.
         num_classes: width of the output.
 
     Raises:
-        LocalGradError: the name belongs to no network, the extra that holds it is not installed, or a factory of
-            one's own fails.
+        LocalGradError: there is no network of this name, timm is needed and not installed, a user's function fails,
+            or a module to freeze does not exist.
     """
     model = _fresh(config, num_classes)
     freeze(model, config.freeze)
@@ -65,7 +65,7 @@ def _fresh(config: ModelConfig, num_classes: int) -> nn.Module:
 
 
 def is_own(config: ModelConfig) -> bool:
-    """Whether the network is a function of one's own."""
+    """Whether the network is built by a user's function."""
     return config.name.rpartition(":")[0] not in ("", "torchvision", "timm")
 
 
@@ -75,7 +75,7 @@ def _check_name(name: str, names: Sequence[str], library: str) -> None:
 
 
 def located_model(config: ModelConfig) -> ModelConfig:
-    """The config with files by their absolute paths, so that it means the same from another folder."""
+    """The config with absolute paths of files, so that it means the same in another working directory."""
     library, _, factory = config.name.rpartition(":")
     if library.endswith(".py"):
         config = replace(config, name=f"{_absolute(library)}:{factory}")
@@ -101,7 +101,7 @@ def _factory(where: str, name: str) -> Callable[..., Any]:
 
 
 def _module(where: str) -> ModuleType:
-    """A module of one's own: by its name, as found from the working directory too, or by its file."""
+    """Import a user's module by its name (the working directory is searched too) or by its file."""
     try:
         if not where.endswith(".py"):
             if "" not in sys.path and str(Path.cwd()) not in sys.path:
@@ -115,9 +115,9 @@ def _module(where: str) -> ModuleType:
         if spec is None or spec.loader is None:
             raise LocalGradError(f"--model.name: {where} is no Python file")
         module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module  # for pickle and dataclasses in it
+        sys.modules[name] = module  # pickle and dataclasses look the module up there
         if str(path.parent) not in sys.path:
-            sys.path.append(str(path.parent))  # for its neighbours
+            sys.path.append(str(path.parent))  # the file may import files beside it
         spec.loader.exec_module(module)
         return module
     except LocalGradError:
@@ -144,18 +144,18 @@ def _call(factory: Callable[..., Any], name: str, num_classes: int) -> nn.Module
 
 
 def _failed(name: str, error: Exception) -> LocalGradError:
-    """What one's own code raised, with the line of it."""
+    """The error for an exception from a user's code, with file and line where it was raised."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     said = f"{name} failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    own = last.filename != __file__  # else it could not even be called
+    own = last.filename != __file__  # false if the call itself failed, before any line of the user's code ran
     return LocalGradError(f"{said} ({last.filename}, line {last.lineno})" if own else said)
 
 
 def check_scores(model: nn.Module, name: str, image_size: int, num_classes: int) -> None:
-    """Refuses a network of one's own whose output is not a score for each class.
+    """Run a user's network on two zero images in evaluation mode, and check that its output is `(2, num_classes)`.
 
     Raises:
-        LocalGradError: it cannot run on images of this size, or gives something else.
+        LocalGradError: the network fails on images of this size, or returns something else.
     """
     modes = {module: module.training for module in model.modules()}
     model.eval()

@@ -1,4 +1,4 @@
-"""The JSON form of a config."""
+"""Configs as plain values for JSON, back from them, and compared."""
 
 import dataclasses
 from typing import Any
@@ -9,13 +9,13 @@ from localgrad.errors import LocalGradError
 
 
 def differences(before: TrainConfig, after: TrainConfig) -> list[str]:
-    """The fields in which two configs differ, each as one readable line `name: before -> after`."""
+    """The fields in which two configs differ, one line each: `name: before -> after`."""
     old, new = flat(to_dict(before)), flat(to_dict(after))
     return [f"{name}: {old[name]!r} -> {new[name]!r}" for name in old if old[name] != new[name]]
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as one, with dotted names."""
+    """Nested dicts as one dict with dotted keys."""
     found: dict[str, Any] = {}
     for name, value in tree.items():
         found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
@@ -23,7 +23,7 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config as plain dicts, lists, strings, numbers, booleans and None, for JSON."""
+    """A config as nested dicts, lists, strings, numbers, booleans and None, for JSON."""
     return {name: _plain(value) for name, value in dataclasses.asdict(config).items()}
 
 
@@ -34,10 +34,10 @@ def _plain(value: Any) -> Any:
 
 
 def from_dict(values: Any) -> TrainConfig:
-    """A config from what `to_dict` gave. Fields left out keep their defaults; nothing is evaluated as code.
+    """A config from the dict of `to_dict`. Missing fields get their defaults; nothing is evaluated as code.
 
     Raises:
-        LocalGradError: with every unknown name and every value of a wrong type at once.
+        LocalGradError: names are unknown or values have a wrong type; the message lists them.
     """
     try:
         return parse(TrainConfig, values, "config")

@@ -1,4 +1,4 @@
-"""Values of files as dataclasses, by pydantic: strict about types, and all that is wrong in one message."""
+"""Parse values of files into dataclasses with pydantic: types are strict, and one error lists the problems."""
 
 import dataclasses
 import json
@@ -11,24 +11,24 @@ from localgrad.errors import LocalGradError, closest
 
 Kind = TypeVar("Kind")
 MOST_PROBLEMS = 6
-"""Problems that a message names; of the others it gives the number."""
+"""Number of problems that a message names; it counts the others."""
 MOST_LETTERS = 60
-"""Letters of a value that a message repeats."""
+"""Number of characters of a value that a message repeats."""
 
 
 def parse(kind: type[Kind], values: Any, name: str = "") -> Kind:
-    """Makes a dataclass of what a JSON file or a checkpoint holds.
+    """Make a dataclass from the values of a JSON file or a checkpoint.
 
-    An integer is a float too, a list is a tuple where the field is one; nothing else is converted. Fields left out
-    keep their defaults. Unknown names are ignored, but in dataclasses that say `__pydantic_config__` otherwise.
+    Integers are accepted for floats, and lists for tuples; nothing else is converted. Missing fields get their
+    defaults. Unknown names are ignored, unless the dataclass forbids them in `__pydantic_config__`.
 
     Args:
-        kind: the dataclass; those in its fields are made too.
-        values: what `json.load` gave.
-        name: what messages call the values, as `config`; without one they name the fields alone.
+        kind: the dataclass; its fields may be dataclasses too.
+        values: plain values, such as `json.load` returns.
+        name: name of the values in messages, such as `config`; without it messages name the fields alone.
 
     Raises:
-        LocalGradError: in one line, every field that is missing, unknown, or of another type.
+        LocalGradError: fields are missing, unknown or of another type; one line lists them (see `MOST_PROBLEMS`).
     """
     from pydantic import ValidationError
 
@@ -36,7 +36,7 @@ def parse(kind: type[Kind], values: Any, name: str = "") -> Kind:
         return _adapter(kind).validate_json(json.dumps({name: values}))[name]
     except ValidationError as error:
         problems = [_sentence(kind, problem) for problem in error.errors(include_url=False)]
-    except (TypeError, ValueError, RecursionError) as error:  # what JSON cannot hold
+    except (TypeError, ValueError, RecursionError) as error:  # values that JSON cannot hold
         problems = [f"{name or 'it'} holds what is no JSON: {str(error)[:MOST_LETTERS]}"]
     more = len(problems) - MOST_PROBLEMS
     raise LocalGradError("; ".join(problems[:MOST_PROBLEMS]) + (f"; and {more} more" if more > 0 else ""))
@@ -46,7 +46,7 @@ def parse(kind: type[Kind], values: Any, name: str = "") -> Kind:
 def _adapter(kind: Any) -> Any:
     from pydantic import ConfigDict, TypeAdapter
 
-    # a dataclass takes no config of an adapter, but inherits that of what it is in
+    # pydantic refuses an adapter's config for a dataclass, but a dataclass inherits the config of a dict around it
     named: Any = dict[str, kind]  # pyright: ignore[reportInvalidTypeForm]
     return TypeAdapter(named, config=ConfigDict(strict=True, allow_inf_nan=False, extra="ignore"))
 
@@ -65,7 +65,7 @@ def _sentence(kind: Any, problem: Mapping[str, Any]) -> str:
         return f"{parent} has no field {last!r}{hint}"
     if what == "missing":
         return f"{parent} has no {last!r}"
-    if what == "value_error":  # of a check in __post_init__
+    if what == "value_error":  # raised by __post_init__
         return str(problem["ctx"]["error"]) if where == "it" else f"{where}: {problem['ctx']['error']}"
     return f"{where} is {given}; {problem['msg'].replace('Input', 'it', 1)}"
 
@@ -75,7 +75,7 @@ def _is_named(part: object) -> bool:
 
 
 def _kind_at(kind: Any, path: Sequence[Any]) -> Any:
-    """The dataclass at a path of names and positions below another one; positions lead to what a list holds."""
+    """The dataclass at a path of field names below another dataclass; positions in lists are skipped."""
     for name in path:
         if isinstance(name, int):
             continue

@@ -1,4 +1,4 @@
-"""The weights that a network begins with: pretrained ones by name, a file, or those that a run left."""
+"""Load initial weights of a network: pretrained ones by name, from a file, or from a run folder."""
 
 import importlib
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ MOST_NAMED = 5
 
 
 def import_timm(name: str) -> Any:
-    """timm, which `name` needs."""
+    """Import timm, or raise a LocalGradError that says how to install it for the network `name`."""
     try:
         return importlib.import_module("timm")
     except ImportError:
@@ -28,10 +28,10 @@ def import_timm(name: str) -> Any:
 
 
 def freeze(model: nn.Module, names: Sequence[str]) -> None:
-    """Takes the modules or parameters of these names, and all within them, out of training.
+    """Turn `requires_grad` off for the named parameters and for all parameters of the named modules.
 
     Raises:
-        LocalGradError: there is none of a name.
+        LocalGradError: the model has no module or parameter of a name.
     """
     for name in names:
         own = [each for key, each in model.named_parameters() if key == name or key.startswith(f"{name}.")]
@@ -44,30 +44,31 @@ def freeze(model: nn.Module, names: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Weights:
-    """A state dict, and where it is from."""
+    """A state dict, its origin in words, and the normalisation of the images that it was trained on."""
 
     state: dict[str, Tensor]
     origin: str
     mean: tuple[float, ...] | None = None
-    """Mean and deviation by which the images were normalised that it was trained on; None where nobody says."""
+    """Mean of each channel that the training images were normalised by; None if unknown."""
     std: tuple[float, ...] | None = None
+    """Standard deviation of each channel; None if unknown."""
 
 
 def load_weights(model: nn.Module, config: ModelConfig, num_classes: int, data: DataConfig | None = None) -> str | None:
-    """Loads the weights that the config says, in place; the head stays new where it has other classes.
+    """Load the config's initial weights into a model; a head for other classes keeps its random weights.
 
     Args:
-        model: as `build_model` gave it.
-        config: `weights` is `default`, `imagenet`, a name that torchvision or timm gives its weights, a file of
-            safetensors or a state dict, or a run folder; None leaves the model as it is.
-        num_classes: that the model was built for.
-        data: how the images are normalised; None where that does not matter.
+        model: a model from `build_model`, changed in place.
+        config: `weights` is `default`, `imagenet`, torchvision's or timm's name of weights, a file (safetensors, or a
+            state dict from `torch.save`), or a run folder; None loads nothing.
+        num_classes: number of classes that the model was built for.
+        data: normalisation of the images, which is compared with that of the weights; None compares nothing.
 
     Returns:
-        What was done, in a sentence, and that the weights know other means and deviations; None if nothing.
+        A sentence about what was loaded, and about a different normalisation; None if nothing was loaded.
 
     Raises:
-        LocalGradError: there are no such weights, they cannot be had, or they are another network's.
+        LocalGradError: the weights do not exist, cannot be downloaded or read, or belong to another network.
     """
     if config.weights is None:
         return None
@@ -106,12 +107,12 @@ def _put(model: nn.Module, state: dict[str, Tensor], origin: str, num_classes: i
 
 
 def _auxiliary(name: str) -> bool:
-    """Whether these are of an auxiliary classifier that torchvision's Inception and GoogLeNet have in training."""
+    """Whether a weight belongs to an auxiliary classifier of torchvision's Inception or GoogLeNet."""
     return name.startswith(("AuxLogits.", "aux1.", "aux2."))
 
 
 def _is_head(model: nn.Module, name: str, num_classes: int) -> bool:
-    """Whether a module is the last one: a linear layer or convolution with an output for each class."""
+    """Whether a module has a weight with one row per class, as the head (a linear layer or convolution) has."""
     try:
         weight = model.get_submodule(name).weight
     except AttributeError:
@@ -133,7 +134,7 @@ def _state(config: ModelConfig, weights: str) -> Weights:
             return _torchvision(name, weights)
         if library == "timm":
             return _pretrained_timm(config.name, name, weights)
-    except OSError as error:  # of urllib and of the hub: no network, and not in the cache
+    except OSError as error:  # from urllib or the hub's client: no network, and not in the cache
         raise LocalGradError(
             f"--model.weights {weights}: the weights of {config.name} are not in the cache and cannot be fetched "
             f"({' '.join(str(error).split())[:160]}); give a file"
@@ -151,15 +152,15 @@ def _from_file(path: Path) -> dict[str, Tensor]:
 
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of many kinds for a broken file, or one that holds code
-        if isinstance(error, UnpicklingError) and is_zipfile(path):  # PyTorch wrote it, with more than tensors in it
+    except Exception as error:  # of many classes, for a broken file or one that holds code
+        if isinstance(error, UnpicklingError) and is_zipfile(path):  # written by PyTorch, with more than tensors in it
             raise LocalGradError(
                 f"--model.weights {path} holds a whole model or other objects, which are not loaded from a file: save "
                 "`model.state_dict()` instead"
             ) from error
         said = " ".join(str(error).split())[:160]
         raise LocalGradError(f"--model.weights {path} is no file of weights ({said})") from error
-    for key in ("state_dict", "model"):  # as many training programs write it
+    for key in ("state_dict", "model"):  # many training programs wrap the state dict under such a key
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
