@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 import localgrad
+from helpers.networks import eventful_resnet
 from localgrad.commands.main import COMMANDS, main
 from localgrad.commands.parse import SHORT
-from localgrad.training import trainer
 
 SMALL = [
     "--train-limit",
@@ -130,27 +130,12 @@ def test_train_then_evaluate_then_resume(
     assert list(Path().iterdir()) == [Path("runs")]
 
 
-def test_an_interrupt_says_how_to_go_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(*arguments: object, **named: object) -> None:
-        raise KeyboardInterrupt("interrupted in epoch 1 after step 2; everything is saved")
-
-    monkeypatch.setattr(trainer, "train_epoch", interrupted)
-    run = tmp_path / "run"
-    assert main(["train", "digits-dgl", "--run-dir", str(run), "--quiet", *SMALL]) == 130
-    assert f"everything is saved; continue with `localgrad train {run} --resume`" in _error(capsys)
-
-
-def test_an_interrupt_before_anything_is_written(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(*arguments: object, **named: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(trainer, "build_run", interrupted)
-    assert main(["train", "digits-dgl", "--run-dir", str(tmp_path / "run"), *SMALL]) == 130
+def test_an_interrupt_before_anything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    network = eventful_resnet(tmp_path / "network.py", event="os.kill(os.getpid(), 2)")
+    flags = ["--run-dir", str(tmp_path / "run"), "--quiet", *SMALL, "--model.name", network]
+    assert main(["train", "digits-dgl", *flags]) == 130
     assert _error(capsys) == "localgrad: interrupted\n"
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -106,13 +106,12 @@ print("torch" in sys.modules, file=sys.stderr)
 
 def test_loading_is_said_after_a_second(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "torch", raising=False)
-    monkeypatch.setattr("localgrad.commands.parse.QUIET_SECONDS", 0.0)
     import time
 
-    with loading():
+    with loading(seconds=0.0):
         time.sleep(0.2)
     assert capsys.readouterr().err == "localgrad: loading PyTorch ...\n"
-    with loading(quiet=True):
+    with loading(quiet=True, seconds=0.0):
         time.sleep(0.05)
     assert capsys.readouterr().err == ""
 

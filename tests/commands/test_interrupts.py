@@ -32,15 +32,6 @@ def test_an_interrupt_while_loading_is_one_line(
     assert capsys.readouterr() == ("", "localgrad: interrupted\n")
 
 
-def test_an_interrupt_while_torch_is_loading_is_one_line(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("localgrad.commands.evaluate.loading", interrupted)
-    assert parse.QUIET_SECONDS > 0
-    assert main(["evaluate", "run"]) == 130
-    assert capsys.readouterr().err == "localgrad: interrupted\n"
-
-
 def heed() -> None:
     """Ctrl-C counts in a child, also of a suite in the background, where it is ignored."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -74,6 +65,7 @@ sys.exit(main())
         ("demo --run-dir {folder}/demo", "torch"),
         ("report {folder}", "matplotlib"),
         ("predict {folder} cat.jpg", "torch"),
+        ("evaluate {folder}", "torch"),
     ],
 )
 def test_ctrl_c_before_the_work_is_one_line_and_leaves_nothing(words: str, module: str, tmp_path: Path) -> None:

@@ -8,21 +8,21 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
-from helpers.runs import LOCAL, NORM_FREE, few, plain_model
+from helpers.runs import LOCAL, NORM_FREE, few
 from localgrad.config.checks import validate
 from localgrad.config.methods import with_defaults
 from localgrad.config.saved import from_dict, to_dict
 from localgrad.errors import LocalGradError
 from localgrad.runs.folder import RunFolder
-from localgrad.training import build, checkpoint
+from localgrad.training import checkpoint
+from localgrad.training.build import build_run
 from localgrad.training.run import Run
 
 many = settings(few, max_examples=60)
@@ -51,8 +51,7 @@ def home() -> RunFolder:
 @cache
 def run() -> Run:
     """A run whose objects checkpoints are loaded into, with one step's worth of optimizer state."""
-    with patch.object(build, "build_model", lambda config, num_classes: plain_model(nn.Identity())):
-        made = build.build_run(with_defaults(NORM_FREE))
+    made = build_run(with_defaults(NORM_FREE))
     for optimizer in made.optimizers:
         for group in optimizer.param_groups:
             for parameter in group["params"]:

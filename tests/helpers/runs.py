@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from hypothesis import HealthCheck, Phase, settings
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from localgrad.config.schema import ModelConfig, MomentumConfig, ObjectiveConfig, OptimConfig, TrainConfig
 from localgrad.data import config as data
@@ -30,6 +30,7 @@ BLOCKS = replace(LOCAL, devices=2, parallel="blocks", checkpoint_every=3)
 
 NORM_FREE = replace(
     LOCAL,
+    model=ModelConfig("helpers.networks:plain"),
     data=replace(LOCAL.data, train_limit=55),
     cuts=("0",),
     objective=ObjectiveConfig(name="classifier"),
@@ -60,16 +61,6 @@ def assert_same_run(one: Path, other: Path) -> None:
     for part in ("auxiliary", "optimizers"):
         torch.testing.assert_close(first[part], second[part], rtol=0, atol=0)
     assert reproducible(one) == reproducible(other)
-
-
-def plain_model(extra: nn.Module) -> nn.Sequential:
-    """A network without BatchNorm."""
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, stride=2),
-        nn.Sequential(nn.ReLU(), nn.Conv2d(8, 8, 3), extra),
-        nn.Flatten(),
-        nn.Linear(8, 10),
-    )
 
 
 def everything(run: Run) -> dict[str, Tensor]:

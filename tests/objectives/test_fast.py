@@ -31,6 +31,17 @@ def close(found: Any, expected: Any, parts: list[Tensor], atol: float = 2e-4) ->
         torch.testing.assert_close(given, wanted, atol=atol, rtol=1e-4)
 
 
+def graph(result: Tensor) -> set[str]:
+    """Names of the operations that a tensor was computed by."""
+    left, found = [result.grad_fn], set[str]()
+    while left:
+        node = left.pop()
+        if node is not None:
+            found.add(node.name())
+            left += [before for before, _ in node.next_functions]
+    return found
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_a_convolution_after_upsampling_is_the_same_before_it(channels_last: bool) -> None:
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -79,9 +90,7 @@ def test_the_deviation_over_space_is_the_unbiased_one() -> None:
 
 
 @pytest.mark.parametrize("name", ["predsim", "infopro", "infopro of a small map"])
-def test_an_objective_is_its_definition_where_no_fast_form_is_chosen(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_objective_is_its_definition_where_no_fast_form_is_chosen(name: str) -> None:
     """As on an accelerator: the same loss and gradients."""
     size = 4 if name.endswith("map") else 16
     site = Site(torch.Size((6, 48, size, size)), 1, torch.Size((6, 3, 16, 16)), 0, 3)
@@ -91,19 +100,17 @@ def test_an_objective_is_its_definition_where_no_fast_form_is_chosen(
     targets = torch.arange(6) % 5
     parts = [features, *(p for p in objective.parameters() if p.requires_grad)]
     found = objective(features, targets, inputs)
-    monkeypatch.setattr(fast, "is_on_processor", lambda tensor: False)
-    close(found, objective(features, targets, inputs), parts, atol=1e-5)
-
-
-def test_similarity_asks_where_its_tensors_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[torch.device] = []
-    monkeypatch.setattr(fast, "is_on_processor", lambda tensor: asked.append(tensor.device) or False)
-    similarity_matrix(noise(4, 6, 3, 3))
-    assert asked == [torch.device("cpu")]
+    with fast.simulated_device("cuda"):
+        expected = objective(features, targets, inputs)
+    close(found, expected, parts, atol=1e-5)
 
 
 def test_what_stands_for_a_gpu_takes_the_formulas() -> None:
     tensor = torch.zeros(1)
+    features = noise(4, 6, 3, 3).requires_grad_()
+    with fast.simulated_device("cuda"):
+        formula = graph(similarity_matrix(features))
+    assert "StdBackward0" in formula and "StdBackward0" not in graph(similarity_matrix(features))
     assert fast.is_on_processor(tensor)
     with fast.simulated_device("cuda"):
         assert not fast.is_on_processor(tensor)

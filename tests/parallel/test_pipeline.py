@@ -443,10 +443,13 @@ def test_shares_are_cut_into_as_many_parts(tmp_path: Path) -> None:
     assert (tmp_path / "two" / "result.json").exists()
 
 
-def test_a_run_that_failed_before_its_first_checkpoint_is_started_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(trainer, "restarted", lambda: True)
+def _fit_restarted(run_dir: Path) -> None:
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
+    fit(LOCAL, run_dir, quiet=True)
+
+
+@pytest.mark.ranks
+def test_a_run_that_failed_before_its_first_checkpoint_is_started_again(tmp_path: Path) -> None:
     RunFolder(tmp_path).start(with_defaults(LOCAL), 0)
-    fit(LOCAL, tmp_path, quiet=True)
+    run_ranks(_fit_restarted, 1, tmp_path)
     assert (tmp_path / "result.json").exists()

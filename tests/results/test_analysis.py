@@ -421,9 +421,9 @@ def test_other_images_have_the_same_classes_in_the_same_order(run: Path, tmp_pat
 
 
 def test_what_cannot_be_done_is_said_before_anything_is_trained(
-    run: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Path, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(study, "probe", lambda *_, **__: pytest.fail("probes were trained"))
+    """Else what the probes found would be there."""
     (tmp_path / "file").touch()
     for arguments, message in (
         ((tmp_path / "missing",), "missing is no run folder"),
@@ -431,8 +431,10 @@ def test_what_cannot_be_done_is_said_before_anything_is_trained(
         (("--output", tmp_path / "file"), "file cannot be made"),
         ((other, "--test-limit", 3), "CKA on batches of 3 image(s)"),
     ):
-        assert main(["analyse", str(run), *map(str, arguments), "--accelerator", "cpu"]) == 2
+        output = ["--output", str(tmp_path / "out")] if "--output" not in arguments else []
+        assert main(["analyse", str(run), *map(str, arguments), *output, "--accelerator", "cpu"]) == 2
         assert message in capsys.readouterr().err
+        assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_two_networks_of_one_name_have_two_files(run: Path, other: Path, tmp_path: Path) -> None:
@@ -445,12 +447,13 @@ def test_two_networks_of_one_name_have_two_files(run: Path, other: Path, tmp_pat
     assert sorted(each["runs"][1]["num_blocks"] for each in found) == [1, 3]
 
 
-def test_networks_of_other_units_have_no_mean(run: Path, other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_networks_of_other_units_have_no_mean(run: Path, other: Path) -> None:
     ours, theirs = (load_trained(each, accelerator="cpu") for each in (run, other))
     assert study.study_cka(ours, theirs, batch_size=20).mean_diagonal is not None
-    renamed = [replace(unit, name=f"x{unit.name}") for unit in units_of(theirs)]
-    monkeypatch.setattr(study, "units_of", lambda trained: renamed if trained is theirs else units_of(ours))
-    assert study.study_cka(ours, theirs, batch_size=20).mean_diagonal is None
+    cuts = tuple(f"0.{name}" for name in theirs.cuts)
+    renamed = replace(theirs, model=nn.Sequential(theirs.model), config=replace(theirs.config, cuts=cuts))
+    assert len(units_of(renamed)) == len(units_of(ours))
+    assert study.study_cka(ours, renamed, batch_size=20).mean_diagonal is None
 
 
 @pytest.mark.parametrize("method", ["pca", "tsne"])

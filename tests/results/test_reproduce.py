@@ -126,7 +126,6 @@ def test_a_table_from_an_interrupt_to_the_end(
     output = tmp_path / "table"
     e2e, dgl = _cells(output, rows=("digits-e2e", "digits-dgl"))
     command = ["reproduce", "digits", *FLAGS.split(), "--output", str(output), "--rows", "digits-dgl"]
-    monkeypatch.setattr(reproduce, "POLL_SECONDS", 0.01)
     watch = _interrupt_when(lambda: dgl.run.metrics.exists() and dgl.run.metrics.read_text().count("\n") >= 1)
     assert main(command) == 130
     watch.join()
@@ -483,7 +482,7 @@ def test_images_that_cannot_be_had_are_said_once_before_any_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(reproduce, "_start", pytest.fail)
+    monkeypatch.setattr(subprocess, "Popen", pytest.fail)
     cells = plan_cells("first", seeds=(0,), changes={"data.source": "owner/absent"}, output=tmp_path)
     with pytest.raises(LocalGradError, match=r"^--data owner/absent: no such folder here, not in the cache"):
         run_cells(cells)
@@ -512,17 +511,13 @@ def _folder(path: Path, first: int) -> Path:
 
 def test_other_images_are_noticed_before_a_run_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No run of the table is finished; the first row was started, on images that have changed since."""
-    started: list[str] = []
-
-    def start(cell: Cell, *_: Any) -> Any:
-        started.append(cell.name)
-        cell.run.path.mkdir(parents=True, exist_ok=True)
-        write_json(cell.run.path / "config.json", to_dict(cell.config))
-        raise InterruptedRun("interrupted", signal.SIGINT)
-
-    monkeypatch.setattr(reproduce, "_start", start)
+    started = tmp_path / "started"
+    begin = f'echo $4 >> {started}; for folder; do :; done; mkdir -p "$folder"; cp {tmp_path}/$4 "$folder/config.json"'
+    _program(monkeypatch, tmp_path / "program", f"{begin}; kill -TERM {os.getpid()}; exec sleep 30")
     data = {"data.source": str(_folder(tmp_path / "images", 0)), "data.test_fraction": 0.2, "data.image_size": 8}
     cells = _cells(tmp_path / "table", **data, **{"data.train_limit": 8, "data.test_limit": 2})
+    for cell in cells:
+        write_json(tmp_path / cell.config.name, to_dict(cell.config))
     for _ in range(2):  # the same images may be read as often as one likes
         with pytest.raises(InterruptedRun):
             run_cells(cells)
@@ -530,7 +525,7 @@ def test_other_images_are_noticed_before_a_run_begins(tmp_path: Path, monkeypatc
     _folder(tmp_path / "images", 50)
     with pytest.raises(LocalGradError) as error:
         run_cells(cells)
-    assert started == ["digits-e2e-seed0"] * 2
+    assert started.read_text().split() == ["digits-e2e"] * 2
     assert "was begun with other images than those of --data" in str(error.value)
     assert "but others or in another order" in str(error.value)
     assert str(error.value).count("\n") == 2
@@ -542,7 +537,7 @@ def test_other_images_are_noticed_before_a_run_begins(tmp_path: Path, monkeypatc
 
 
 def test_a_damaged_file_of_the_tables_images_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reproduce, "_start", pytest.fail)
+    monkeypatch.setattr(subprocess, "Popen", pytest.fail)
     cells = _cells(tmp_path, **{"data.source": str(_folder(tmp_path / "images", 0)), "data.test_fraction": 0.2})
     cells[0].run.path.mkdir(parents=True)
     write_json(cells[0].run.path / "config.json", to_dict(cells[0].config))

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers.networks import eventful_resnet
 from localgrad.commands.main import main
 from localgrad.config.methods import with_defaults
 from localgrad.config.saved import to_dict
@@ -84,13 +85,11 @@ def test_a_ratio_is_that_of_the_same_round() -> None:
     assert timing.ratio([2.0, 30.0, 4.0], [1.0, 10.0, 4.0]) == 2.0
 
 
-def test_a_timed_step_is_one_of_the_trainer_and_moves_no_trained_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes, original = [], timing.train_step
-    monkeypatch.setattr(
-        timing, "train_step", lambda run, *batch: (sizes.append(len(batch[0])), original(run, *batch))[1]
-    )
+def test_a_timed_step_is_one_of_the_trainer_and_moves_no_trained_weight() -> None:
+    sizes: list[int] = []
     with ExitStack() as held:
         step, run = timed_step(replace(MAN, data=replace(MAN.data, train_limit=10)), held)
+        run.model.get_submodule("conv1").register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
         before = {name: value.clone() for name, value in run.model.named_parameters()}
         losses = [step() for _ in range(5)]
     assert sizes == [4] * 5  # of ten images, two in a batch that is left out
@@ -151,15 +150,15 @@ def test_time_measures_each_kind_of_step_once_and_says_what_it_leaves_out(
     assert said.out.startswith(f"Digits, ResNet-8, batch size 4, median of 3 rounds, on {found['device']}\n")
 
 
-def test_rows_of_several_networks_and_batches_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_several_networks_and_batches_are_told_apart(tmp_path: Path) -> None:
     deeper = replace(END_TO_END, model=ModelConfig(depth=14))
     _finished(tmp_path / "shallow.json", END_TO_END)
     _finished(tmp_path / "deep.json", deeper)
     _finished(tmp_path / "large.json", replace(deeper, optim=replace(deeper.optim, batch_size=8)))
-    monkeypatch.setattr(timing, "timed_step", lambda config, held: (lambda: None, _Made(config)))
     _finished(tmp_path / "adam.json", replace(deeper, optim=replace(deeper.optim, name="adamw", nesterov=False)))
-    monkeypatch.setattr(timing, "_compare_devices", lambda *given: None)
-    found = timing.time_results(tmp_path, rounds=1, warn=pytest.fail)
+    said: list[str] = []
+    found = timing.time_results(tmp_path, rounds=1, accelerator="cpu", warn=said.append)
+    assert [text.partition(" on ")[0] for text in said] == ["timed"]
     assert [row.row for row in found.rows] == [
         "Digits, ResNet-14, End-to-end (checkpointed), data.image_size 8, optim.name adamw, optim.nesterov False, "
         "batch size 4",
@@ -168,15 +167,6 @@ def test_rows_of_several_networks_and_batches_are_told_apart(tmp_path: Path, mon
         "Digits, ResNet-8, End-to-end (checkpointed), batch size 4",
     ]
     assert found.settings == {"network": None, "batch_size": None, "rounds": 1}
-
-
-class _Made:
-    """As much of a run as is read after its steps were measured."""
-
-    def __init__(self, config: TrainConfig) -> None:
-        self.config, self.blocks = config, [None]
-        self.train = type("Images", (), {"num_classes": 10, "fingerprint": None})
-        self.fabric = type("Fabric", (), {"device": torch.device("cpu")})
 
 
 @pytest.mark.parametrize(
@@ -265,15 +255,14 @@ def test_images_that_a_run_streams_are_in_memory_before_they_are_timed(tmp_path:
 
 
 def test_networks_that_do_not_fit_together_are_said_in_a_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(config: TrainConfig, held: ExitStack) -> Any:
-        raise torch.OutOfMemoryError("tried to allocate 2 GiB")
-
-    monkeypatch.setattr(timing, "timed_step", full)
-    _finished(tmp_path / "whole.json", END_TO_END)
-    assert main(["time", str(tmp_path)]) == 2
-    assert "do not fit into the memory together (tried to allocate 2 GiB)" in capsys.readouterr().err
+    full = "raise torch.OutOfMemoryError('tried to allocate 2 GiB')"
+    network = eventful_resnet(tmp_path / "network.py", step=1, event=full)
+    _finished(tmp_path / "whole.json", replace(END_TO_END, model=ModelConfig(network)))
+    assert main(["time", str(tmp_path), "--accelerator", "cpu"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "do not fit into the memory together (" in said and "tried to allocate 2 GiB" in said
 
 
 def test_images_that_are_not_those_of_the_run_are_refused() -> None:

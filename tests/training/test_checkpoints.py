@@ -9,7 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,18 +20,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.networks import eventful_resnet
 from helpers.runs import LOCAL, assert_same_run, read_metrics
 from helpers.training import eventful, interrupt
 from localgrad.commands.main import main
 from localgrad.config.methods import with_defaults
+from localgrad.config.schema import ModelConfig
 from localgrad.data.loading import load_images
 from localgrad.errors import LocalGradError
 from localgrad.results import evaluation
-from localgrad.runs import folder as runs
 from localgrad.runs.files import atomic_write, versions
 from localgrad.runs.folder import RunFolder
-from localgrad.training import trainer
-from localgrad.training.run import Run
 from localgrad.training.trainer import fit
 
 CONFIG = replace(LOCAL, checkpoint_every=3)  # 8 steps in 2 epochs; checkpoints after steps 3, 4, 6 and 8
@@ -275,27 +276,13 @@ def test_local_heads_are_not_taken_from_an_earlier_checkpoint(straight: Path, tm
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_a_signal_saves_and_leaves_with_its_code(
-    straight: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    name: str,
-    code: int,
+    straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, code: int
 ) -> None:
-    run_dir = tmp_path / "run"
-    RunFolder(run_dir).start(with_defaults(CONFIG), lines=0)
+    run_dir, network = tmp_path / "run", tmp_path / "network.py"
+    model = eventful_resnet(network, step=2, event=f"os.kill(os.getpid(), {getattr(signal, name):d})")
+    RunFolder(run_dir).start(with_defaults(replace(CONFIG, model=ModelConfig(model))), lines=0)
     arguments = ["train", str(run_dir), "--resume", "--quiet"]
-    with monkeypatch.context() as patch:
-        read = trainer.epoch_batches
-
-        def signalled(run: Run, *arguments: Any) -> Iterator[tuple[Tensor, ...]]:
-            for number, batch in enumerate(read(run, *arguments), start=1):
-                if number == 2:
-                    os.kill(os.getpid(), getattr(signal, name))
-                yield batch
-
-        patch.setattr(trainer, "epoch_batches", signalled)
-        assert main(arguments) == code
+    assert main(arguments) == code
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err == (
@@ -303,6 +290,7 @@ def test_a_signal_saves_and_leaves_with_its_code(
         f"continue with `localgrad train {run_dir} --resume`\n"
     )
     assert torch.load(run_dir / "checkpoint.pt")["state"]["step"] == 2
+    eventful_resnet(network)
     assert main(arguments) == 0
     assert_same_run(straight, run_dir)
 
@@ -448,22 +436,40 @@ def _holder(run_dir: Path) -> "subprocess.Popen[str]":
     return subprocess.Popen([sys.executable, "-S", "-c", HOLD, str(run_dir / ".lock")], text=True, **pipes)
 
 
-def test_a_folder_where_another_process_trains_is_refused_until_that_ends(
-    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run_dir = tmp_path / "run"
-    with pytest.raises(KeyboardInterrupt):
-        fit(CONFIG, run_dir, quiet=True, images=eventful(CONFIG, {4: interrupt}))
-    with _holder(run_dir) as other:
+def test_a_folder_where_another_process_trains_is_refused_until_that_ends(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    with folder.locked(seconds=0.0):
+        pass
+    with _holder(folder.path) as other:
         assert other.stdout is not None
-        assert other.stdout.readline() == "got it\n", "the interrupted run has left the folder free"
-        before = {path.name: path.read_bytes() for path in run_dir.iterdir()}
-        monkeypatch.setattr(runs, "LOCK_SECONDS", 0.3)
-        with pytest.raises(LocalGradError, match=r"another process is training in .*run; wait for it, or give another"):
-            fit(CONFIG, run_dir, resume=True, quiet=True)
-        assert {path.name: path.read_bytes() for path in run_dir.iterdir()} == before
+        assert other.stdout.readline() == "got it\n", "it was left free"
+        with (
+            pytest.raises(LocalGradError, match=r"another process is training in .*run; wait for it, or give another"),
+            folder.locked(seconds=0.3),
+        ):
+            pytest.fail("two processes have it")
         other.kill()
-    fit(CONFIG, run_dir, resume=True, quiet=True)
+    with folder.locked(seconds=5.0):
+        pass
+
+
+def test_a_run_waits_for_another_process_and_goes_on_from_what_that_has_saved(straight: Path, tmp_path: Path) -> None:
+    run_dir, later = tmp_path / "run", tmp_path / "later"
+    for path, step in ((run_dir, 3), (later, 7)):
+        with pytest.raises(KeyboardInterrupt):
+            fit(CONFIG, path, quiet=True, images=eventful(CONFIG, {step: interrupt}))
+    before, steps = {path.name: path.read_bytes() for path in run_dir.iterdir()}, list[int]()
+    read = {step: lambda inputs, step=step: steps.append(step) for step in range(1, 9)}
+    with _holder(run_dir) as other, ThreadPoolExecutor() as pool:
+        assert other.stdout is not None and other.stdout.readline() == "got it\n"
+        waiting = pool.submit(fit, CONFIG, run_dir, resume=True, quiet=True, images=eventful(CONFIG, read))
+        time.sleep(1.0)
+        assert not waiting.done()
+        assert {path.name: path.read_bytes() for path in run_dir.iterdir()} == before, "nothing is written meanwhile"
+        shutil.copytree(later, run_dir, dirs_exist_ok=True)
+        other.kill()
+        waiting.result()
+    assert steps == [8]
     assert_same_run(straight, run_dir)
 
 
@@ -479,39 +485,15 @@ def test_a_run_keeps_its_folder_until_it_ends(tmp_path: Path) -> None:
     assert answers[-1] == ""
 
 
-def test_a_run_that_another_one_has_begun_meanwhile_is_not_started(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_another_one_has_begun_meanwhile_is_not_started(tmp_path: Path) -> None:
+    """Begun while the network is made: after the folder was looked at, before it is locked."""
     run_dir = tmp_path / "run"
-    build = trainer.build_run
-
-    def meanwhile(*arguments: Any, **options: Any) -> Any:
-        RunFolder(run_dir).start(with_defaults(CONFIG), lines=0)
-        return build(*arguments, **options)
-
-    monkeypatch.setattr(trainer, "build_run", meanwhile)
+    begin = f"import shutil; shutil.copytree({str(tmp_path / 'begun')!r}, {str(run_dir)!r})"
+    config = replace(CONFIG, model=ModelConfig(eventful_resnet(tmp_path / "network.py", event=begin)))
+    RunFolder(tmp_path / "begun").start(with_defaults(config), lines=0)
     with pytest.raises(LocalGradError, match=re.escape(str(run_dir))):
-        fit(CONFIG, run_dir, quiet=True)
-
-
-def test_what_another_process_has_saved_meanwhile_is_gone_on_from(
-    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run_dir, later = tmp_path / "run", tmp_path / "later"
-    for path, step in ((run_dir, 3), (later, 7)):
-        with pytest.raises(KeyboardInterrupt):
-            fit(CONFIG, path, quiet=True, images=eventful(CONFIG, {step: interrupt}))
-    locked, steps = RunFolder.locked, list[int]()
-
-    def after_the_other(folder: RunFolder) -> Any:
-        shutil.copytree(later, run_dir, dirs_exist_ok=True)
-        return locked(folder)
-
-    monkeypatch.setattr(RunFolder, "locked", after_the_other)
-    read = {step: lambda inputs, step=step: steps.append(step) for step in range(1, 9)}
-    fit(CONFIG, run_dir, resume=True, quiet=True, images=eventful(CONFIG, read))
-    assert steps == [8]
-    assert_same_run(straight, run_dir)
+        fit(config, run_dir, quiet=True)
+    assert {path.name for path in run_dir.iterdir()} == {"config.json", "metrics.jsonl", ".lock"}
 
 
 # The state in a checkpoint

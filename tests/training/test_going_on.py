@@ -2,7 +2,8 @@
 
 import io
 import json
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,20 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from helpers.networks import eventful_resnet
 from localgrad.commands.main import main
-from localgrad.config.schema import TrainConfig
+from localgrad.config.methods import with_defaults
+from localgrad.config.schema import ModelConfig, TrainConfig
+from localgrad.data.loading import load_images
+from localgrad.data.sets import Images, ImageSet
 from localgrad.recipes import recipe
 from localgrad.runs.folder import RunFolder
 from localgrad.runs.load import load_run
-from localgrad.training import outlook, tensorboard, trainer
+from localgrad.training import tensorboard
+from localgrad.training.build import build_run
 from localgrad.training.outlook import crowded, duration, prediction
 from localgrad.training.progress import Display
-from localgrad.training.trainer import fit
+from localgrad.training.trainer import fit, train
 
 torch.set_num_threads(1)
 
@@ -40,23 +46,29 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-@pytest.fixture
-def errors(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Test errors of the epochs, in order; what is measured does not matter."""
-    planned: list[float] = []
+@dataclass(frozen=True, eq=False)
+class PlannedErrors(Images):
+    """Twenty images on which a network has these errors in percent, evaluation by evaluation.
 
-    def next_error(*_: Any, **__: Any) -> tuple[float, None]:
-        return planned.pop(0), None
+    It gives NaN for NaN, and the largest of scores that are NaN is that of class 0.
+    """
 
-    monkeypatch.setattr(trainer, "error_rates", next_error)
-    return planned
+    errors: list[float]
+
+    def batches(self, batch_size: int, **order: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        wrong = self.errors.pop(0) * 20 / 100
+        yield torch.full((20, 3, 8, 8), torch.nan), (torch.arange(20) < wrong).long()
 
 
-def test_the_weights_of_the_best_epoch_are_kept(tmp_path: Path, errors: list[float]) -> None:
-    errors += [50.0]
+def planned(config: TrainConfig, *errors: float) -> tuple[ImageSet, PlannedErrors]:
+    train, test = load_images(config.data)
+    return train, PlannedErrors(**vars(test), errors=[*errors])
+
+
+def test_the_weights_of_the_best_epoch_are_kept(tmp_path: Path) -> None:
     fit(small(1), tmp_path / "one", quiet=True)
-    errors += [50.0, 60.0, 55.0]
-    result = fit(small(3, keep_best=True), tmp_path / "three", quiet=True)
+    config = small(3, keep_best=True)
+    result = fit(config, tmp_path / "three", quiet=True, images=planned(config, 50.0, 60.0, 55.0))
     assert (result.best_epoch, result.best_test_error, result.chosen_on) == (1, 50.0, "test")
     best, last = weights(tmp_path / "three" / "best.safetensors"), weights(tmp_path / "three" / "model.safetensors")
     assert not same(best, last)
@@ -65,22 +77,23 @@ def test_the_weights_of_the_best_epoch_are_kept(tmp_path: Path, errors: list[flo
     assert not (tmp_path / "one" / "best.safetensors").exists()
 
 
-def test_the_best_epoch_is_chosen_on_the_validation_images(tmp_path: Path, errors: list[float]) -> None:
+def test_the_best_epoch_is_chosen_on_the_validation_images(tmp_path: Path) -> None:
     config = small(3, keep_best=True)
-    config = replace(config, data=replace(config.data, validation_split="train"))
-    errors += [10.0, 70.0, 20.0, 40.0, 30.0, 60.0]  # test and validation, epoch by epoch
-    result = fit(config, tmp_path / "run", quiet=True)
+    config = with_defaults(replace(config, data=replace(config.data, validation_split="train")))
+    run = build_run(config, planned(config, 10.0, 20.0, 30.0))
+    assert run.validation is not None
+    _, run.validation = planned(config, 70.0, 40.0, 60.0)
+    result = train(run, RunFolder(tmp_path / "run"), quiet=True)
     assert (result.best_epoch, result.best_test_error, result.chosen_on) == (2, 20.0, "validation")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["validation_error"] for line in lines] == [70.0, 40.0, 60.0]
 
 
-def test_patience_stops_and_says_on_what(
-    tmp_path: Path, errors: list[float], capsys: pytest.CaptureFixture[str]
-) -> None:
-    errors += [50.0, 40.0, 45.0, 40.0, 30.0]
-    result = fit(small(5, patience=2), tmp_path / "run")
-    assert errors == [30.0] and (result.best_epoch, result.test_error) == (2, 40.0)
+def test_patience_stops_and_says_on_what(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = small(5, patience=2)
+    images = planned(config, 50.0, 40.0, 45.0, 40.0, 30.0)
+    result = fit(config, tmp_path / "run", images=images)
+    assert images[1].errors == [30.0] and (result.best_epoch, result.test_error) == (2, 40.0)
     said = capsys.readouterr().err
     assert "stopped after epoch 4: the error on the test images has not become smaller since epoch 2" in said
     assert RunFolder(tmp_path / "run").is_finished
@@ -102,15 +115,10 @@ def test_a_finished_run_goes_on_with_more_epochs(tmp_path: Path, capsys: pytest.
     assert "holds a different run (saved -> asked for: optim.lr: 0.1 -> 0.5)" in capsys.readouterr().err
 
 
-def test_a_hint_is_a_command_that_can_be_pasted(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
-    run = tmp_path / "it's mine"
-    fit(small(1), run, quiet=True)
-    monkeypatch.setattr(trainer, "fit", interrupted)
+def test_a_hint_is_a_command_that_can_be_pasted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, network = tmp_path / "it's mine", tmp_path / "network.py"
+    fit(replace(small(1), model=ModelConfig(eventful_resnet(network))), run, quiet=True)
+    eventful_resnet(network, event="os.kill(os.getpid(), 2)")
     assert main(["train", str(run), "--resume", "--epochs", "2", "--quiet"]) == 130
     quoted = "'" + str(run).replace("'", "'\"'\"'") + "'"
     assert f"continue with `localgrad train {quoted} --resume`" in capsys.readouterr().err
@@ -132,15 +140,14 @@ def test_the_time_of_a_run_is_predicted_and_a_shorter_one_proposed() -> None:
     assert [duration(seconds) for seconds in (3, 89, 91, 5000, 9000)] == ["3 s", "89 s", "2 min", "83 min", "2.5 h"]
 
 
-def test_a_run_says_what_it_does_and_how_long_it_will_take(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(outlook, "WORTH_SAYING", 0.0)
-    fit(small(4), tmp_path / "run")
+def test_a_run_says_what_it_does_and_how_long_it_will_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(small(100_000, patience=1), tmp_path / "long")
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "reading the images of digits"
     assert "building and cutting cifar_resnet for 10 classes" in lines
     assert sum("to the end, at" in line for line in lines) == 1
+    fit(small(3), tmp_path / "short")
+    assert "to the end" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("terminal", [True, False])

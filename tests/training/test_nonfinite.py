@@ -1,7 +1,6 @@
 """What is not finite stops a run before any weight changes, or costs one batch; what does not fit says what would."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from helpers.networks import eventful_resnet
 from helpers.runs import (
     LOCAL,
     assert_same_run,
@@ -31,13 +31,12 @@ from localgrad.data.sets import ImageSet
 from localgrad.errors import LocalGradError
 from localgrad.models import cifar_resnet
 from localgrad.runs.folder import RunFolder
-from localgrad.training import trainer
 from localgrad.training.build import build_run
 from localgrad.training.memory_advice import memory_advice
 from localgrad.training.nonfinite import gradient_norms
 from localgrad.training.run import Run
 from localgrad.training.step import train_step
-from localgrad.training.trainer import epoch_batches, fit
+from localgrad.training.trainer import epoch_batches, fit, train
 
 SKIP = replace(LOCAL, on_nonfinite="skip", max_skips=2)  # 4 batches an epoch, 2 epochs
 
@@ -175,7 +174,7 @@ def test_a_run_out_of_memory_says_what_plan_would_do(tmp_path: Path) -> None:
     run = build_run(config)
     _greedy(run)
     with pytest.raises(LocalGradError, match=message) as raised:
-        trainer.train(run, RunFolder(tmp_path), quiet=True)
+        train(run, RunFolder(tmp_path), quiet=True)
     assert "\n" not in str(raised.value)
 
 
@@ -214,18 +213,12 @@ def test_a_network_that_cannot_be_made_without_values_gets_advice_too() -> None:
     assert _cuts_of(advice)
 
 
-def test_on_the_command_line_it_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    original: Callable[..., Any] = trainer.train_step
-
-    def failing(run: Run, inputs: Tensor, targets: Tensor) -> Tensor | None:
-        _greedy(run)
-        return original(run, inputs, targets)
-
-    monkeypatch.setattr(trainer, "train_step", failing)
+def test_on_the_command_line_it_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    full = "raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')"
+    network = eventful_resnet(tmp_path / "network.py", step=2, event=full, unit="layer3[0].conv1")
     small = "--data.image-size 8 --data.padding 1 --data.train-limit 40 --data.test-limit 20 --optim.batch-size 20"
-    assert main(["train", "digits-dgl", "--run-dir", str(tmp_path / "run"), "--quiet", *small.split()]) == 2
+    flags = ["--model.name", network, "--cuts", "layer2.0", "--momentum.name", "none", *small.split()]
+    assert main(["train", "digits-dgl", "--run-dir", str(tmp_path / "run"), "--quiet", *flags]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("localgrad: block 2 of ")
+    assert said.startswith("localgrad: block 2 of 2 ")
     assert said.count("\n") == 1

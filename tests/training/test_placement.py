@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from helpers.processes import run_ranks
-from helpers.runs import LOCAL, NORM_FREE, plain_model, weights
+from helpers.runs import LOCAL, NORM_FREE, weights
 from helpers.training import eventful
 from localgrad.config.schema import TrainConfig
 from localgrad.parallel.shards import unsharded
-from localgrad.training import build, placement
+from localgrad.training import placement
 from localgrad.training.build import build_run
 from localgrad.training.placement import BlockParallel, DataParallel, OneDevice, Sharded
 from localgrad.training.step import train_step
@@ -65,7 +64,6 @@ def test_weights_are_shards_again_after_an_error() -> None:
 
 
 def _fit_without_norms(config: TrainConfig, run_dir: Path) -> None:
-    build.build_model = lambda config, num_classes: plain_model(nn.Identity())
     fit(config, run_dir, quiet=True, images=eventful(config, {}))
 
 

@@ -18,16 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from helpers.runs import LOCAL, NORM_FREE, assert_same_run, plain_model, read_metrics, weights
+from helpers.runs import LOCAL, NORM_FREE, assert_same_run, read_metrics, weights
 from helpers.training import CrashError, crash, eventful, interrupt, terminate
-from localgrad.config.schema import MomentumConfig, ObjectiveConfig
+from localgrad.config.schema import ModelConfig, MomentumConfig, ObjectiveConfig, TrainConfig
 from localgrad.data.loading import load_images
 from localgrad.errors import LocalGradError
 from localgrad.models import cifar_resnet
 from localgrad.planning.measure import measure_peak
 from localgrad.results import evaluation
-from localgrad.runs.folder import RunFolder
-from localgrad.training import build, devices, step, trainer
+from localgrad.training import devices, trainer
 from localgrad.training.build import build_run
 from localgrad.training.devices import make_fabric, resolve_precision
 from localgrad.training.error_rates import error_rates
@@ -168,25 +167,25 @@ def test_a_crashed_run_resumes_from_its_last_checkpoint(tmp_path: Path, checkpoi
     assert_same_run(tmp_path / "straight", tmp_path / "run")
 
 
-def test_a_crash_between_metrics_and_checkpoint_repeats_no_line(
-    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "save_checkpoint", lambda self, *arguments: crash())
-        with pytest.raises(CrashError):
-            fit(LOCAL, tmp_path, quiet=True)
-    assert len(read_metrics(tmp_path)) == 1
+def test_a_failure_between_metrics_and_checkpoint_repeats_no_line(straight: Path, tmp_path: Path) -> None:
+    """A folder in the place of the checkpoint's temporary file stands for a disk that fails there."""
+    obstacle = tmp_path / f".checkpoint.pt.{os.getpid()}.tmp"
+    images = eventful(LOCAL, {}, evaluation={1: lambda inputs: obstacle.mkdir()})
+    with pytest.raises(LocalGradError, match=r"checkpoint\.pt"):
+        fit(LOCAL, tmp_path, quiet=True, images=images)
+    assert len(read_metrics(tmp_path)) == 1 and not (tmp_path / "checkpoint.pt").exists()
+    obstacle.rmdir()
     fit(LOCAL, tmp_path, resume=True, quiet=True)
     assert_same_run(straight, tmp_path)
 
 
-def test_a_crash_after_the_last_epoch_loses_only_the_result(
-    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "save_model", lambda self, *_: crash())
-        with pytest.raises(CrashError):
-            fit(LOCAL, tmp_path, quiet=True)
+def test_a_failure_after_the_last_epoch_loses_only_the_result(straight: Path, tmp_path: Path) -> None:
+    obstacle = tmp_path / "model.safetensors"
+    images = eventful(LOCAL, {8: lambda inputs: obstacle.mkdir()})
+    with pytest.raises(LocalGradError, match=obstacle.name):
+        fit(LOCAL, tmp_path, quiet=True, images=images)
+    assert not (tmp_path / "result.json").exists()
+    obstacle.rmdir()
     result = fit(LOCAL, tmp_path, resume=True, quiet=True)
     assert result.test_error == read_metrics(straight)[-1]["test_error"]
     assert_same_run(straight, tmp_path)
@@ -212,9 +211,8 @@ def test_a_second_interrupt_acts_at_once(tmp_path: Path) -> None:
         fit(LOCAL, tmp_path, quiet=True, images=eventful(LOCAL, {2: twice}))
 
 
-def test_dropout_draws_the_same_after_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "build_model", lambda config, num_classes: plain_model(nn.Dropout(0.5)))
-    config = replace(END_TO_END, channels_last=False)
+def test_dropout_draws_the_same_after_a_resume(tmp_path: Path) -> None:
+    config = replace(END_TO_END, model=ModelConfig("helpers.networks:with_dropout"), channels_last=False)
     fit(config, tmp_path / "straight", quiet=True)
     with pytest.raises(KeyboardInterrupt):
         fit(config, tmp_path / "run", quiet=True, images=eventful(config, {3: terminate}))
@@ -258,27 +256,29 @@ def test_a_checkpoint_of_another_model_or_version(
 # One step
 
 
-def test_accumulated_parts_give_the_gradients_of_the_whole_batch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(build, "build_model", lambda config, num_classes: plain_model(nn.Identity()))
-    gradients = []
-    monkeypatch.setattr(step, "apply_updates", lambda blocks, optimizers: None)
-    for accumulate in (1, 3):
-        run = build_run(replace(NORM_FREE, optim=replace(LOCAL.optim, accumulate=accumulate)))
-        inputs, targets = next(iter(epoch_batches(run)))
-        losses = train_step(run, inputs, targets)
-        gradients.append([losses, *(p.grad for block in run.blocks for p in block.trainable_parameters())])
-    torch.testing.assert_close(gradients[0], gradients[1])
+def _stepped(config: TrainConfig) -> tuple[Tensor, list[list[Tensor]]]:
+    """Losses of the first step, and the gradients that each block's optimizer steps with."""
+    run, gradients = build_run(config), list[list[Tensor]]()
+
+    def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        gradients.append([p.grad.clone() for group in optimizer.param_groups for p in group["params"]])
+
+    for optimizer in run.optimizers:
+        optimizer.register_step_pre_hook(look)
+    return train_step(run, *next(iter(epoch_batches(run)))), gradients
 
 
-def test_each_block_is_clipped_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step, "apply_updates", lambda blocks, optimizers: None)
+def test_accumulated_parts_give_the_gradients_of_the_whole_batch() -> None:
+    whole, parts = (
+        _stepped(replace(NORM_FREE, optim=replace(LOCAL.optim, accumulate=accumulate))) for accumulate in (1, 3)
+    )
+    assert len(whole[1]) == 2
+    torch.testing.assert_close(parts, whole)
 
+
+def test_each_block_is_clipped_alone() -> None:
     def norms(clip_norm: float | None) -> list[float]:
-        run = build_run(replace(LOCAL, optim=replace(LOCAL.optim, clip_norm=clip_norm)))
-        train_step(run, *next(iter(epoch_batches(run))))
-        gradients = [[p.grad for p in block.trainable_parameters() if p.grad is not None] for block in run.blocks]
+        _, gradients = _stepped(replace(LOCAL, optim=replace(LOCAL.optim, clip_norm=clip_norm)))
         return [float(torch.stack([g.norm() for g in block]).norm()) for block in gradients]
 
     free = norms(None)
@@ -424,18 +424,15 @@ def test_a_device_that_is_not_there() -> None:
 TWO_PROCESSES = """
 import sys
 from dataclasses import replace
-from helpers.runs import NORM_FREE, plain_model
-from localgrad.training import build
+from helpers.runs import NORM_FREE
 from localgrad.training.trainer import fit
-from torch import nn
-build.build_model = lambda config, num_classes: plain_model(nn.Identity())
 fit(replace(NORM_FREE, devices=2, optim=replace(NORM_FREE.optim, accumulate=2)), sys.argv[1], quiet=True)
 """
 
 
 @pytest.mark.ranks
 @pytest.mark.slow
-def test_two_processes_train_what_one_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_train_what_one_would(tmp_path: Path) -> None:
     """Without BatchNorm, whose statistics are those of each process, a wrapper a block averages to the same weights."""
     (tmp_path / "script.py").write_text(TWO_PROCESSES)
     paths = [*sys.path]
@@ -448,7 +445,6 @@ def test_two_processes_train_what_one_would(tmp_path: Path, monkeypatch: pytest.
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    monkeypatch.setattr(build, "build_model", lambda config, num_classes: plain_model(nn.Identity()))
     fit(NORM_FREE, tmp_path / "one", quiet=True)
     torch.testing.assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"), rtol=1e-5, atol=1e-6)
     one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")

@@ -19,32 +19,34 @@ WARM_UP, STEPS = 2, 3
 """Steps that are not counted, and steps that are."""
 
 
-def predicted_seconds(configs: Sequence[TrainConfig]) -> float:
+def predicted_seconds(configs: Sequence[TrainConfig], clock: Callable[[], float] = now) -> float:
     """Seconds that these runs take one after the other, on this machine as busy as it is now.
 
     Of each row, which is the config but for its seed, the steps are timed once.
 
     Args:
         configs: complete runs, all on the same images.
+        clock: seconds, read before and after what is timed.
     """
     if not configs:
         return 0.0
     images = load_images(configs[0].data)
-    seconds = {config.name: _seconds(config, images) for config in {each.name: each for each in configs}.values()}
+    rows = {config.name: config for config in configs}
+    seconds = {name: _seconds(config, images, clock) for name, config in rows.items()}
     return sum(seconds[config.name] for config in configs)
 
 
-def _seconds(config: TrainConfig, images: tuple[ImageSet, ImageSet]) -> float:
+def _seconds(config: TrainConfig, images: tuple[ImageSet, ImageSet], clock: Callable[[], float]) -> float:
     """Of one run: its steps and its evaluations, epoch by epoch."""
     fabric = make_fabric(config)
     with fast_kernels(fabric.device):
-        began = now()
+        began = clock()
         run = build_run(config, images, fabric, untold, fresh=False)
-        building = now() - began
+        building = clock() - began
         set_learning_rate(run.optimizers, run.learning_rate, run.rate)
         batches = endless_batches(run, channels_last=config.channels_last)
-        steps = [_timed(lambda: train_step(run, *next(batches))) for _ in range(WARM_UP + STEPS)]
-        evaluation = _timed(lambda: evaluate_epoch(run))
+        steps = [_timed(lambda: train_step(run, *next(batches)), clock) for _ in range(WARM_UP + STEPS)]
+        evaluation = _timed(lambda: evaluate_epoch(run), clock)
     epoch = statistics.median(steps[WARM_UP:]) * _steps_per_epoch(run) + evaluation
     return building + steps[0] + epoch * config.optim.epochs
 
@@ -53,7 +55,7 @@ def _steps_per_epoch(run: Run) -> int:
     return run.train.num_batches(run.batch_size, run.placement.replicas, train=True)
 
 
-def _timed(work: Callable[[], object]) -> float:
-    begin = now()
+def _timed(work: Callable[[], object], clock: Callable[[], float]) -> float:
+    begin = clock()
     work()
-    return now() - begin
+    return clock() - begin

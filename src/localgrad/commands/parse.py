@@ -91,10 +91,10 @@ def full_flag(argument: str) -> str:
 
 
 @contextmanager
-def loading(quiet: bool = False, more: bool = False) -> Iterator[None]:
-    """Says that PyTorch is loading, where that takes long. Work begins behind it, unless there is more to load."""
+def loading(quiet: bool = False, more: bool = False, seconds: float = QUIET_SECONDS) -> Iterator[None]:
+    """Says that PyTorch is loading, where that takes so many seconds. Work begins behind it, unless there is more."""
     what = ("localgrad: loading PyTorch ...",)
-    timer = threading.Timer(QUIET_SECONDS, print, what, {"file": sys.stderr, "flush": True})
+    timer = threading.Timer(seconds, print, what, {"file": sys.stderr, "flush": True})
     timer.daemon = True
     if not quiet and "torch" not in sys.modules:
         timer.start()

@@ -6,13 +6,17 @@ from threading import Thread
 from typing import Literal
 
 HUB_SECONDS = 5.0
-"""How long to wait for the hub's answer, in all."""
 UNREACHABLE = "the Hugging Face hub cannot be reached: give {instead}, or connect and try again"
 ABSENT = "the hub has no such {kind}, or it is private: give {instead}, or sign in with `hf auth login`"
 OFFLINE = "HF_HUB_OFFLINE is set: give {instead}, or unset it"
 
 
-def hub_lacks(name: str, kind: Literal["dataset", "model"] = "dataset", instead: str = "--data FOLDER") -> str | None:
+def hub_lacks(
+    name: str,
+    kind: Literal["dataset", "model"] = "dataset",
+    instead: str = "--data FOLDER",
+    seconds: float = HUB_SECONDS,
+) -> str | None:
     """Why a set or a model cannot be had from the hub now; None where it can.
 
     One request, for its clients by themselves retry for half a minute and then look into their cache. A page that some
@@ -22,6 +26,7 @@ def hub_lacks(name: str, kind: Literal["dataset", "model"] = "dataset", instead:
         name: OWNER/NAME.
         kind: of what.
         instead: what may be given in its place.
+        seconds: how long to wait for the answer, in all.
     """
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import RepositoryNotFoundError
@@ -32,7 +37,7 @@ def hub_lacks(name: str, kind: Literal["dataset", "model"] = "dataset", instead:
 
     def ask() -> None:
         try:
-            HfApi().repo_info(name, repo_type=kind, timeout=HUB_SECONDS)
+            HfApi().repo_info(name, repo_type=kind, timeout=seconds)
             found.append("")
         except RepositoryNotFoundError:
             found.append(ABSENT)
@@ -41,7 +46,7 @@ def hub_lacks(name: str, kind: Literal["dataset", "model"] = "dataset", instead:
 
     asking = Thread(target=ask, daemon=True)  # its own limit counts for each address of the hub
     asking.start()
-    asking.join(HUB_SECONDS)
+    asking.join(seconds)
     return found[-1].format(kind={"dataset": "set"}.get(kind, kind), instead=instead) or None
 
 

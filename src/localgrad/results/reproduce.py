@@ -27,7 +27,7 @@ from localgrad.training.interrupts import InterruptedRun, noted_interrupts
 from localgrad.training.outlook import HOUR, duration
 from localgrad.training.progress import TableDisplay
 
-POLL_SECONDS = 0.2
+POLL_SECONDS = 0.1
 
 
 def run_cells(cells: Sequence[Cell], *, jobs: int = 1) -> dict[str, str]:

@@ -163,8 +163,11 @@ class RunFolder:
             write_json(self.images, as_file("images", {name: dataclasses.asdict(part) for name, part in parts.items()}))
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, seconds: float = LOCK_SECONDS) -> Iterator[None]:
         """Context: creates the folder and holds its lock file. The lock ends with the process, also if it is killed.
+
+        Args:
+            seconds: how long to wait for another process.
 
         Raises:
             LocalGradError: another process trains there, or the folder cannot be made.
@@ -176,7 +179,7 @@ class RunFolder:
             raise self._unusable(error) from error
         with file:
             try:
-                lock(file, LOCK_SECONDS)
+                lock(file, seconds)
             except BlockingIOError:
                 raise LocalGradError(
                     f"another process is training in {self.path}; wait for it, or give another --run-dir"

@@ -24,7 +24,6 @@ from localgrad.runs.folder import RunFolder
 from localgrad.runs.load import weights_metadata
 from localgrad.runs.provenance import provenance
 from localgrad.runs.result import Result
-from localgrad.training import outlook
 from localgrad.training.build import build_run
 from localgrad.training.checkpoint import open_folder, save
 from localgrad.training.devices import (
@@ -35,7 +34,7 @@ from localgrad.training.devices import (
 )
 from localgrad.training.error_rates import error_rates
 from localgrad.training.interrupts import InterruptedRun, Interrupts, noted_interrupts
-from localgrad.training.outlook import FEW_STEPS, duration, prediction
+from localgrad.training.outlook import FEW_STEPS, WORTH_SAYING, duration, prediction
 from localgrad.training.placement import Batches, Stop
 from localgrad.training.progress import Display
 from localgrad.training.run import Run
@@ -232,7 +231,7 @@ def _predict(run: Run, display: Display) -> None:
     """Says once how long the rest takes, unless that is soon."""
     run.predicted = True
     seconds, steps, epochs = run.seconds_per_step or 0.0, _steps_per_epoch(run), _epochs_left(run)
-    if seconds * steps * epochs >= outlook.WORTH_SAYING:
+    if seconds * steps * epochs >= WORTH_SAYING:
         display.message(prediction(seconds, steps, epochs, on_cpu=run.fabric.device.type == "cpu"))
 
 
