@@ -228,6 +228,24 @@ def test_code_that_reads_words_is_found(line: str) -> None:
     assert not READS_WORDS.search('f"{str(error)[:200]}"')
 
 
+LONGEST = 50
+"""Lines of a function, docstring and signature aside."""
+
+
+def test_a_function_fits_a_screen() -> None:
+    def length(function: ast.FunctionDef) -> int:
+        body = function.body[1:] if ast.get_docstring(function) else function.body
+        return body[-1].end_lineno - body[0].lineno + 1 if body else 0  # pyright: ignore[reportOptionalOperand]
+
+    lengths = {
+        f"{module}.{node.name}": length(node)
+        for module, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert len(lengths) > 500 and not {name: lines for name, lines in lengths.items() if lines > LONGEST}
+
+
 def test_no_test_imports_a_test() -> None:
     """What tests share is in `helpers/`."""
     files = [*Path(__file__).parent.rglob("*.py")]

@@ -462,9 +462,14 @@ def test_a_run_waits_for_another_process_and_goes_on_from_what_that_has_saved(st
     read = {step: lambda inputs, step=step: steps.append(step) for step in range(1, 9)}
     with _holder(run_dir) as other, ThreadPoolExecutor() as pool:
         assert other.stdout is not None and other.stdout.readline() == "got it\n"
+        lock = run_dir / ".lock"
+        opened, give_up = lock.stat().st_mtime_ns, time.monotonic() + 60
         waiting = pool.submit(fit, CONFIG, run_dir, resume=True, quiet=True, images=eventful(CONFIG, read))
-        time.sleep(1.0)
-        assert not waiting.done()
+        while lock.stat().st_mtime_ns == opened:
+            assert not waiting.done() and time.monotonic() < give_up, "it is opened to be locked"
+            time.sleep(0.01)
+        time.sleep(0.5)
+        assert not waiting.done() and not steps
         assert {path.name: path.read_bytes() for path in run_dir.iterdir()} == before, "nothing is written meanwhile"
         shutil.copytree(later, run_dir, dirs_exist_ok=True)
         other.kill()
