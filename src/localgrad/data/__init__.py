@@ -1,1 +1,1 @@
-"""Images: where they come from, how they are decoded and batched."""
+"""Sets of images: find, decode, augment and batch them."""

@@ -1,4 +1,4 @@
-"""Which column of a table holds the images and which the labels, and labels of any kind as class numbers."""
+"""Find the image and the label column of a table, and turn labels of any type into class indices."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import datasets
 
 LABEL_NAMES = ("label", "labels", "fine_label", "fine_labels")
-"""Preferred names where several columns could hold the label (CIFAR-100 has a fine and a coarse one)."""
+"""Preferred names if several columns could hold the label (CIFAR-100 has a fine and a coarse label)."""
 OTHER_LABEL_NAMES = ("class", "classes", "target", "targets", "category", "cls", "y", "class_id", "label_id", "digit")
 IMAGE_NAMES = (
     "image",
@@ -33,15 +33,18 @@ IMAGE_NAMES = (
     "image_path",
     "pixel_values",
 )
-"""Usual names of a column of bytes or paths, which says by its type alone that it is no text."""
+"""Names by which a column of strings is taken for paths of images; its type alone could be any text."""
 MOST_COLUMNS = 8
 
 
 def find_columns(features: datasets.Features, config: DataConfig) -> tuple[str, str]:
-    """Names of the image and of the label column.
+    """Names of the image column and of the label column.
+
+    A column that the config does not name is chosen by its type, then by usual names.
 
     Raises:
-        LocalGradError: the one that was given is not there, or none was given and it cannot be told.
+        LocalGradError: the config names a column that does not exist or has another type, or it names none and the
+            choice is ambiguous.
     """
     import datasets
 
@@ -66,7 +69,7 @@ def _dtype(kind: Any) -> str:
 
 
 def _is_encoded(kind: Any) -> bool:
-    """Bytes, or the table with bytes that `datasets` writes."""
+    """Whether a column has bytes, or the struct with a field `bytes` that `datasets` writes."""
     if isinstance(kind, dict):
         return "bytes" in kind
     return _dtype(kind) in ("binary", "large_binary")
@@ -99,13 +102,18 @@ def _kind(kind: Any) -> str:
 def class_numbers(
     parts: Sequence[datasets.Dataset], splits: Sequence[str], column: str
 ) -> tuple[list[Tensor], tuple[str, ...] | None]:
-    """Labels of each part as class numbers (N,) int64, and the names of the classes where there are such.
+    """Class indices of each part, (N,) int64, and the names of the classes if they have names, else None.
 
-    Whole numbers stay as they are. Strings and truth values become classes in the order of their sorted names, over
-    all parts.
+    Whole numbers are class indices already. Strings and booleans are sorted over all parts, and a class's index is its
+    position in that order.
+
+    Args:
+        parts: tables of rows, such as the training and the test split.
+        splits: name of each part, for messages.
+        column: the label column.
 
     Raises:
-        LocalGradError: an image has no label, or one that is no class.
+        LocalGradError: an image has no label, or its label is no whole number.
     """
     kind = parts[0].features[column]
     arrays = [_values(rows, split, column) for rows, split in zip(parts, splits, strict=True)]
@@ -143,12 +151,15 @@ def _by_name(values: list[list[str]]) -> tuple[list[Tensor], tuple[str, ...]]:
 
 
 def check_class_names(folder: Path, kind: Any, column: str) -> None:
-    """Refuse local parquet files whose classes have other names or another order: their numbers mean other classes.
+    """Refuse local parquet files that list other class names or another order: an index would mean another class.
 
     Args:
-        folder: of the files; nothing is done where it is none.
-        kind: of the label column, as it was read.
-        column: its name.
+        folder: folder of the files; if it does not exist, nothing is checked.
+        kind: type of the label column in the rows that were read; checked only if it is a `ClassLabel`.
+        column: name of the label column.
+
+    Raises:
+        LocalGradError: the names in a file differ from those of `kind`.
     """
     names = getattr(kind, "names", None)
     if names is None or not folder.is_dir():
@@ -160,7 +171,7 @@ def check_class_names(folder: Path, kind: Any, column: str) -> None:
             metadata = json.loads((parquet.read_schema(path).metadata or {}).get(b"huggingface", b"{}"))
             own = metadata["info"]["features"][column]["names"]
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # without names, or not what was read
+            continue  # the file lists no class names, or cannot be read as parquet
         if own != names:
             raise LocalGradError(
                 f"{path.name} numbers the classes {own[:9]}, and the first file {names[:9]}: the same number "

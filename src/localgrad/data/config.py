@@ -1,4 +1,4 @@
-"""Which images: one configuration, and the conventions of each set as functions that return one."""
+"""The config of the images, and one function for each known data set that returns its config."""
 
 from __future__ import annotations
 
@@ -11,59 +11,59 @@ from localgrad.errors import check_rules
 Crop = Literal["none", "pad", "resized"]
 Mode = Literal["reflect", "zeros"]
 MAX_IMAGE_SIZE = 4096
-"""Largest height and width in pixels: a larger one is a mistake, and takes more memory than a machine has."""
+"""Largest height and width in pixels; more is taken for a mistake, since it needs more memory than a machine has."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which images to train and test on, and how they are prepared; the default is scikit-learn's digits."""
+    """The images to train and test on, and their preparation; the default is scikit-learn's digits."""
 
     source: str = "digits"
-    """Folder of SPLIT/CLASS/ with images or of tables, a table's file, a hub name OWNER/NAME, or "digits"."""
+    """Folder with images in SPLIT/CLASS/ or with tables, a table file, a hub name OWNER/NAME, or "digits"."""
     subset: str | None = None
-    """Name of the hub configuration; not used for a local folder that declares no configurations."""
+    """Configuration of a hub data set; ignored for a local folder that declares no configurations."""
     train_split: str = "train"
     """Split to train on; slices such as "train[:5000]" are allowed, but not of "digits"."""
     test_split: str = "test"
-    """Split to test on, likewise; "test" also finds testing, validation, val, valid and dev, in this order."""
+    """Split to test on, or a slice of it; "test" also finds testing, validation, val, valid and dev, in this order."""
     validation_split: str | None = None
-    """Split that the best epoch is chosen on (--keep-best, --patience); None chooses it on the test images."""
+    """Split on which --keep-best and --patience compare epochs; None takes the test images."""
     image_column: str | None = None
-    """Column with the images, or with their bytes or paths; None takes the only one."""
+    """Column with the images, their bytes or their paths; None takes the only such column."""
     label_column: str | None = None
-    """Column with the labels: classes, whole numbers or names; None takes the only ClassLabel, or one named so."""
+    """Column with the labels: ClassLabel, whole numbers or names; None takes the only ClassLabel, or a usual name."""
     num_classes: int | None = None
-    """Number of classes; None takes it from the schema, or as the largest label plus one."""
+    """Number of classes; None takes the number of class names, or the largest label plus one."""
     image_size: int = 32
     """Height and width of the network's input, in pixels."""
     mean: tuple[float, float, float] = (0.305, 0.305, 0.305)
-    """Mean of each channel, subtracted from pixels in [0, 1]."""
+    """Mean of each channel for normalisation, of pixels in [0, 1]."""
     std: tuple[float, float, float] = (0.324, 0.324, 0.324)
-    """Standard deviation of each channel, of pixels in [0, 1], that the difference is divided by."""
+    """Standard deviation of each channel for normalisation, of pixels in [0, 1]."""
     crop: Crop = "pad"
-    """Random crop in training: none, a window of the padded image, or a random area resized (streaming only)."""
+    """Random crop in training: none, pad (of the padded image), or resized (RandomResizedCrop, for streaming only)."""
     padding: int = 2
-    """Pixels added on each side before the window is cropped (crop="pad")."""
+    """Pixels of padding on each side before a random crop (crop="pad")."""
     padding_mode: Mode = "zeros"
-    """What the padding holds: the mirrored image (without repeating the border) or black."""
+    """Values of the padding: black, or the mirrored image without its border."""
     flip: bool = False
-    """Mirror half of the training images left to right."""
+    """Flip training images horizontally with probability 0.5."""
     resize: int | None = None
-    """Length in pixels to which the shorter side is resized before a center crop; None takes images as they are."""
+    """Resize the shorter side to this many pixels, then crop the center; None requires images of the input's size."""
     train_limit: int | None = None
-    """Train on this many images only, equally many of each class, the first of the split; None takes all."""
+    """Train on this many images only: the first of each class, as evenly as possible; None takes all."""
     test_limit: int | None = None
     """Test on this many images only, chosen in the same way; None takes all."""
     test_fraction: float | None = None
-    """Share of each class that is held back for testing where the images have no split to test on, as 0.2."""
+    """Fraction of each class to hold out for testing if the data set has no test split, such as 0.2."""
     split_seed: int = 0
-    """Decides which images are held back."""
+    """Seed of the choice of held-out images."""
     name: str | None = None
-    """What the images are called in tables and reports; None takes the last part of the source."""
+    """Name of the images in tables and reports; None takes the last part of the source."""
     streaming: bool = False
-    """Decode while training, in worker processes, instead of once into memory."""
+    """Decode images during training, in worker processes, instead of once into memory."""
     workers: int = 0
-    """Worker processes that decode when streaming; 0 decodes in the training process."""
+    """Number of worker processes for --data.streaming; 0 decodes in the training process."""
 
     def __post_init__(self) -> None:
         least = {"image_size": 1, "padding": 0, "workers": 0, "num_classes": 1, "train_limit": 1, "test_limit": 1}
@@ -111,17 +111,17 @@ class DataConfig:
 
     @property
     def on_disk(self) -> bool:
-        """Whether the images come from files (and not from scikit-learn)."""
+        """Whether the images come from files or from the hub, and not from scikit-learn."""
         return self.source != "digits"
 
 
 def digits() -> DataConfig:
-    """scikit-learn's handwritten digits, 32x32, zero pad 2, no flip; needs no download."""
+    """scikit-learn's handwritten digits, 32x32: zero padding of 2 pixels, no flip; needs no download."""
     return DataConfig()
 
 
 def cifar10(source: str = "uoft-cs/cifar10") -> DataConfig:
-    """CIFAR-10, 32x32: reflect pad 4, flip, the means and deviations of the papers' code."""
+    """CIFAR-10, 32x32: reflection padding of 4 pixels, flip, mean and standard deviation of the papers' code."""
     return DataConfig(
         source,
         mean=(125.3 / 255, 123.0 / 255, 113.9 / 255),
@@ -133,18 +133,18 @@ def cifar10(source: str = "uoft-cs/cifar10") -> DataConfig:
 
 
 def svhn(source: str = "ufldl-stanford/svhn") -> DataConfig:
-    """SVHN's cropped digits, 32x32, 'train' without 'extra': zero pad 2, no flip, pixels to [-1, 1]."""
+    """SVHN's cropped digits, 32x32, without 'extra': zero padding of 2 pixels, no flip, pixels scaled to [-1, 1]."""
     return DataConfig(source, subset="cropped_digits", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 
 def stl10(source: str = "tanganke/stl10") -> DataConfig:
-    """STL-10's 10 labelled classes, 96x96: zero pad 4, flip, pixels to [-1, 1]."""
+    """STL-10's labelled images, 96x96, 10 classes: zero padding of 4 pixels, flip, pixels scaled to [-1, 1]."""
     half = (0.5, 0.5, 0.5)
     return DataConfig(source, num_classes=10, image_size=96, mean=half, std=half, padding=4, flip=True)
 
 
 def imagenet(source: str = "ILSVRC/imagenet-1k") -> DataConfig:
-    """ImageNet-1k, streamed: RandomResizedCrop 224 and flip; tests on 'validation', resize 256, center crop 224."""
+    """ImageNet-1k, streamed: RandomResizedCrop(224), flip; tests on 'validation' with Resize(256), CenterCrop(224)."""
     return DataConfig(
         source,
         test_split="validation",
@@ -160,7 +160,7 @@ def imagenet(source: str = "ILSVRC/imagenet-1k") -> DataConfig:
 
 
 def imagenette(source: str = "frgfm/imagenette") -> DataConfig:
-    """Imagenette (10 classes of ImageNet) in memory at 128x128: reflect pad 16, flip, ImageNet's normalisation."""
+    """Imagenette (10 ImageNet classes), in memory, 128x128: reflection padding of 16, flip, normalised as ImageNet."""
     return replace(
         imagenet(source),
         subset="160px",
@@ -175,5 +175,5 @@ def imagenette(source: str = "frgfm/imagenette") -> DataConfig:
 
 
 def flag(name: str) -> str:
-    """What a field of `DataConfig` is called on the command line: `--data.image-size`."""
+    """The flag of a field of `DataConfig`, such as `--data.image-size`."""
     return "--data" if name == "source" else f"--data.{name.replace('_', '-')}"

@@ -1,4 +1,4 @@
-"""An image file to an RGB image of 8 bits, and what of the file that leaves out."""
+"""Decode image files to 8-bit RGB, and note what is lost (transparency, frames, bits)."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
-"""Image formats to recognise first; trying all that Pillow knows takes longer than to decode a small image."""
+"""Image formats to try first; trying every format of Pillow takes longer than decoding a small image."""
 RARE_FORMATS = ("AVIF", "JPEG2000", "TGA", "ICO", "QOI")
-"""Tried where a file has none of the first; others, as EPS and PDF, would run a program on the file."""
+"""Formats to try next. Others are left out: for some, such as EPS, Pillow runs an external program on the file."""
 REMARKS = {
     "transparent": "with transparent pixels, laid on white",
     "frames": "with several frames, of which the first is taken",
     "dark": "of 16 bits without a value above 4095, nearly black (of 12 bits? TIFF's MaxSampleValue can say so)",
 }
-"""What can be said of an image that is used, but not as it is."""
+"""Notes about images that are used with a loss, by key: the words for messages."""
 MOST_NAMED = 10
 _MAX_SAMPLE, _S_MIN_SAMPLE, _S_MAX_SAMPLE = 281, 340, 341  # TIFF 6.0, sections 8 and 19
 _PAPER = 255
 
 
 class BrokenImageError(LocalGradError):
-    """One image that cannot be used, and why, in a few words."""
+    """One image cannot be used; the message is the reason, in a few words."""
 
 
 def suffixes() -> frozenset[str]:
-    """Suffixes, in lower case, of the files that can be decoded."""
+    """Suffixes of files that can be decoded, in lower case."""
     from PIL import Image
 
     known = {*FORMATS, *RARE_FORMATS}
@@ -43,16 +43,20 @@ def suffixes() -> frozenset[str]:
 
 
 def decode(item: Any) -> tuple[Image, set[str]]:
-    """The RGB image of an encoded one, and which of `REMARKS` hold for it.
+    """Decode an image to RGB with 8 bits per channel.
 
-    It is turned upright as its EXIF data say. More than 8 bits are scaled by what the file says: its type, or the
-    largest sample value of a TIFF file. Transparent pixels are laid on white. Of several frames the first is taken.
+    The image is rotated as its EXIF data say. More than 8 bits are scaled down from the range of the file: that of its
+    type, or the largest sample value of a TIFF file. Transparent pixels are blended onto white. Of several frames the
+    first is taken.
 
     Args:
-        item: the bytes, a path, what `datasets` stores (a table with `bytes` or `path`), or an image of Pillow's.
+        item: the bytes of a file, a path, the dict with `bytes` or `path` that `datasets` stores, or a Pillow image.
+
+    Returns:
+        The image, and the keys of the `REMARKS` that apply to it.
 
     Raises:
-        BrokenImageError: it is no image, or has 32 bits whose black and white the file does not say.
+        BrokenImageError: the item is no image, or has 32 bits and the file does not give their range.
     """
     from PIL import Image, ImageOps
 
@@ -76,7 +80,11 @@ def decode(item: Any) -> tuple[Image, set[str]]:
 
 
 def encoded(item: Any) -> bytes:
-    """The bytes of an image's file."""
+    """The encoded bytes of an image: the item itself, or read from its path.
+
+    Raises:
+        BrokenImageError: there are no bytes.
+    """
     if isinstance(item, dict):
         item = item.get("bytes") or item.get("path")
     if isinstance(item, str | Path):
@@ -98,14 +106,14 @@ def _opened(data: bytes) -> Image:
 
 
 def _eight_bits(image: Image, file: Image, remarks: set[str]) -> Image:
-    """The image with values from 0 to 255, as the file that it was read from says."""
+    """The image with values from 0 to 255; more than 8 bits are scaled from the range that the file gives."""
     from PIL import Image
 
     if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
         return image
     tags = getattr(file, "tag_v2", {})
     low, high = (_number(tags.get(tag)) for tag in (_S_MIN_SAMPLE, _S_MAX_SAMPLE))
-    if image.mode.startswith("I;16") or file.format == "PPM":  # Pillow scales PPM's own largest value to 16 bits
+    if image.mode.startswith("I;16") or file.format == "PPM":  # Pillow has scaled a PPM file to 16 bits
         low, high = 0.0, _number(tags.get(_MAX_SAMPLE)) or high or _bits(tags) or 65535.0
     if high is None:
         raise BrokenImageError(
@@ -119,7 +127,7 @@ def _eight_bits(image: Image, file: Image, remarks: set[str]) -> Image:
 
 
 def _bits(tags: Any) -> float | None:
-    """The largest value of the number of bits that a TIFF file says its samples have."""
+    """The largest value of a sample by the number of bits in a TIFF file (tag 258); None without the tag."""
     bits = _number(tags.get(258))
     return None if bits is None else 2.0**bits - 1
 
@@ -142,13 +150,13 @@ def _reason(error: Exception) -> str:
 
 
 def broken(split: str, problems: Sequence[tuple[str, str]], count: int, advice: str) -> LocalGradError:
-    """One error for all images that cannot be used, in three lines.
+    """One error of three lines for all images of a split that cannot be used.
 
     Args:
-        split: of which split.
-        problems: name and reason of each.
-        count: of how many images.
-        advice: what to do.
+        split: name of the split.
+        problems: name and reason of each image.
+        count: number of images that were decoded.
+        advice: the last line, which says what to do.
     """
     reasons: dict[str, list[str]] = {}
     for name, reason in problems[:MOST_NAMED]:
@@ -159,7 +167,7 @@ def broken(split: str, problems: Sequence[tuple[str, str]], count: int, advice: 
 
 
 def name_of(item: Any, number: int, root: str = "") -> str:
-    """What to call an image: its path, below `root` without it, or its number in the split."""
+    """Name of an image in messages: its path, relative to `root`, or `image` and its number in the split."""
     path = item.get("path") if isinstance(item, dict) else item
     if not isinstance(path, str) or (isinstance(item, dict) and item.get("bytes")):
         return f"image {number}"
@@ -167,7 +175,13 @@ def name_of(item: Any, number: int, root: str = "") -> str:
 
 
 def remarked(count: int, remarks: Counter[str], split: str) -> list[str]:
-    """A sentence for each remark and how many images it holds for."""
+    """One sentence for each remark that applies to images, with their number.
+
+    Args:
+        count: number of images that were decoded.
+        remarks: number of images for each key of `REMARKS`.
+        split: name of the split.
+    """
     return [
         f"{split}: {remarks[key]:,} of {counted(count, 'image')} {text}"
         for key, text in REMARKS.items()
@@ -176,5 +190,5 @@ def remarked(count: int, remarks: Counter[str], split: str) -> list[str]:
 
 
 def counted(count: int, noun: str) -> str:
-    """As `1 image` or `1,200 images`; `s` makes a plural."""
+    """A number with its noun, such as `1 image` or `1,200 images`; the plural ends in `s`."""
     return f"{count:,} {noun}{'s' * (count != 1)}"

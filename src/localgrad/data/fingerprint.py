@@ -1,4 +1,4 @@
-"""What tells two sets of images apart: how many, of which classes, and a checksum of a fixed sample."""
+"""Fingerprint of a set of images: number of images and classes, and a checksum of labels and a fixed sample."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import torch
 from torch import Tensor
 
 SAMPLE = 32
-"""Number of images whose files go into the checksum, at even distances."""
+"""Number of evenly spaced images whose files are part of the checksum."""
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Of one part of a set, before a limit."""
+    """Fingerprint of the training or the test images of a data set, before `train_limit` or `test_limit`."""
 
     split: str
-    """The split that was read, by its own name; the same images may be called otherwise elsewhere."""
+    """Name of the split. It is not compared: the same images may have another name elsewhere."""
     images: int
     classes: int
     checksum: str
     """SHA-256 over all labels and the encoded files of the sample, in hexadecimal."""
 
     def difference(self, other: Fingerprint) -> str | None:
-        """What this one has that the other has not, in words; None where both are of the same images."""
+        """How this set differs from the other one, in words; None if number, classes and checksum are equal."""
         if (self.images, self.classes) != (other.images, other.classes):
             return f"{self.images:,} in {self.classes} classes, not {other.images:,} in {other.classes}"
         if self.checksum != other.checksum:
@@ -34,12 +34,12 @@ class Fingerprint:
 
 
 def fingerprint(split: str, labels: Tensor, encoded: Callable[[Sequence[int]], list[bytes]]) -> Fingerprint:
-    """The fingerprint of a part.
+    """Compute the fingerprint of a set of images.
 
     Args:
-        split: its name.
-        labels: (N,) int64.
-        encoded: gives the files of images by their positions.
+        split: name of the split.
+        labels: class indices, (N,) int64.
+        encoded: function from positions of images to the bytes of their files.
     """
     digest = hashlib.sha256(labels.contiguous().numpy().tobytes())
     for data in encoded(sample_positions(len(labels))):
@@ -48,5 +48,5 @@ def fingerprint(split: str, labels: Tensor, encoded: Callable[[Sequence[int]], l
 
 
 def sample_positions(count: int) -> list[int]:
-    """Up to `SAMPLE` positions from 0 to count - 1, at even distances."""
+    """Up to `SAMPLE` evenly spaced positions from 0 to count - 1."""
     return torch.linspace(0, count - 1, min(SAMPLE, count), dtype=torch.float64).round().long().tolist()

@@ -1,4 +1,4 @@
-"""A local folder of images: splits, classes, files, and what of it is left out."""
+"""A local folder of images: its splits, classes and files, and the files that are left out."""
 
 from __future__ import annotations
 
@@ -16,27 +16,28 @@ SPLITS = {
     "validation": ("validation", "val", "valid", "dev"),
     "test": ("test", "testing"),
 }
-"""Names of folders and of splits that mean the same, small or large letters."""
+"""Names of folders and splits that mean the same split, in upper or lower case."""
 _SYSTEM = {"thumbs.db", "desktop.ini", "__macosx"}
 
 
 @dataclass
 class ImageFolder:
-    """What a folder holds."""
+    """The splits of a folder, and notes on its files that `classes` collects."""
 
     root: Path
     splits: dict[str, Path]
-    """Folder of each split by its name; one, "train", where the classes lie in the root itself."""
+    """Folder of each split by name; only "train", the root itself, if the class folders are directly in the root."""
     deep: list[Path] = field(default_factory=list)
-    """Images that lie deeper than CLASS/."""
+    """Images in subfolders of a class folder; they are used."""
     hidden: int = 0
+    """Number of hidden images, which are left out."""
     strays: list[Path] = field(default_factory=list)
-    """Images in no class's folder."""
+    """Images outside the class folders, which are left out."""
     others: Counter[str] = field(default_factory=Counter)
-    """Number of files that are no images we read, by suffix."""
+    """Number of files that cannot be decoded, by suffix."""
 
     def classes(self, split: str) -> dict[str, list[Path]]:
-        """Images of each class folder of a split, by name of the class, sorted; counts what is left out."""
+        """Sorted paths of the images of a split by class name; notes files that are left out."""
         found: dict[str, list[Path]] = {}
         for entry in _visible(self.splits[split]):
             if entry.is_dir():
@@ -56,7 +57,7 @@ class ImageFolder:
                 self.others[path.suffix.lower() or "(no suffix)"] += 1
 
     def left_out(self) -> list[str]:
-        """What was left out or read otherwise than one may think, in a sentence each."""
+        """Sentences about files that were left out, and about images in subfolders of class folders."""
         said = []
         if self.others:
             kinds = ", ".join(f"{count} {suffix}" for suffix, count in self.others.most_common(6))
@@ -77,7 +78,7 @@ class ImageFolder:
 
 
 def image_folder(folder: Path) -> ImageFolder:
-    """The splits of a folder of images; wrapping folders, as an archive has, are gone through."""
+    """Find the splits of a folder of images. A single folder inside another one, as in archives, is entered."""
     root = _unwrapped(folder)
     names = {name: split for split, words in SPLITS.items() for name in words}
     children = {path.name: path for path in _visible(root) if path.is_dir()}
@@ -86,7 +87,7 @@ def image_folder(folder: Path) -> ImageFolder:
 
 
 def split_named(wanted: str, there: Iterable[str]) -> str | None:
-    """The name among those that are there of the split that is wanted: the same, or one that means the same."""
+    """The wanted split, or a split of the same meaning (see `SPLITS`), among the existing names; None without one."""
     there = list(there)
     if wanted in there:
         return wanted
@@ -95,10 +96,10 @@ def split_named(wanted: str, there: Iterable[str]) -> str | None:
 
 
 def labelled(folder: ImageFolder, split: str) -> tuple[list[str], list[str]]:
-    """Paths of the images of a split, sorted, and the class of each.
+    """Sorted paths of the images of a split, and the class name of each image.
 
     Raises:
-        LocalGradError: images of all classes lie deeper than CLASS/, or a class has none.
+        LocalGradError: all images are in subfolders of the class folders, or a class of the training split is empty.
     """
     classes = folder.classes(split)
     where = folder.splits[split]
@@ -139,7 +140,7 @@ def _unwrapped(folder: Path) -> Path:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether files and folders of that name are a system's or a program's own."""
+    """Whether a file or folder of this name is hidden: it belongs to the operating system or to a program."""
     return name.startswith((".", "__")) or name.lower() in _SYSTEM
 
 
@@ -148,7 +149,7 @@ def _visible(folder: Path) -> list[Path]:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Files below a folder, hidden ones left out, links followed, each folder once."""
+    """All files below a folder except hidden ones. Links are followed, and each folder is visited once."""
     been: set[str] = set()
     for at, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(at)
@@ -159,7 +160,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _hidden_images(folder: Path) -> Iterator[Path]:
-    """Images that are hidden, or lie in a hidden folder; macOS's `._x.jpg` are none."""
+    """Images that are hidden or in a hidden folder, without macOS's `._x.jpg` files, which are no images."""
     for at, _, files in os.walk(folder):
         inside = Path(at).relative_to(folder).parts
         for name in files:

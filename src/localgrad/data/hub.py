@@ -1,4 +1,4 @@
-"""Whether the Hugging Face hub has something now: asked once, with one limit, before anything is loaded from it."""
+"""Ask the Hugging Face hub once, within a time limit, whether it has a data set or model, before loading it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,16 +17,16 @@ def hub_lacks(
     instead: str = "--data FOLDER",
     seconds: float = HUB_SECONDS,
 ) -> str | None:
-    """Why a set or a model cannot be had from the hub now; None where it can.
+    """Why a data set or model cannot be downloaded from the hub now, in words; None if it can.
 
-    One request, for its clients by themselves retry for half a minute and then look into their cache. A page that some
-    network shows instead of the hub is no answer of the hub.
+    This is one request. The hub's own clients would retry for half a minute and then look into their cache. The answer
+    must come from the hub's API, so a network's login page counts as unreachable.
 
     Args:
         name: OWNER/NAME.
-        kind: of what.
-        instead: what may be given in its place.
-        seconds: how long to wait for the answer, in all.
+        kind: "dataset" or "model".
+        instead: what the message proposes to give instead.
+        seconds: total time to wait for the hub's answer.
     """
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import RepositoryNotFoundError
@@ -41,10 +41,10 @@ def hub_lacks(
             found.append("")
         except RepositoryNotFoundError:
             found.append(ABSENT)
-        except Exception:  # of a class that depends on the version
+        except Exception:  # its class depends on the client's version
             found.append(UNREACHABLE)
 
-    asking = Thread(target=ask, daemon=True)  # its own limit counts for each address of the hub
+    asking = Thread(target=ask, daemon=True)  # the request's timeout counts per IP address of the hub
     asking.start()
     asking.join(seconds)
     return found[-1].format(kind={"dataset": "set"}.get(kind, kind), instead=instead) or None
@@ -52,7 +52,7 @@ def hub_lacks(
 
 @contextmanager
 def cache_alone(offline: bool) -> Iterator[None]:
-    """Context: the hub's client looks into its cache and asks nobody, if offline; the user's setting comes back."""
+    """Context: if `offline`, the hub's client uses only its cache; the user's setting is restored at the end."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE

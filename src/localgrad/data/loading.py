@@ -1,4 +1,4 @@
-"""The training and the test set of a configuration, with what was left out or guessed said in words."""
+"""Load the training and the test set of a config, and report in words what was left out, chosen or guessed."""
 
 from __future__ import annotations
 
@@ -31,27 +31,28 @@ MOST_NAMED = 9
 
 
 def untold(sentence: str) -> None:
-    """A `say` for what is said elsewhere, or is not to be heard."""
+    """A `say` function that prints nothing."""
 
 
 @dataclass(frozen=True)
 class _Part:
-    """Rows of a split that are trained or tested on, nothing decoded yet."""
+    """The training or the test rows of a data set; nothing is decoded yet."""
 
     split: str
     rows: datasets.Dataset
-    """All rows of its splits, the column of images alone, as arrow."""
+    """All rows of the split (or splits), with the image column alone, in arrow format."""
     column: str
+    """Name of the image column."""
     positions: Tensor
-    """(N,) int64, of the rows that are used."""
+    """Positions of the used rows in `rows`, (N,) int64."""
     labels: Tensor
-    """(N,) int64."""
+    """Class indices of the used rows, (N,) int64."""
 
     def items(self, positions: Sequence[int]) -> list[Any]:
         return [self.rows[int(self.positions[at])][self.column].to_pylist()[0] for at in positions]
 
     def files(self, positions: Sequence[int]) -> list[bytes]:
-        """The encoded images; nothing for one that cannot be read, which decoding will say."""
+        """Bytes of the image files; b"" for a file that cannot be read, about which decoding raises an error later."""
         return [_bytes(item) for item in self.items(positions)]
 
 
@@ -63,18 +64,18 @@ def _bytes(item: Any) -> bytes:
 
 
 def load_images(config: DataConfig, say: Say = logger.warning) -> tuple[ImageSet, ImageSet]:
-    """The training and the test set of a configuration.
+    """Load the training and the test set of a config.
 
     Args:
-        config: what to load.
-        say: told, in a sentence each, what was left out, chosen or guessed.
+        config: the images and their preparation.
+        say: function that is called with one sentence for each thing that was left out, chosen or guessed.
 
     Returns:
         Training and test set, on the CPU, with the same number of classes.
 
     Raises:
-        LocalGradError: a folder, hub name, split or column that is not there, a label outside the classes, images of
-            unequal or wrong size (without `resize`), files that are no images, a limit above the size of the set.
+        LocalGradError: a folder, hub name, split or column does not exist, a label is outside the classes, images have
+            another size than `image_size` (without `resize`), files are no images, or a limit exceeds the set's size.
     """
     if not config.on_disk:
         return _load_digits(config)
@@ -102,13 +103,13 @@ def load_images(config: DataConfig, say: Say = logger.warning) -> tuple[ImageSet
 
 
 def load_validation(config: DataConfig, say: Say = logger.warning) -> ImageSet:
-    """The images that the best epoch is chosen on, of the config's `validation_split`."""
+    """Load the images of the config's `validation_split`, on which the best epoch is chosen; see `load_images`."""
     changed = replace(config, test_split=config.validation_split or "", train_limit=1, test_fraction=None)
     return load_images(changed, say)[1]
 
 
 def _parts(config: DataConfig, source: Source, say: Say) -> tuple[_Part, _Part, tuple[str, ...] | None]:
-    """What to train and what to test on, and the names of the classes."""
+    """The training and the test rows, and the names of the classes (None if they have none)."""
     train_spec, test_spec = _specifications(config, source.splits, say)
     rows, positions = rows_of(train_spec, source.read, "train_split")
     specs = [train_spec]
@@ -145,7 +146,7 @@ def _parts(config: DataConfig, source: Source, say: Say) -> tuple[_Part, _Part, 
 
 
 def _specifications(config: DataConfig, there: Sequence[str], say: Say) -> tuple[str, str | None]:
-    """Splits to train and to test on, by the names that are there; None where a share is to be held back."""
+    """The training and the test split (or slices) by existing names; test None means to hold out `test_fraction`."""
     train, test = named(config.train_split, there), named(config.test_split, there)
     alone = config.train_split == config.test_split and _is_usual(config.test_split) and len(there) == 1
     if alone and test is None:
@@ -178,7 +179,7 @@ def _is_usual(spec: str) -> bool:
 
 
 def _images_alone(rows: datasets.Dataset, column: str, root: str) -> datasets.Dataset:
-    """The column of images, as arrow; paths below the table's folder by their absolute names."""
+    """The image column alone, in arrow format; relative paths become absolute ones below `root`, the table's folder."""
     import datasets
 
     rows = rows.select_columns(column)
@@ -192,7 +193,7 @@ def _images_alone(rows: datasets.Dataset, column: str, root: str) -> datasets.Da
 
 
 def _look_at_some(part: _Part, config: DataConfig, say: Say) -> None:
-    """Decodes a sample of a set that is decoded while training, so that what can be seen of it is said before."""
+    """Decode a sample of a streamed set, to report remarks and broken images before training begins."""
     remarks: Counter[str] = Counter()
     problems = []
     sample = sample_positions(len(part.labels))
@@ -208,12 +209,12 @@ def _look_at_some(part: _Part, config: DataConfig, say: Say) -> None:
 
 
 def balanced(labels: Tensor, limit: int | None, name: str = "limit") -> Tensor:
-    """Indices, ascending, of `limit` samples with counts per class as equal as possible, the first of the file.
+    """Ascending indices of `limit` samples: the first of each class, with counts per class as equal as possible.
 
     Args:
-        labels: (N,) int64.
+        labels: class indices, (N,) int64.
         limit: number of samples to take; None takes all.
-        name: what to call the limit in an error.
+        name: name of the limit in an error.
 
     Raises:
         LocalGradError: the limit is larger than the set.
@@ -224,7 +225,7 @@ def balanced(labels: Tensor, limit: int | None, name: str = "limit") -> Tensor:
         raise LocalGradError(f"{name} {limit}: the set has {len(labels)} images; give at most that, or None")
     by_class = labels.argsort(stable=True)
     counts = labels.bincount()
-    turn = torch.empty_like(labels)  # how many of its class come before each sample
+    turn = torch.empty_like(labels)  # number of samples of the same class before each sample
     turn[by_class] = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[by_class]]
     return turn.argsort(stable=True)[:limit].sort().values
 
@@ -269,7 +270,7 @@ def _check_labels(labels: Tensor, num_classes: int, split: str) -> None:
 
 
 def _check_classes(train: _Part, test: _Part, num_classes: int, names: tuple[str, ...] | None, say: Say) -> None:
-    """Refuse to test on classes that no training image has; say which classes have no image."""
+    """Refuse test images of classes without a training image; report classes without training or test images."""
     trained, tested = ({*part.labels.unique().tolist()} for part in (train, test))
     untrained = tested - trained
     if untrained:

@@ -1,8 +1,8 @@
-"""Image sets: two kinds with the same methods, whose batches depend on nothing but seed, epoch and position.
+"""Image sets in memory and streamed, with the same methods and reproducible batches.
 
-A set is either decoded once into one uint8 tensor that may live on the training device (`Images`) or decoded by worker
-processes while training (`ImageStream`). The order and the augmentation of the batches depend on (seed, epoch, position
-in the epoch) alone: not on the global random state, the number of workers or ranks, or where in the epoch one starts.
+A set is either decoded once into one uint8 tensor that may live on the training device (`Images`), or decoded by worker
+processes during training (`ImageStream`). Order and augmentation of the batches depend on (seed, epoch, position in the
+epoch) alone. They do not depend on the global random state, the number of workers or ranks, or the first batch.
 """
 
 from __future__ import annotations
@@ -30,50 +30,50 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 CHUNK = 256
-"""Images that are read and decoded at a time."""
+"""Number of images that are read and decoded at a time."""
 NEWS_SECONDS = 10.0
-"""How often to say how far decoding is."""
+"""Seconds between two reports on the progress of decoding."""
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSet(ABC):
-    """What both kinds of set have: `labels` (N,) int64 on the CPU or the set's device, `config` and the classes."""
+    """Base class of both kinds of sets: `labels` (N,) int64 on the CPU or the set's device, the config, the classes."""
 
     labels: Tensor
     config: DataConfig
     num_classes: int
     class_names: tuple[str, ...] | None = field(default=None, kw_only=True)
     fingerprint: Fingerprint | None = field(default=None, kw_only=True)
-    """Of the whole part that it was taken from, before a limit; None where it was not loaded from anywhere."""
+    """Fingerprint of the images before a limit; None if the set was made from tensors."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @abstractmethod
     def to(self, device: torch.device | str) -> ImageSet:
-        """The same set, giving out its batches on `device`."""
+        """The same set with batches on `device`."""
 
     @abstractmethod
     def subset(self, indices: Tensor) -> ImageSet:
-        """The images at these positions, `(M,)` int64, in this order."""
+        """The set of the images at these positions, `(M,)` int64, in this order."""
 
     @abstractmethod
     def _read(self, epoch: _Epoch) -> Iterator[tuple[Tensor, Tensor]]: ...
 
     def num_batches(self, batch_size: int, world_size: int = 1, train: bool = True) -> int:
-        """Batches of an epoch, with batch_size images on each of world_size ranks (see `batches`)."""
+        """Number of batches of an epoch, with batch_size images on each of world_size ranks (see `batches`)."""
         full, left = divmod(len(self), batch_size * world_size)
         return full + (left >= 2 * world_size if train else left > 0)
 
     def batch_sizes(
         self, batch_size: int, *, train: bool, start: int = 0, rank: int = 0, world_size: int = 1
     ) -> list[int]:
-        """Number of images of each batch that `batches` gives with the same arguments."""
+        """Number of images in each batch that `batches` yields with the same arguments."""
         plan = self._plan(batch_size, train, start, rank, world_size)
         return [len(range(part.start, part.stop, part.step)) for part in plan]
 
     def _plan(self, batch_size: int, train: bool, start: int, rank: int, world_size: int) -> list[slice]:
-        """Positions in the epoch of each batch."""
+        """Positions in the epoch of the images of each batch."""
         step, count = batch_size * world_size, self.num_batches(batch_size, world_size, train)
         slices = (slice(n * step + rank, min((n + 1) * step, len(self)), world_size) for n in range(start, count))
         return [part for part in slices if part.start < part.stop]
@@ -91,29 +91,29 @@ class ImageSet(ABC):
         device: torch.device | str | None = None,
         channels_last: bool = False,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches number `start` and later of one epoch.
+        """Iterate over the batches of one epoch, from batch number `start` on.
 
-        In training the set is shuffled and augmented; otherwise it comes in the order of the file. A global batch has
-        batch_size * world_size images, and rank r takes its r-th, (r + world_size)-th, ... image, so that the ranks'
-        batches together are the batch that one process would have. The last, shorter batch is kept, except in training
-        where it would leave a rank a single image or none (BatchNorm cannot train on one): then it is dropped.
-        In testing no image is given out twice, so the last batch may be missing on the later ranks.
+        In training the images are shuffled and augmented; in testing they come in the order of the data set. A global
+        batch has batch_size * world_size images. Rank r gets its images r, r + world_size, r + 2 * world_size, ..., so
+        the ranks' batches together are the batch of a single process. The last, shorter batch is kept, except in
+        training if a rank would get fewer than two images (BatchNorm cannot train on one): then it is dropped. In
+        testing no image is repeated, so later ranks may have no last batch.
 
         Args:
-            batch_size: images of a batch on each rank.
+            batch_size: number of images per batch on each rank.
             train: whether to shuffle and augment.
-            seed, epoch: what the order and the augmentation are computed from; at least 0.
-            start: number of batches to leave out; the others stay exactly as they were.
-            rank, world_size: the slice of each global batch to give out.
-            device: where the batches go; None takes the set's device.
-            channels_last: memory format of the inputs.
+            seed, epoch: seed of order and augmentation, together; at least 0 each.
+            start: number of batches to skip; the others are the same as without skipping.
+            rank, world_size: this rank, and the number of ranks that share a global batch.
+            device: device of the batches; None for the set's device.
+            channels_last: whether inputs have the channels-last memory format.
 
         Returns:
             Iterator of inputs (B, 3, H, W) float32, normalised, and targets (B,) int64.
 
         Raises:
-            LocalGradError: an argument out of range, or a training set that leaves no batch; from a stream also, when
-                its turn comes, a file that is no image or has the wrong size.
+            LocalGradError: an argument is out of range, or the training set is too small for a batch. A stream also
+                raises it during iteration, for a file that is no image or has the wrong size.
         """
         given = {"batch_size": (batch_size, 1), "world_size": (world_size, 1), "seed": (seed, 0), "epoch": (epoch, 0)}
         rules = [(f"{name}={n}: give at least {least}", n >= least) for name, (n, least) in given.items()]
@@ -131,7 +131,7 @@ class ImageSet(ABC):
 
 @dataclass(frozen=True)
 class _Epoch:
-    """Checked arguments of `batches`, with the positions in the epoch of each batch."""
+    """Checked arguments of `batches`; `plan` has the positions of each batch's images in the epoch."""
 
     plan: list[slice]
     train: bool
@@ -141,7 +141,7 @@ class _Epoch:
     channels_last: bool
 
     def shuffle(self, length: int) -> tuple[Tensor, torch.Generator]:
-        """Index of the image at each position, and the generator for what else is drawn for the epoch."""
+        """Indices of the images in the epoch's order (random in training), and the generator for further draws."""
         generator = torch.Generator().manual_seed(_mix(self.seed, self.number))
         return torch.randperm(length, generator=generator) if self.train else torch.arange(length), generator
 
@@ -151,7 +151,7 @@ class _Epoch:
 
 @dataclass(frozen=True, eq=False)
 class Images(ImageSet):
-    """A set in memory: `images` (N, 3, H, W) uint8. Crops and flips are vectorised on their device."""
+    """A set in memory: `images` (N, 3, H, W) uint8. Crops and flips are vectorised on the images' device."""
 
     images: Tensor
 
@@ -179,15 +179,16 @@ class Images(ImageSet):
 
 @dataclass(frozen=True, eq=False)
 class ImageStream(ImageSet):
-    """A set decoded while training, by `config.workers` processes: `rows` of `datasets`, as arrow, of the split.
-
-    `column` is that of the images, `indices` (N,) are the rows in use, `device` is where batches go.
-    """
+    """A set that `config.workers` processes decode during training."""
 
     rows: datasets.Dataset
+    """All rows of the split, in arrow format."""
     column: str
+    """Name of the image column."""
     indices: Tensor
+    """Positions of the used rows in `rows`, (N,) int64."""
     device: torch.device | str = "cpu"
+    """Device of the batches."""
 
     def to(self, device: torch.device | str) -> ImageStream:
         return replace(self, device=device)
@@ -205,10 +206,10 @@ class ImageStream(ImageSet):
             collate_fn=_collate,
             num_workers=self.config.workers,
             pin_memory=device.type == "cuda",
-            generator=generator,  # else the loader would draw its workers' seeds from the global one
+            generator=generator,  # without it the loader would draw the workers' seeds from the global generator
         )
         for batch in loader:
-            if isinstance(batch, LocalGradError):  # raised here, where it does not keep the loader's workers alive
+            if isinstance(batch, LocalGradError):  # raised here, since an error in a worker would keep workers alive
                 raise batch
             images, labels = batch
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
@@ -217,7 +218,7 @@ class ImageStream(ImageSet):
 
 @dataclass(frozen=True, eq=False)
 class _Samples(Dataset[tuple[Tensor, int] | LocalGradError]):
-    """What the workers read: (index, position) -> augmented uint8 image (3, H, W) and its label, or what is wrong."""
+    """The workers' dataset: from (index, position) to an augmented uint8 image (3, H, W) and its label, or an error."""
 
     stream: ImageStream
     epoch: _Epoch
@@ -244,19 +245,19 @@ def _collate(samples: list[tuple[Tensor, int] | LocalGradError]) -> list[Tensor]
 
 
 def crop_and_flip(images: Tensor, offsets: Tensor, flips: Tensor, padding: int, mode: Mode) -> Tensor:
-    """A window of each padded image, of the size of the image, mirrored where `flips` says so.
+    """Crop each padded image to its original size at an offset, and flip it horizontally if `flips` is true.
 
-    The window is gathered from the image itself by (mirrored) coordinates, so nothing is padded.
+    Pixels are gathered from the unpadded images by (mirrored) coordinates, so no padded copy is made.
 
     Args:
         images: (B, 3, H, W).
-        offsets: (B, 2) int64, top and left corner of the window in the padded image, from 0 to 2 * padding.
+        offsets: (B, 2) int64, top and left edge of the window in the padded image, from 0 to 2 * padding.
         flips: (B,) bool.
-        padding: pixels on each side.
-        mode: "reflect" (without the border) or "zeros".
+        padding: pixels of padding on each side.
+        mode: "reflect" (the border is not repeated) or "zeros".
 
     Returns:
-        (B, 3, H, W) of the same type.
+        Images (B, 3, H, W) of the same dtype.
     """
     batch, channels, height, width = images.shape
     across = torch.arange(width, device=images.device)
@@ -271,25 +272,27 @@ def crop_and_flip(images: Tensor, offsets: Tensor, flips: Tensor, padding: int, 
 
 
 def _mix(*numbers: int) -> int:
-    """One seed of 32 bits that depends on all of the numbers."""
+    """A 32-bit seed computed from all of the numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def decode_all(
     rows: datasets.Dataset, column: str, indices: Tensor, config: DataConfig, *, split: str, say: Callable[[str], None]
 ) -> Tensor:
-    """Images (N, 3, H, W) uint8 of the rows `indices`; one thread, for more only wait for Python's lock here.
+    """Decode the rows `indices` into images (N, 3, H, W) uint8, without augmentation.
+
+    Decoding uses one thread: more threads would wait for Python's global lock.
 
     Args:
-        rows: of the split, as arrow.
-        column: of the images.
-        indices: (N,) int64.
-        config: says the size.
-        split: what to call it.
-        say: told how far it is, and what was left out of the images.
+        rows: all rows of the split, in arrow format.
+        column: name of the image column.
+        indices: positions of the rows to decode, (N,) int64.
+        config: `image_size` and `resize` decide the size.
+        split: name of the split in messages.
+        say: function that is called with sentences about the progress, and about images used with a loss.
 
     Raises:
-        LocalGradError: images cannot be used; all of them are named at once, or the first ten and how many.
+        LocalGradError: images cannot be used; the message names the first ten and counts the rest.
     """
     chosen, numbers, transform = rows.select(indices.numpy()), indices.tolist(), sized(config, train=False)
     images = _room(len(indices), config.image_size)
@@ -324,7 +327,7 @@ def _advice(problems: list[tuple[str, str]], config: DataConfig) -> str:
 
 
 def _room(count: int, size: int) -> Tensor:
-    """An empty tensor (count, 3, size, size) uint8."""
+    """Allocate an uninitialised tensor (count, 3, size, size) uint8, or raise a LocalGradError with its size."""
     try:
         return torch.empty(count, 3, size, size, dtype=torch.uint8)
     except RuntimeError as error:
@@ -336,7 +339,7 @@ def _room(count: int, size: int) -> Tensor:
 
 
 def _sized(item: Any, config: DataConfig) -> tuple[Image, set[str]]:
-    """The decoded image, of the configured size unless it will be resized, and what is to be said of it."""
+    """Decode an image as `decode` does; without `resize`, refuse another size than `image_size`."""
     image, remarks = decode(item)
     if config.resize is None and image.size != (config.image_size, config.image_size):
         raise BrokenImageError(

@@ -1,4 +1,4 @@
-"""Where a set is: a local folder or file of any kind, or the Hugging Face hub, as tables of rows by split."""
+"""Find a data set in a local folder, a file or on the Hugging Face hub, and read it as one table of rows per split."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _TABLES = {
     ".jsonl": "json",
     ".tar": "webdataset",
 }
-"""Suffixes of tables, and what `datasets` calls their kind."""
+"""Suffixes of table files, and the names of their formats in `datasets`."""
 _WANTED = "Give a folder of SPLIT/CLASS/ with images, or a table with images and labels."
 _SURE_TABLES = (".parquet", ".arrow", ".tar")
 _PIXELS = "save its arrays as images, PIL.Image.fromarray(x[i]).save(f'train/{y[i]}/{i}.png'), and give that folder"
@@ -43,19 +43,21 @@ _CONVERT = {
 
 @dataclass
 class Source:
-    """Tables of rows by split; nothing is read before it is asked for."""
+    """A data set that was found: names of its splits, and a function that reads one."""
 
     splits: list[str]
     read: Callable[[str], datasets.Dataset]
+    """Function from the name of a split to its table of rows."""
     notes: Callable[[], list[str]] = list
-    """What was left out of the splits that were read."""
+    """Function that returns sentences about files that were left out of the splits read so far."""
     root: str = ""
-    """The folder, where it is one."""
+    """Folder that relative paths in a table belong to; "" for a data set from the hub."""
     folders: ImageFolder | None = field(default=None)
+    """The folder of images; None if the data set is a table."""
 
 
 def located(config: DataConfig) -> DataConfig:
-    """The config with a local folder or file by its absolute path, so that it means the same from another folder."""
+    """The config with the absolute path of a local source, so that it means the same in another working directory."""
     if not config.on_disk:
         return config
     path = local_path(config.source)
@@ -65,23 +67,23 @@ def located(config: DataConfig) -> DataConfig:
 
 
 def local_path(source: str) -> Path | None:
-    """The folder or file of that name; None where there is none.
+    """The path of a local folder or file; None if it does not exist.
 
     Raises:
-        LocalGradError: it can be neither a path nor a hub name.
+        LocalGradError: the operating system refuses the name as a path.
     """
     try:
         path = Path(source).expanduser()
         return path if path.exists() else None
-    except (OSError, RuntimeError, ValueError) as error:  # a name too long, a user who is not there
+    except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, or an unknown user after "~"
         raise LocalGradError(f"--data {source[:80]!r} cannot be a folder: {error}"[:300]) from error
 
 
 def open_source(config: DataConfig) -> Source:
-    """Finds the set of a configuration, and its splits.
+    """Find the data set of a config and its splits.
 
     Raises:
-        LocalGradError: there is no such folder, file or hub name, or it holds nothing that can be read.
+        LocalGradError: the folder, file or hub name does not exist, or holds no images or tables that can be read.
     """
     path = local_path(config.source)
     if path is not None:
@@ -93,17 +95,21 @@ def open_source(config: DataConfig) -> Source:
 
 
 def check_source(config: DataConfig) -> None:
-    """Refuses, before any other work, a source that is not there.
+    """Check, before any other work, that the source exists.
 
     Raises:
-        LocalGradError: there is no such folder or file, and no hub name either that can be had now.
+        LocalGradError: the source is no local folder or file, and no data set that the hub or its cache has.
     """
     if config.on_disk and local_path(config.source) is None:
         check_hub(config.source)
 
 
 def check_hub(source: str) -> None:
-    """Refuses a name that is no OWNER/NAME, or neither in the cache nor to be had without a network."""
+    """Check that a name is OWNER/NAME, and that the data set is in the cache or on the hub.
+
+    Raises:
+        LocalGradError: it is not.
+    """
     if source[:1] in "./~" or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         parent = next(path for path in Path(source).expanduser().absolute().parents if path.is_dir())
         exists = sorted(path.name for path in parent.iterdir() if path.is_dir() and not is_hidden(path.name))
@@ -120,7 +126,7 @@ def check_hub(source: str) -> None:
 
 
 def _is_cached(owner: str, name: str) -> bool:
-    """Whether `datasets` has the set in its cache, under the name that it gives it there."""
+    """Whether the data set is in the cache of `datasets`, which stores it under a derived name."""
     from datasets import config as settings
     from datasets.naming import camelcase_to_snakecase
 
@@ -130,7 +136,7 @@ def _is_cached(owner: str, name: str) -> bool:
 
 @contextmanager
 def _quiet(offline: bool = False) -> Iterator[None]:
-    """Without the progress bars of `datasets`, and only with its cache if offline; the user's settings come back."""
+    """Context: `datasets` shows no progress bars, and uses only its cache if `offline`; settings are restored."""
     import datasets
     from datasets import config as settings
 
@@ -148,13 +154,13 @@ def _quiet(offline: bool = False) -> Iterator[None]:
 
 
 def _loaded(called: str, arguments: dict[str, Any], root: str = "") -> Source:
-    """What `datasets` loads, all splits."""
+    """All splits of a data set, loaded by `datasets.load_dataset`; `called` is its name in errors."""
     import datasets
 
     try:
         with _quiet():
             found = datasets.load_dataset(**arguments)
-    except Exception as error:  # whatever it is, the set cannot be had
+    except Exception as error:  # of any class: the data set cannot be loaded
         why = " ".join(f"{error} {error.__cause__ or ''}".split())[:300]
         part = f" --data.subset {arguments['name']}" if arguments.get("name") else ""
         raise LocalGradError(f"--data {called}{part} cannot be loaded: {why}\n  {_advice(called)}") from error
@@ -225,7 +231,7 @@ def _folder(folder: Path, config: DataConfig) -> Source:
 
 
 def _kinds(folder: Path) -> tuple[Counter[str], bool]:
-    """How many files there are by suffix, hidden ones left out, and whether a metadata file describes images."""
+    """Number of files by suffix, without hidden ones, and whether there is a metadata file of an image folder."""
     kinds: Counter[str] = Counter()
     described = False
     for at, folders, files in os.walk(folder, followlinks=False):
@@ -246,7 +252,7 @@ def _classes(folder: Path) -> int:
 
 
 def _images(folder: Path) -> Source:
-    """A table with the path and the class of each image, split by split."""
+    """A source whose tables have the path and the class name of each image of a folder."""
     import datasets
 
     found = image_folder(folder)
@@ -272,10 +278,10 @@ def _unlabelled(folder: Path, count: int) -> LocalGradError:
 
 
 def _table_arguments(folder: Path, config: DataConfig, images: bool = False) -> dict[str, Any]:
-    """What `load_dataset` is given for a folder.
+    """Arguments of `load_dataset` for a folder of tables, or of images described by a metadata file (`images`).
 
-    Left to itself it finds splits by words anywhere in a path, so that class "test_bench" in train/ would be tested on.
-    A folder with a subfolder for each split is therefore spelled out.
+    By default `load_dataset` finds splits by words anywhere in a path, so a class "test_bench" in train/ would become
+    test data. If there is a subfolder for training, the files of each split are therefore listed here.
     """
     import datasets
 
@@ -294,9 +300,9 @@ def _table_arguments(folder: Path, config: DataConfig, images: bool = False) -> 
 
 
 def _tables_beside(folder: Path) -> dict[str, Any]:
-    """What `load_dataset` is given where a table beside the images names them; by itself it reads the images alone.
+    """Arguments of `load_dataset` for tables beside the images that they name; by default it reads the images alone.
 
-    A table called as a split is that split, and any other one is `train`. Nothing where they are of several kinds.
+    A table with the name of a split is that split, and any other table is `train`. Empty if tables differ in suffix.
     """
     tables = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in _TABLES and not is_hidden(path.name)]
     if len({path.suffix.lower() for path in tables}) != 1:
@@ -310,7 +316,7 @@ def _tables_beside(folder: Path) -> dict[str, Any]:
 
 
 def _patterns(folder: Path, name: str) -> list[str]:
-    """What matches all files of a split's folder, those of linked folders too."""
+    """Glob patterns for all files in the folder of a split, including those of linked folders."""
     links = [path.name for path in sorted((folder / name).iterdir()) if path.is_symlink() and path.is_dir()]
     odd = [link for link in links if has_magic(link)]
     if odd:

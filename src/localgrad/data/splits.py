@@ -1,4 +1,4 @@
-"""Parts of a set: by the names and slices of its splits, or a stratified share held back for testing."""
+"""Select rows of a data set: by names and slices of its splits, or by a stratified hold-out for testing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NAME = re.compile(r"(^|\+)\s*([\w.-]+)")
 
 
 def named(spec: str, there: Sequence[str]) -> str | None:
-    """A specification such as `val[:50%]` in the names that are there, as `validation[:50%]`; None where one is not."""
+    """Rewrite a specification with existing names, `val[:50%]` as `validation[:50%]`; None if a split is missing."""
     found = {name: split_named(name, there) for _, name in _NAME.findall(spec)}
     if not found or None in found.values():
         return None
@@ -29,10 +29,15 @@ def named(spec: str, there: Sequence[str]) -> str | None:
 
 
 def rows_of(spec: str, read: Callable[[str], datasets.Dataset], field: str) -> tuple[datasets.Dataset, Tensor]:
-    """All rows of the splits that a specification names, one after the other, and the positions of those it takes.
+    """All rows of the splits in a specification, concatenated, and the positions of the rows that it selects.
+
+    Args:
+        spec: names of splits with optional slices, such as `train[:80%]+validation`.
+        read: function from the name of a split to its rows.
+        field: the field of `DataConfig` with the specification, for messages.
 
     Raises:
-        LocalGradError: it cannot be read, or takes no row.
+        LocalGradError: the specification cannot be parsed, or selects no row.
     """
     import datasets
 
@@ -55,14 +60,14 @@ def rows_of(spec: str, read: Callable[[str], datasets.Dataset], field: str) -> t
 
 
 def held_back(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Positions, ascending, to train on and to test on: of each class the same share, chosen by the seed.
+    """Stratified random split into training and test positions, both ascending.
 
-    Of a class with two images or more at least one is on each side; a class with one is trained on.
+    A class with two images or more has at least one on each side. The image of a class with one is for training.
 
     Args:
-        labels: (N,) int64.
-        fraction: share to test on, more than 0 and less than 1.
-        seed: decides which.
+        labels: class indices, (N,) int64.
+        fraction: fraction of each class to test on, more than 0 and less than 1.
+        seed: seed of the choice.
     """
     generator = torch.Generator().manual_seed(seed)
     test: list[Tensor] = []
@@ -80,10 +85,13 @@ def check_sorted(spec: str, labels: Tensor, whole: Tensor, field: str) -> None:
     """Refuse a slice that lacks classes because its split is sorted by class.
 
     Args:
-        spec: the slice.
-        labels: of its rows.
-        whole: of all rows of its splits.
-        field: which setting gave it.
+        spec: the specification, such as `train[:5000]`.
+        labels: class indices of the selected rows.
+        whole: class indices of all rows of the splits.
+        field: the field of `DataConfig` with the specification, for the message.
+
+    Raises:
+        LocalGradError: the slice lacks classes, and the rows are sorted by class.
     """
     classes, present = whole.unique(), labels.unique()
     if "[" not in spec or len(present) == len(classes) or len(classes) == len(whole):

@@ -1,4 +1,4 @@
-"""From a decoded image to what a network takes."""
+"""Transform decoded images into inputs of a network: resize, crop, augment, normalise."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def sized(config: DataConfig, train: bool) -> torch.nn.Module:
-    """Pillow's image to one of the configured size, augmented in training."""
+    """Transform from a Pillow image to one of `image_size`: resize and crop, in training with random crop and flip."""
     from torchvision.transforms import v2
 
     size, steps = config.image_size, []
@@ -34,36 +34,36 @@ def sized(config: DataConfig, train: bool) -> torch.nn.Module:
 
 
 def normalise(images: Tensor, config: DataConfig, *, channels_last: bool = False) -> Tensor:
-    """(B, 3, H, W), from uint8 to float32: (pixel / 255 - mean) / std."""
+    """Normalise images (B, 3, H, W) from uint8 to float32: (pixel / 255 - mean) / std."""
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     inputs = images.to(torch.float32, memory_format=memory_format)
     for channel, (mean, std) in enumerate(zip(config.mean, config.std, strict=True)):
-        inputs[:, channel].sub_(255 * mean).div_(255 * std)  # numbers, not tensors: no copy to the device
+        inputs[:, channel].sub_(255 * mean).div_(255 * std)  # Python numbers need no copy to the device
     return inputs
 
 
 @dataclass(frozen=True)
 class Transform:
-    """What a run does to an image before its network sees it, when it is tested: callable, and can be pickled."""
+    """The preparation of a test image in a run, as a callable that can be pickled."""
 
     config: DataConfig
 
     def __call__(self, image: Any) -> Tensor:
-        """The input (3, H, W) float32 of one image.
+        """Make the network's input (3, H, W) float32 from one image.
 
-        It is decoded and turned upright, resized and center-cropped as in the run, and normalised. Where the run takes
-        images as they are, one of another size is resized by its shorter side and center-cropped.
+        The image is decoded, rotated by its EXIF data, resized and center-cropped as in the run, and normalised. If the
+        run has no `resize`, an image of another size is resized by its shorter side and center-cropped.
 
         Args:
-            image: a path, the bytes of a file, or an image of Pillow's.
+            image: a path, the bytes of a file, or a Pillow image.
 
         Raises:
-            BrokenImageError: it is no image.
+            BrokenImageError: the argument is no image.
         """
         return normalise(torch.from_numpy(self.pixels(decode(image)[0]))[None], self.config)[0]
 
     def pixels(self, image: Image) -> np.ndarray[Any, Any]:
-        """(3, H, W) uint8."""
+        """The resized and center-cropped pixels of a Pillow image, (3, H, W) uint8."""
         from torchvision.transforms import v2
 
         size = self.config.image_size
