@@ -1,6 +1,6 @@
-"""Named runs: one function a row of a paper's table, which returns a complete config.
+"""Named runs: each recipe is a row of a paper's table or of ours, with a complete config.
 
-`RECIPES` maps each name to its function; `recipe(name)` calls it, or says which names look alike.
+`RECIPES` maps each name to a function that returns the recipe. `recipe(name)` calls it.
 """
 
 from collections.abc import Callable
@@ -27,10 +27,10 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 
 
 def recipe(name: str) -> Recipe:
-    """The recipe of that name.
+    """The recipe of a name.
 
     Raises:
-        LocalGradError: there is none; the message has the names that look most like it.
+        LocalGradError: there is no such recipe; the message proposes similar names.
     """
     if name not in RECIPES:
         raise LocalGradError(f"there is no recipe {name!r}{closest(name, list(RECIPES))}; see `localgrad recipes`")

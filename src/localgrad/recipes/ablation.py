@@ -1,8 +1,8 @@
-"""The ablations: DGL+MAN on CIFAR-10 with ResNet-32, one setting of the momentum auxiliary network changed a row.
+"""The ablations: DGL+MAN on CIFAR-10 with ResNet-32; each row changes one or two settings of the momentum network.
 
-`cifar10-resnet32-k16-dgl` (no momentum) and `cifar10-resnet32-k16-dgl-man` (all of it, decay 0.995, form "sum",
-initial values copied, one unit deep) are the rows that these are compared with. At K=16 a block is a single unit, so
-there is no second one to copy; depth is compared at K=4, whose blocks have three and four.
+They are compared with `cifar10-resnet32-k16-dgl` (no momentum network) and `cifar10-resnet32-k16-dgl-man` (both
+branches, decay 0.995, form "sum", weights copied initially, depth 1). At K=16 the next block is a single unit, so there
+is no second unit to copy. Depth is therefore compared at K=4, where the next block has four.
 """
 
 from collections.abc import Callable
@@ -29,15 +29,15 @@ CHANGES: dict[str, dict[str, Any]] = {
     "k4-dgl-man-depth2": {"depth": 2},
     "k4-dgl-man-depth3": {"depth": 3},
 }
-"""What each row changes; `direct` uses the next unit's own weights where `ema-only` uses their average."""
+"""The changed settings of each row. `direct` uses the next unit's own weights, `ema-only` their moving average."""
 
 
 PAPER_ERRORS = {"k16-dgl-man-ema-only": 11.07}
-"""Test error in percent after 400 epochs, as the MAN paper's ablation has it; its "bias only" cell is empty."""
+"""Test error in percent after 400 epochs in the MAN paper's ablation, whose "bias only" cell is empty."""
 
 
 def ablation_recipes() -> dict[str, Callable[[], Recipe]]:
-    """The rows, by name, as `cifar10-resnet32-k16-dgl-man-ema-only`."""
+    """The recipes by name, such as `cifar10-resnet32-k16-dgl-man-ema-only`."""
     return {f"cifar10-resnet32-{row}": partial(_ablation, row) for row in CHANGES}
 
 

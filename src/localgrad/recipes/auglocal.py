@@ -1,15 +1,16 @@
-"""AugLocal on CIFAR-10, and the rows that it and MAN have to be compared with at equal cost.
+"""AugLocal on CIFAR-10, and the rows to compare with AugLocal and MAN at equal cost.
 
-* AugLocal's K is nominal: at depth d it has K - d blocks, of one layer each but for the last, which has d + 1. The stem
-  is a layer. `-man` rows have the moving average and the trained copy of the next unit in front of its heads, `-ema`
-  rows the average alone.
-* `-pool2` rows: the heads see the mean of 2x2 squares, at a quarter of their cost.
-* `-reach2` rows: each local loss trains its own block and the one before; `-reach3` rows two before.
+* AugLocal's K is nominal. With heads of depth d there are K - d blocks: each has one layer, the last one d + 1. The
+  stem counts as a layer.
+* `-man` rows have MAN's momentum network (moving average and trained copy of the next unit) before each head, `-ema`
+  rows its moving average alone.
+* `-pool2` rows: features are average-pooled 2x2 before the head, which then costs a quarter.
+* `-reach2` rows: each local loss trains its own block and the one before. `-reach3` rows: also the second before.
 * `k2`, `k4` and `k8` rows: fewer blocks, at InfoPro's cuts.
-* `e2e-accumulate4` and `-checkpointed`: what end-to-end training does about memory.
+* `e2e-accumulate4` and `-checkpointed`: end-to-end training with gradient accumulation and activation checkpointing.
 
-Everything else is as in `cifar`: 400 epochs, batch 1024. Nothing is published for the rows of ResNet-32;
-ResNet-110 at depth 6 is AugLocal's best row.
+Everything else is as in `cifar`: 400 epochs, batch 1024. Nothing is published for the rows of ResNet-32. ResNet-110 at
+depth 6 is AugLocal's best row.
 """
 
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from localgrad.recipes.cifar import PARTITIONS, cifar_recipes
 from localgrad.recipes.recipe import Recipe
 
 DEPTHS = {(32, 16): (1, 2, 3, 5), (110, 55): (3, 6)}
-"""Depths of the heads by the network's depth and the nominal K."""
+"""Depths of the heads for each network (its depth) and nominal K."""
 
 MOMENTA = {
     "": MomentumConfig(),
@@ -31,24 +32,24 @@ MOMENTA = {
 }
 
 FEWER = {2: ("layer2.1",), 4: PARTITIONS[32, 4], 8: PARTITIONS[32, 8]}
-"""Cuts of ResNet-32 by K."""
+"""Cuts of ResNet-32 for each K of the rows with fewer blocks."""
 
 REACHING = (
     *("k16-dgl", "k16-dgl-man", "k16-dgl-man-pool2", "k8-dgl-man", "k4-dgl", "k8-dgl"),
     *("k16-auglocal-d1", "k16-auglocal-d2", "k16-auglocal-d5", "k16-auglocal-d2-ema", "k4-auglocal-d2"),
     *("k8-auglocal-d2", "k16-auglocal-d2-pool2", "k16-auglocal-d5-pool2"),
 )
-"""Rows that there are with reach 2 too."""
+"""Rows of ResNet-32 that also exist with reach 2."""
 
 FURTHER = ("k16-dgl", "k16-auglocal-d2", "k16-auglocal-d2-pool2", "k16-auglocal-d5-pool2")
-"""Rows that there are with reach 3 too."""
+"""Rows of ResNet-32 that also exist with reach 3."""
 
 PAPER_ERRORS = {"cifar10-resnet110-k55-auglocal-d6": 6.04}
-"""Test error in percent after 400 epochs, as AugLocal's table has it."""
+"""Test error in percent after 400 epochs in AugLocal's table."""
 
 
 def auglocal_recipes() -> dict[str, Callable[[], Recipe]]:
-    """The rows, by name, as `cifar10-resnet32-k16-auglocal-d2-man`."""
+    """The recipes by name, such as `cifar10-resnet32-k16-auglocal-d2-man`."""
     rows: dict[str, Callable[[], Recipe]] = {}
     for (network, k), depths in DEPTHS.items():
         for depth in depths:
@@ -70,7 +71,7 @@ def auglocal_recipes() -> dict[str, Callable[[], Recipe]]:
 
 
 def _cuts(network: int, k: int, depth: int) -> tuple[str, ...]:
-    """The first K - d - 1 layers, the stem one of them."""
+    """Cuts after the first K - d - 1 layers, of which the stem is the first."""
     units = (network - 2) // 6
     layers = ["conv1", *(f"layer{stage}.{unit}" for stage in (1, 2, 3) for unit in range(units))]
     return tuple(layers[: k - depth - 1])

@@ -1,22 +1,23 @@
-"""The CIFAR-10, SVHN and STL-10 tables: CIFAR-type ResNets, SGD and a cosine for 400 epochs.
+"""The CIFAR-10, SVHN and STL-10 tables: CIFAR ResNets, SGD and a cosine schedule for 400 epochs.
 
-Every row is network x partition x local loss x momentum network. What the rows share and where it comes from:
+Each row is a network, a partition, a local loss and a momentum network. The settings and their sources:
 
-* Partitions are stored as the names of the units after which they cut, since the papers' K is a label: with the stem
-  joined to the first unit, the MAN paper's "K=16" is 15 blocks and its "K=55" is 54; `-stem` rows cut after the stem
-  too, which is InfoPro's and AugLocal's K=16 and 55 (really 16 and 55 blocks), and what the MAN++ code does at every
+* Partitions are stored as the names of the units after which they cut, since the papers' K is only a label. With the
+  stem joined to the first unit, the MAN paper's "K=16" has 15 blocks and its "K=55" has 54. `-stem` rows also cut after
+  the stem. This is InfoPro's and AugLocal's K=16 and 55 (really 16 and 55 blocks), and the MAN++ code does it at every
   K (5, 9, 16, 33 and 55 blocks).
-* 400 epochs, batch 1024, rate 0.8 (STL-10: batch 128, rate 0.1), as the MAN and MAN++ commands; InfoPro's own runs
-  have 160 epochs (`--epochs 160`).
-* The heads of `dgl` are the compact ones throughout, so rows of one partition differ in the momentum network alone;
-  the MAN++ code has wide ones (`--objective.head wide`).
-* InfoPro has the cross-entropy task loss with the 1c2f head; its weights are those of InfoPro's published commands,
-  which are for the contrastive loss (AugLocal takes the same with cross-entropy at K=16, and publishes ResNet-110's at
-  K=55 on CIFAR-10), interpolated over the block index. Where nothing is published for a K, the next smaller K's
-  weights are taken; where nothing is published for ResNet-32 (SVHN, STL-10), ResNet-110's.
-* The MAN paper's InfoPro+MAN was trained with other settings, as far as its code tells: `-released` rows have those
-  (CIFAR-10, K=16 and 55, the two that have a published command): the 2c2f head, and weights that fall from 5 and 0.5 by
-  the stage of the next unit where InfoPro counts blocks, `1 - stage / (K - 2)`, so they hardly fall.
+* 400 epochs, batch 1024, learning rate 0.8 (STL-10: batch 128, rate 0.1), as in the commands of MAN and MAN++.
+  InfoPro's own runs have 160 epochs (`--epochs 160`).
+* The heads of `dgl` are compact in every row, so rows of one partition differ in the momentum network alone. The MAN++
+  code has wide heads (`--objective.head wide`).
+* InfoPro has the cross-entropy task loss with the 1c2f head. Its loss weights are those of InfoPro's published
+  commands, interpolated over the block index. Those commands are for the contrastive loss; AugLocal uses the same
+  weights with cross-entropy at K=16, and publishes weights of ResNet-110 at K=55 on CIFAR-10. If nothing is published
+  for a K, the weights of the next smaller K are used. If nothing is published for ResNet-32 (SVHN, STL-10), those of
+  ResNet-110 are used.
+* By its code, the MAN paper trained InfoPro+MAN with other settings. `-released` rows have them (CIFAR-10, K=16 and 55,
+  which have a published command): the 2c2f head, and loss weights of 5 and 0.5 times `1 - stage / (K - 2)`. The factor
+  has the stage of the next unit where InfoPro has the block index, so it hardly falls.
 """
 
 from collections.abc import Callable
@@ -30,13 +31,13 @@ from localgrad.recipes.recipe import Recipe
 
 @dataclass(frozen=True)
 class Dataset:
-    """What one of the three datasets changes."""
+    """The settings that differ between the three data sets."""
 
     images: Callable[[], data.DataConfig]
     lr: float
     batch_size: int
     infopro: dict[int, tuple[tuple[float, float], tuple[float, float]]]
-    """Weights of InfoPro by K: reconstruction (first, last) and task (first, last)."""
+    """InfoPro's loss weights for each K: reconstruction (first, last block) and task (first, last block)."""
 
 
 DATASETS = {
@@ -54,12 +55,12 @@ DATASETS = {
 
 
 def _stages(*stages: str) -> tuple[str, ...]:
-    """Unit names from a line of unit numbers a stage: `_stages("0 2", "1")` is layer1.0, layer1.2, layer2.1."""
+    """Unit names from the unit numbers of each stage: `_stages("0 2", "1")` is layer1.0, layer1.2, layer2.1."""
     return tuple(f"layer{stage}.{unit}" for stage, units in enumerate(stages, start=1) for unit in units.split())
 
 
 def _all_but_last(units: int) -> tuple[str, ...]:
-    """Every unit of three equal stages except the last one."""
+    """Names of all units of three stages with `units` units each, except the last unit."""
     return tuple(f"layer{stage}.{unit}" for stage in (1, 2, 3) for unit in range(units))[:-1]
 
 
@@ -70,7 +71,7 @@ PARTITIONS: dict[tuple[int, int], tuple[str, ...]] = {
     (110, 32): _stages("1 2 4 5 7 9 11 13 14 16 17", "1 2 4 5 7 9 11 13 14 16 17", "1 3 4 6 7 9 11 13 15"),
     (110, 55): _all_but_last(18),
 }
-"""Cuts by depth and K, without the stem."""
+"""Cuts for each depth of the network and K, without the cut after the stem."""
 
 
 PAPER_ERRORS: dict[tuple[str, int, str], float] = {
@@ -93,11 +94,11 @@ PAPER_ERRORS: dict[tuple[str, int, str], float] = {
     ("cifar10", 110, "k32-infopro-man"): 9.06,
     ("cifar10", 110, "k55-infopro-man"): 9.77,
 }
-"""Test error in percent after 400 epochs, as the MAN paper's table has it."""
+"""Test error in percent after 400 epochs in the MAN paper's table."""
 
 
 def cifar_recipes() -> dict[str, Callable[[], Recipe]]:
-    """The rows, by name, as `cifar10-resnet32-k16-dgl-man`."""
+    """The recipes by name, such as `cifar10-resnet32-k16-dgl-man`."""
     rows: dict[str, Callable[[], Recipe]] = {}
     for dataset in DATASETS:
         for depth in (32, 110):
@@ -140,7 +141,7 @@ def _local(dataset: str, depth: int, k: int, stem: bool, method: str, momentum: 
 def _released_infopro(depth: int, k: int, momentum: str) -> Recipe:
     made = _local("cifar10", depth, k, False, "infopro", momentum)
     cuts, last = PARTITIONS[depth, k], str((depth - 2) // 6 - 1)
-    stages = [int(cut[len("layer")]) + (cut.partition(".")[2] == last) for cut in cuts]  # of the units after the cuts
+    stages = [int(cut[len("layer")]) + (cut.partition(".")[2] == last) for cut in cuts]  # of the unit after each cut
     fall = [1 - stage / (k - 2) for stage in stages]
     objective = replace(
         made.config.objective,

@@ -1,4 +1,4 @@
-"""A small job that needs no download: scikit-learn's digits at 16x16, a CIFAR-type ResNet-14, seconds on a CPU."""
+"""A small example without a download: scikit-learn's digits at 16x16, a CIFAR ResNet-14, seconds on a CPU."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +12,7 @@ CUTS = ("layer1.0", "layer1.1", "layer2.0", "layer2.1", "layer3.0")
 
 
 def digits_recipes() -> dict[str, Callable[[], Recipe]]:
-    """The rows, by name: end-to-end, a local loss alone, and the same with a momentum auxiliary network."""
+    """The recipes by name: end-to-end, DGL's local loss, and DGL with MAN's momentum network."""
     return {
         "digits-e2e": partial(_digits, "digits-e2e", "none", "none"),
         "digits-dgl": partial(_digits, "digits-dgl", "dgl", "none"),

@@ -1,17 +1,17 @@
-"""The ImageNet table: ResNets with InfoPro, SGD and a cosine for 90 epochs, and Imagenette, its small stand-in.
+"""The ImageNet table (ResNets with InfoPro, SGD and a cosine schedule for 90 epochs), and Imagenette, a small ImageNet.
 
-* Partitions: `k2` and `k4` are the MAN repository's (its K=4 is in its history only: three cuts that do for all three
-  networks). `k2b` is InfoPro's own cut of ResNeXt-101, `k4b` the MAN++ repository's cuts. The stem is in the first
-  block, and no cut is at the end of a stage.
-* Batch 128 and rate 0.05, no warm-up, as the MAN command for one GPU; InfoPro's and MAN++'s are for eight
-  (`--batch-size 1024 --lr 0.4 --devices 8`).
-* InfoPro has cross-entropy with the released ImageNet head and InfoPro's published weights: reconstruction 5, task 0.75
-  (ResNet-152: 1), the same at every block. The MAN code has 0.75 for ResNet-152 too.
-* Imagenette (10 classes, 128 px) has ImageNet's settings. ResNet-50, which no paper cuts, is cut into blocks of four
-  units; DGL has the head "light", as the papers' heads outweigh a network of 512 and more channels. Nothing is
+* Partitions: `k2` and `k4` are from the MAN repository (K=4 only from its history: the same three cuts for all three
+  networks). `k2b` is InfoPro's own cut of ResNeXt-101, `k4b` are the MAN++ repository's cuts. The stem belongs to the
+  first block, and no cut is at the end of a stage.
+* Batch 128, learning rate 0.05, no warm-up, as in the MAN command for one GPU. The commands of InfoPro and MAN++ are
+  for eight GPUs (`--batch-size 1024 --lr 0.4 --devices 8`).
+* InfoPro has the cross-entropy task loss with the released ImageNet head, and its published loss weights:
+  reconstruction 5, task 0.75 (ResNet-152: 1), the same at every block. The MAN code has 0.75 for ResNet-152 too.
+* Imagenette (10 classes, 128 px) has ImageNet's settings. No paper cuts ResNet-50: here each block has four units. DGL
+  has the head "light", since at 512 and more channels the papers' heads are larger than the network. Nothing is
   published for these rows.
-* Imagenette at 64 px: ResNet-18 with a stem for small images, four blocks, 60 epochs, rate 0.1 and a warm-up of two
-  epochs. InfoPro's weights and head are those of ImageNet. Nothing is published for these rows either.
+* Imagenette at 64 px: ResNet-18 with a stem for small images, four blocks, 60 epochs, learning rate 0.1, warm-up of two
+  epochs. InfoPro's loss weights and head are those of ImageNet. Nothing is published for these rows.
 """
 
 from collections.abc import Callable
@@ -43,7 +43,7 @@ CUTS = {
     ("resnext101", "k4"): "3.0 3.9 3.17",
     ("resnext101", "k4b"): "2.2 3.8 3.16",
 }
-"""Stage and unit after which to cut, by network and partition: "2.0" is layer2.0."""
+"""Stage and unit of each cut, for each network and partition: "2.0" is layer2.0."""
 
 
 PAPER_ERRORS: dict[tuple[str, str], float] = {
@@ -58,11 +58,11 @@ PAPER_ERRORS: dict[tuple[str, str], float] = {
     ("resnet101", "k4-infopro-man"): 21.73,
     ("resnet152", "k4-infopro-man"): 20.78,
 }
-"""Top-1 error in percent on ImageNet after 90 epochs: K=4 as the MAN paper's table has it, K=2 as InfoPro's."""
+"""Top-1 error in percent on ImageNet after 90 epochs: K=4 from the MAN paper's table, K=2 from InfoPro's."""
 
 
 def imagenet_recipes() -> dict[str, Callable[[], Recipe]]:
-    """The rows, by name, as `imagenet-resnet101-k4-infopro-man`."""
+    """The recipes by name, such as `imagenet-resnet101-k4-infopro-man`."""
     rows: dict[str, Callable[[], Recipe]] = {}
     for network in ("resnet101", "resnet152", "resnext101"):
         rows |= _rows("imagenet", network, {"infopro": ("none", "man", "manpp")})
@@ -70,7 +70,7 @@ def imagenet_recipes() -> dict[str, Callable[[], Recipe]]:
 
 
 def imagenette_recipes() -> dict[str, Callable[[], Recipe]]:
-    """The rows, by name, as `imagenette-resnet50-k4-dgl-man`."""
+    """The recipes by name, such as `imagenette-resnet50-k4-dgl-man`."""
     rows: dict[str, Callable[[], Recipe]] = {}
     for network in ("resnet50", "resnet101"):
         rows |= _rows("imagenette", network, {"infopro": ("none", "man"), "dgl": ("none", "man")}, ("k4",))
@@ -78,7 +78,7 @@ def imagenette_recipes() -> dict[str, Callable[[], Recipe]]:
 
 
 def imagenette64_recipes() -> dict[str, Callable[[], Recipe]]:
-    """The rows, by name, as `imagenette64-resnet18-k4-dgl-man`."""
+    """The recipes by name, such as `imagenette64-resnet18-k4-dgl-man`."""
     rows = ("e2e", "k4-dgl", "k4-dgl-man", "k4-infopro", "k4-infopro-man", "k4-auglocal")
     return {f"imagenette64-resnet18-{row}": partial(_small, row) for row in rows}
 

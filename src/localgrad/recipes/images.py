@@ -1,4 +1,4 @@
-"""One's own images: a network and settings that do for photographs in folders, of any size and number."""
+"""Training on a user's own images: a network and settings for photographs in folders, of any size and number."""
 
 from dataclasses import replace
 
@@ -6,16 +6,17 @@ from localgrad.config.schema import ModelConfig, MomentumConfig, ObjectiveConfig
 from localgrad.data import config as data
 
 OWN = "images"
-"""What `localgrad train --data FOLDER` calls it."""
+"""Name of this config in `localgrad train --data FOLDER`."""
 
 
 def own_images(source: str = "FOLDER") -> TrainConfig:
-    """A ResNet-18 in four blocks, DGL with momentum networks, images of 128 pixels, a fifth of them held back.
+    """A config for a folder of images: ResNet-18 in four blocks, DGL+MAN, images resized to 128 pixels.
 
-    The settings are Imagenette's; what the images have of splits and classes is found when they are read.
+    The images are prepared as in Imagenette. Splits and classes are found when the images are read. Without a test
+    split, 20 % of each class are held out for testing.
 
     Args:
-        source: the folder; `localgrad train --data` puts it there.
+        source: the folder, which `localgrad train --data` passes.
     """
     images = replace(data.imagenette(source), subset=None, test_split="test", test_fraction=0.2)
     return TrainConfig(

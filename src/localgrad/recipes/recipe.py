@@ -1,4 +1,4 @@
-"""What every recipe is: a config, and what a paper says of it."""
+"""A recipe: a config, and the error that a paper reports for it."""
 
 from dataclasses import dataclass
 
@@ -7,16 +7,16 @@ from localgrad.config.schema import TrainConfig
 
 @dataclass(frozen=True)
 class Recipe:
-    """One row of a table."""
+    """One row of a table: a config, its partition's label, and the published error."""
 
     config: TrainConfig
     """The complete run."""
     label: str = ""
-    """What the papers call this partition, as `K=16`; it is not always the number of blocks."""
+    """The papers' name of the partition, such as `K=16`, which is not always the number of blocks."""
     paper_error: float | None = None
-    """Test error in percent that the paper reports for this row; None where none is published."""
+    """Test error in percent that the paper reports for this row; None if none is published."""
 
     @property
     def num_blocks(self) -> int:
-        """Number of gradient-isolated blocks, the last one included: one more than the cuts."""
+        """Number of gradient-isolated blocks, including the last one: one more than the number of cuts."""
         return len(self.config.cuts or ()) + 1

@@ -9,16 +9,16 @@ from localgrad.recipes.auglocal import FURTHER, REACHING
 
 @dataclass(frozen=True)
 class Table:
-    """Rows that are read side by side."""
+    """Recipes that one table compares."""
 
     title: str
-    """What is compared."""
+    """What the table compares."""
     rows: tuple[str, ...]
     """Names of recipes."""
 
 
 def _main(dataset: str, depth: int, k: int) -> list[str]:
-    """End-to-end, and each of the papers' local losses alone, with MAN and with MAN++."""
+    """Recipes of one partition: end-to-end, and each of the papers' local losses alone, with MAN and with MAN++."""
     rows = [
         f"k{k}-{method}{momentum}" for method in ("predsim", "dgl", "infopro") for momentum in ("", "-man", "-manpp")
     ]
@@ -26,7 +26,7 @@ def _main(dataset: str, depth: int, k: int) -> list[str]:
 
 
 def _main_tables() -> dict[str, Table]:
-    """One table a dataset, and one for each of its networks and partitions."""
+    """One table per data set, and one for each of its networks and partitions."""
     tables: dict[str, Table] = {}
     for dataset, title in (("cifar10", "CIFAR-10"), ("svhn", "SVHN"), ("stl10", "STL-10")):
         parts = {(depth, k): _main(dataset, depth, k) for depth, k in ((32, 8), (32, 16), (110, 32), (110, 55))}
@@ -40,7 +40,7 @@ def _main_tables() -> dict[str, Table]:
 
 
 def _ablation_tables() -> dict[str, Table]:
-    """One table a question, and one of all of them."""
+    """One table per question of the DGL ablation, one with all their rows, and one of InfoPro's settings."""
     k4, k16 = "cifar10-resnet32-k4-dgl", "cifar10-resnet32-k16-dgl"
     man = f"{k16}-man"
     parts = {
@@ -62,7 +62,7 @@ def _ablation_tables() -> dict[str, Table]:
 
 
 def _equal_cost_tables() -> dict[str, Table]:
-    """AugLocal, gradients over two blocks and fewer blocks beside MAN, and what end-to-end training does."""
+    """AugLocal with MAN, and at equal cost: MAN, reach, fewer blocks, end-to-end with accumulation or checkpointing."""
     rows = ["e2e", "e2e-accumulate4", "e2e-checkpointed", "e2e-accumulate4-checkpointed"]
     rows += [f"k{k}-dgl{end}" for k in (2, 4, 8, 16) for end in ("", "-man")]
     rows.remove("k4-dgl-man")
@@ -81,7 +81,7 @@ def _equal_cost_tables() -> dict[str, Table]:
 
 
 def _network_tables() -> dict[str, Table]:
-    """One table a network of ImageNet and Imagenette: every row that there is."""
+    """One table for each network on ImageNet and Imagenette, with all its recipes."""
     titles = {
         "imagenette64-resnet18": "Imagenette at 64 px, ResNet-18: DGL, InfoPro and AugLocal at K=4, with MAN",
         "imagenette-resnet50": "Imagenette at 128 px, ResNet-50: InfoPro and DGL at K=4, with MAN",
@@ -111,10 +111,10 @@ TABLES: dict[str, Table] = {
 
 
 def table(name: str) -> Table:
-    """The table of that name.
+    """The table of a name.
 
     Raises:
-        LocalGradError: there is none; the message has the names that look most like it.
+        LocalGradError: there is no such table; the message proposes similar names.
     """
     if name not in TABLES:
         raise LocalGradError(f"there is no table {name!r}{closest(name, list(TABLES))}; see `localgrad reproduce`")

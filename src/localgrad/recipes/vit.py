@@ -1,9 +1,9 @@
-"""The vision transformers of MAN++ on ImageNet: ViT-T, S and B with patches of 16, AdamW and a cosine for 90 epochs.
+"""The vision transformers of MAN++ on ImageNet: ViT-T, S and B, patches of 16, AdamW and a cosine for 90 epochs.
 
-Cut after blocks 3, 6 and 9 of 12; the local head is a LayerNorm and a linear layer on the class token (`classifier`).
-Batch 1024 and rate 0.001, no warm-up, as the MAN++ command for eight GPUs. The networks are timm's; the MAN++ code has
-one more LayerNorm, in the patch embedding, and its trained branch a second transformer block behind the first.
-Nothing is published for these rows that could be found.
+The network is cut after transformer blocks 3, 6 and 9 of 12. The local head is a LayerNorm and a linear layer on the
+class token (`classifier`). Batch 1024, learning rate 0.001 and no warm-up are as in the MAN++ command for eight GPUs.
+The networks are timm's. In the MAN++ code the patch embedding has one more LayerNorm, and the trained branch has a
+second transformer block after the first. We found no published results for these rows.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ ROWS = {
     "k4-classifier-man": ("classifier", "man"),
     "k4-classifier-manpp": ("classifier", "manpp"),
 }
-"""Local loss and momentum network."""
+"""Local loss and momentum network of each row."""
 
 
 def vit_recipes() -> dict[str, Callable[[], Recipe]]:
