@@ -1,1 +1,1 @@
-"""Run folders: the files of a run."""
+"""Run folders: the files of a run, written and read."""

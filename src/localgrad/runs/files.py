@@ -1,4 +1,4 @@
-"""Atomic writes, kept versions of a file, JSON, and lock files."""
+"""Atomic writes, older versions of a file, JSON, and lock files."""
 
 import contextlib
 import json
@@ -17,12 +17,12 @@ def atomic_write(path: Path, keep: int = 1) -> Iterator[BinaryIO]:
     """Context: a temporary file that is flushed to disk and renamed to `path` at the end.
 
     With `keep` above 1 the previous content becomes `path.1`, the one before it `path.2`, and so on, `keep` versions in
-    all. Wherever the process is killed, there are at least as many intact versions as before the call.
+    all. If the process is killed at any point, no intact version is lost.
 
-    Follows symbolic links. Writes directly to what is no regular file, such as /dev/stdout.
+    Symbolic links are followed. A path that is no regular file, such as /dev/stdout, is written directly.
 
     Raises:
-        LocalGradError: the disk is full or cannot be written; `path` is unchanged.
+        LocalGradError: the file cannot be written, or the disk is full; the previous content is intact.
     """
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):  # noqa: PTH110, PTH112, PTH113
         with path.open("wb") as file:
@@ -46,22 +46,22 @@ def atomic_write(path: Path, keep: int = 1) -> Iterator[BinaryIO]:
         why = error.strerror or str(error)
         raise LocalGradError(f"{path} could not be written ({why}); what it held before is intact") from error
     finally:
-        with contextlib.suppress(OSError):  # which would hide what went wrong
+        with contextlib.suppress(OSError):  # an error here would hide the first one
             temporary.unlink(missing_ok=True)
 
 
 def check_writable(path: Path, flag: str = "--output") -> None:
-    """Refuses, before any work, a file or folder that cannot be made or written.
+    """Check, before any work, that a file or folder can be created or written.
 
     Args:
-        path: it, or what will be made.
-        flag: what gives another one.
+        path: the file or folder; it need not exist.
+        flag: the flag that gives another path, for the message.
 
     Raises:
-        LocalGradError: the nearest folder that is there is read-only, or a file is in its place.
+        LocalGradError: the nearest existing parent is read-only or is a file, or the name is no valid path.
     """
     try:
-        as_folder = path.exists() and not path.is_file()  # a folder itself, or what is written directly, as /dev/stdout
+        as_folder = path.exists() and not path.is_file()  # a folder, or a device such as /dev/stdout
         there = next(each for each in ([path] if as_folder else path.absolute().parents) if each.exists())
     except OSError as error:
         raise LocalGradError(
@@ -74,15 +74,15 @@ def check_writable(path: Path, flag: str = "--output") -> None:
 
 
 def _make_room(path: Path) -> None:
-    """Renames the versions to `path.1`, `path.2`, ..., in an order in which none takes the name of another."""
-    for number, version in enumerate(versions(path).values()):  # a kill may have left a gap
+    """Rename the versions of a file to `path.1`, `path.2`, ..., so that `path` is free; none is overwritten."""
+    for number, version in enumerate(versions(path).values()):  # close a gap that a killed process may have left
         version.rename(path if number == 0 else f"{path}.{number}")
     for number, version in reversed(versions(path).items()):
         version.rename(f"{path}.{number + 1}")
 
 
 def versions(path: Path) -> dict[int, Path]:
-    """`path`, `path.1`, `path.2`, ..., those that are there, by number: the newest first. 0 is `path` itself."""
+    """The existing files among `path`, `path.1`, `path.2`, ... by number, newest first; `path` itself is number 0."""
     found = {int(file.suffix[1:]): file for file in path.parent.glob(f"{path.name}.*") if file.suffix[1:].isdecimal()}
     if os.path.lexists(path):
         found[0] = path
@@ -90,10 +90,14 @@ def versions(path: Path) -> dict[int, Path]:
 
 
 def lock(file: TextIO, seconds: float = 0.0) -> None:
-    """Locks a file for as long as it is open, here or in a process that inherited it.
+    """Lock a file exclusively, until it is closed here and in all processes that inherited it.
+
+    Args:
+        file: the open file.
+        seconds: how long to wait for the lock.
 
     Raises:
-        BlockingIOError: another one still has it after so many seconds.
+        BlockingIOError: another process still holds the lock after this time.
     """
     import fcntl
 
@@ -108,7 +112,7 @@ def lock(file: TextIO, seconds: float = 0.0) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Makes the names in a folder as lasting as the files' contents; Windows has no such call."""
+    """Flush a folder's entries to disk, so that a rename survives a crash; no-op on Windows."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -119,14 +123,14 @@ def _sync(folder: Path) -> None:
 
 
 def make_folder(path: Path, hint: str = "") -> None:
-    """Makes a folder with all those above it.
+    """Create a folder and its parents.
 
     Args:
-        path: the folder; it may be there.
-        hint: what to do where it cannot be made, as `give another --output`.
+        path: the folder; it may exist.
+        hint: advice at the end of the error, such as `give another --output`.
 
     Raises:
-        LocalGradError: it cannot be made.
+        LocalGradError: the folder cannot be created.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -136,16 +140,20 @@ def make_folder(path: Path, hint: str = "") -> None:
 
 
 def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
-    """Writes a value as JSON, atomically; on one line with `indent=None`."""
+    """Write a value as JSON, atomically; on one line with `indent=None`. NaN and infinities raise a ValueError."""
     with atomic_write(path) as file:
         file.write((json.dumps(value, indent=indent, allow_nan=False) + "\n").encode())
 
 
 def read_json(path: Path, *, finite: bool = False) -> Any:
-    """Reads a JSON file.
+    """Read a JSON file.
+
+    Args:
+        path: the file.
+        finite: refuse NaN and infinities, which Python's JSON allows.
 
     Raises:
-        LocalGradError: it is missing, cannot be read, or is no JSON; with `finite`, also one with NaN or infinities.
+        LocalGradError: the file is missing, cannot be read, or is no JSON.
     """
 
     def refused(constant: str) -> None:
@@ -157,5 +165,5 @@ def read_json(path: Path, *, finite: bool = False) -> Any:
         raise LocalGradError(f"{path.parent} is no run folder: it has no {path.name}") from None
     except OSError as error:
         raise LocalGradError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number too long, nested too deep
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number that is too long, or too deep nesting
         raise LocalGradError(f"{path} is not readable as JSON ({error}); it was changed or cut short") from None

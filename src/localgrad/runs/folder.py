@@ -31,12 +31,12 @@ logger = logging.getLogger(__name__)
 
 
 LOCK_SECONDS = 10.0
-"""How long to wait for a folder: the workers of a killed process notice its end within seconds."""
+"""How long to wait for the lock of a folder: workers of a killed process hold it until they exit, seconds later."""
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The files of one run."""
+    """A run folder: the paths of its files, their checks, and the functions that write and read them."""
 
     path: Path
 
@@ -81,17 +81,22 @@ class RunFolder:
         return bool(versions(self.checkpoint))
 
     def _own(self, name: str) -> Path:
-        """The path of a file of the run. Refuses symbolic links, which may lead to a file of another run."""
+        """Path of a file in the folder. Symbolic links are refused: they may point to a file of another run."""
         path = self.path / name
         if path.is_symlink():
             raise LocalGradError(f"{path} is a link to {path.readlink()}: a run folder holds its files itself; copy it")
         return path
 
     def check(self, config: TrainConfig, resume: bool) -> None:
-        """Checks that this run may use the folder; writes nothing.
+        """Check that a run may use the folder; nothing is written.
+
+        Args:
+            config: the config of the run.
+            resume: whether to continue the run in the folder. A finished run can be resumed with more epochs.
 
         Raises:
-            LocalGradError: the folder is another run's, or finished, or, without `resume`, in use.
+            LocalGradError: the folder holds another run, a finished run, or without `resume` an unfinished run; or
+                `resume` is given and the folder holds no run.
         """
         try:
             started = self._config.exists()
@@ -103,14 +108,14 @@ class RunFolder:
             if resume:
                 raise LocalGradError(f"{self.path} holds no run to resume; leave out --resume to start one there")
             return
-        before = with_defaults(self.config())  # options that are newer than the folder have their defaults
+        before = with_defaults(self.config())  # options that a later version added get their defaults
         more = before.optim.epochs < config.optim.epochs
         if self.is_finished and not (resume and more):
             raise LocalGradError(
                 f"{self.path} holds a finished run of {before.optim.epochs} epochs: go on with --resume --epochs MORE, "
                 "or give another --run-dir to begin a new one"
             )
-        if resume and more:  # goes on, with the schedule of so many epochs
+        if resume and more:  # the run continues with the learning rate schedule of the new number of epochs
             optim = dataclasses.replace(before.optim, epochs=config.optim.epochs)
             before = dataclasses.replace(before, optim=optim, patience=config.patience)
         place = config.data.source if self.images.exists() else located(before.data).source
@@ -124,12 +129,16 @@ class RunFolder:
             raise LocalGradError(f"{self.path} holds this run, not finished; continue it with --resume")
 
     def check_images(self, *, train: ImageSet | None = None, test: ImageSet | None = None) -> None:
-        """Checks by fingerprint that images are those of the run; their path may differ.
+        """Check by fingerprint that image sets are those of the run; their path may differ.
 
         Runs of earlier versions have no fingerprints and accept all images.
 
+        Args:
+            train: the training set; None checks nothing.
+            test: the test set; None checks nothing.
+
         Raises:
-            LocalGradError: the number of images, their classes, or a sample of them differ.
+            LocalGradError: number of images, number of classes, labels, or a sample of the files differ.
         """
         for part, images in (("train", train), ("test", test)):
             before = self.known_images(part)
@@ -143,10 +152,10 @@ class RunFolder:
                 )
 
     def known_images(self, part: str) -> Fingerprint | None:
-        """The fingerprint of the run's images to `train` or to `test` on; None where it is of an earlier version.
+        """Saved fingerprint of the run's images, for the part `train` or `test`; None for a run of an earlier version.
 
         Raises:
-            LocalGradError: the file is damaged.
+            LocalGradError: the file of fingerprints is damaged.
         """
         if not self.images.exists():
             return None
@@ -157,20 +166,20 @@ class RunFolder:
             raise LocalGradError(f"{self.images} was changed or cut short ({error}): remove it") from None
 
     def keep_images(self, train: ImageSet, test: ImageSet) -> None:
-        """Saves the fingerprints of the run's images, for `check_images`."""
+        """Save the fingerprints of the run's images for `check_images`, if both sets have one."""
         if train.fingerprint is not None and test.fingerprint is not None:
             parts = {"train": train.fingerprint, "test": test.fingerprint}
             write_json(self.images, as_file("images", {name: dataclasses.asdict(part) for name, part in parts.items()}))
 
     @contextmanager
     def locked(self, seconds: float = LOCK_SECONDS) -> Iterator[None]:
-        """Context: creates the folder and holds its lock file. The lock ends with the process, also if it is killed.
+        """Context: create the folder and hold its lock. The lock is released if the process ends or is killed.
 
         Args:
-            seconds: how long to wait for another process.
+            seconds: how long to wait while another process holds the lock.
 
         Raises:
-            LocalGradError: another process trains there, or the folder cannot be made.
+            LocalGradError: another process holds the lock, or the folder cannot be created.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -184,7 +193,7 @@ class RunFolder:
                 raise LocalGradError(
                     f"another process is training in {self.path}; wait for it, or give another --run-dir"
                 ) from None
-            except (ImportError, OSError) as error:  # Windows, or a file system without locks
+            except (ImportError, OSError) as error:  # on Windows, or a file system without locks
                 logger.warning("%s cannot be locked (%s): start no second process there", self.path, error)
             yield
 
@@ -193,10 +202,13 @@ class RunFolder:
         return LocalGradError(f"the run folder {str(self.path)!r} cannot be made or read: {why}")
 
     def start(self, config: TrainConfig, lines: int) -> None:
-        """Saves the config, truncates the metrics to their first `lines` lines, and removes left-over temporary files.
+        """Save the config and clean the folder before training.
+
+        The metrics are truncated to their first `lines` lines. Temporary files, checkpoints beyond `keep_checkpoints`
+        and the result of an earlier end of the run are removed.
 
         Raises:
-            LocalGradError: the folder cannot be made or written.
+            LocalGradError: the folder cannot be created or written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -209,13 +221,17 @@ class RunFolder:
             raise self._unusable(error) from error
         if len(kept) < lines:
             logger.warning("%s has lost %d of its first %d lines", self.metrics, lines - len(kept), lines)
-        self.result.unlink(missing_ok=True)  # of fewer epochs
+        self.result.unlink(missing_ok=True)  # of the run with fewer epochs
         write_json(self._config, as_file("config", config))
         with atomic_write(self.metrics) as file:
             file.writelines(kept)
 
     def config(self) -> TrainConfig:
-        """The saved config. Options of its methods that came with a later version have their defaults."""
+        """The saved config. Options that a later version of localgrad added get their defaults.
+
+        Raises:
+            LocalGradError: the folder has no config, or the config is damaged.
+        """
         values = fields_of(read_json(self._config), self._config, "config")
         try:
             return with_defaults(from_dict(values))
@@ -223,7 +239,7 @@ class RunFolder:
             raise LocalGradError(f"{self._config}: {problem}") from None
 
     def append_metrics(self, line: dict[str, Any]) -> None:
-        """Appends a line to the metrics and flushes it to disk."""
+        """Append a line to `metrics.jsonl` and flush it to disk."""
         try:
             with self.metrics.open("a") as file:
                 file.write(json.dumps(line, allow_nan=False) + "\n")
@@ -233,22 +249,22 @@ class RunFolder:
             raise LocalGradError(f"{self.metrics} could not be written: {error.strerror or error}") from error
 
     def save_checkpoint(self, state: dict[str, Any], keep: int = 1) -> None:
-        """Writes a checkpoint atomically and keeps the last `keep` of them. `torch.save` adds a CRC-32 of each part."""
+        """Write a checkpoint atomically and keep the newest `keep` ones. `torch.save` adds a CRC-32 of each part."""
         buffer = io.BytesIO()
         torch.save(as_file("checkpoint", state), buffer)
         with atomic_write(self.checkpoint, keep) as file:
             file.write(buffer.getbuffer())
 
     def newest_checkpoint(self) -> tuple[Path, dict[str, Any]]:
-        """Reads the newest intact checkpoint. Warns if later ones are damaged.
+        """Read the newest intact checkpoint; log a warning if newer ones are damaged.
 
-        Loads tensors and plain values only (`weights_only=True`).
+        Only tensors and plain values are loaded (`weights_only=True`).
 
         Returns:
-            Its path and its content.
+            Path and content of the checkpoint.
 
         Raises:
-            LocalGradError: there is none, none is intact, or the newest intact one holds other objects.
+            LocalGradError: there is no checkpoint, none is intact, or the newest intact file holds other objects.
         """
         damaged: list[str] = []
         for path in versions(self.checkpoint).values():
@@ -265,7 +281,7 @@ class RunFolder:
         raise LocalGradError(f"{self.path} has no checkpoint.pt: its run has saved none yet, or it was removed")
 
     def set_aside_newer(self, taken: Path) -> None:
-        """Renames checkpoints newer than the loaded one (they are damaged), so that they do not count as kept."""
+        """Rename checkpoints newer than the loaded one, which are damaged, so that they do not count as kept."""
         for path in versions(self.checkpoint).values():
             if path == taken:
                 return
@@ -274,7 +290,7 @@ class RunFolder:
     def save_model(
         self, weights: dict[str, Tensor], metadata: dict[str, str] | None = None, *, best: bool = False
     ) -> None:
-        """Writes `model.safetensors` (`best.safetensors`): the weights under the model's own names, with metadata."""
+        """Write weights under the model's own names to `model.safetensors`, or with `best` to `best.safetensors`."""
         from safetensors.torch import save
 
         state = {name: value.detach().cpu().contiguous().clone() for name, value in weights.items()}
@@ -282,10 +298,10 @@ class RunFolder:
             file.write(save(state, metadata))
 
     def load_model(self, model: nn.Module, *, best: bool = False) -> None:
-        """Loads the saved weights into a model, those of the last epoch or of the best one.
+        """Load the weights of the last epoch, or with `best` of the best epoch, into a model.
 
         Raises:
-            LocalGradError: there are none, or they are cut short, or of another model.
+            LocalGradError: the file does not exist, is damaged, or belongs to another model.
         """
         from safetensors.torch import load
 
@@ -295,7 +311,7 @@ class RunFolder:
             raise LocalGradError(f"{self.path} has no {path.name}: {why}")
         try:
             state = load(path.read_bytes())
-        except Exception as error:  # safetensors raises many kinds for a broken file
+        except Exception as error:  # safetensors raises many classes for a broken file
             raise LocalGradError(
                 f"{path} is cut short or damaged ({_reason(error)}); remove it and result.json, and "
                 "train --resume writes it again from the checkpoint"
@@ -303,14 +319,14 @@ class RunFolder:
         load_state(model.load_state_dict, state, path)
 
     def classes(self) -> tuple[int | None, list[str] | None]:
-        """Number and names of the classes of a finished run; None where the result does not have them."""
+        """Number and names of the classes of a finished run; each is None if unknown, both if it is unfinished."""
         if not self.is_finished:
             return None, None
         result = from_file(Result, read_json(self.result), self.result)
         return result.num_classes, result.class_names
 
     def save_result(self, result: Result) -> None:
-        """Writes the result, which marks the run as finished."""
+        """Write `result.json`, which marks the run as finished."""
         write_json(self.result, as_file("run", result))
 
 
@@ -323,13 +339,13 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
         data = path.read_bytes()
         with zipfile.ZipFile(io.BytesIO(data)) as file:
             broken = file.testzip()
-    except Exception as error:  # zipfile raises many kinds for a broken file
+    except Exception as error:  # zipfile raises many classes for a broken file
         raise _DamagedError(f"{path} is cut short or damaged ({_reason(error) or 'it cannot be read'})") from error
     if broken is not None:
         raise _DamagedError(f"{path} is damaged (the checksum of its part {broken} is wrong)")
     try:
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # the parts are as they were written, so it was written like that
+    except pickle.UnpicklingError as error:  # the checksums are right, so the file was written with such objects
         raise LocalGradError(
             f"{path} is refused: it holds more than tensors and plain values, which no checkpoint of localgrad does; "
             "do not trust this folder, or remove that file to go on from the checkpoint before"
@@ -350,10 +366,15 @@ def _table(state: Any, path: Path) -> dict[str, Any]:
 
 
 def load_state(load: Callable[[Any], Any], state: Any, path: Path) -> None:
-    """Calls a `load_state_dict` and names the file when the state is that of something else.
+    """Call a function such as `load_state_dict`; if it fails, the error names the file.
+
+    Args:
+        load: the function, called with `state`.
+        state: the state from the file.
+        path: the file.
 
     Raises:
-        LocalGradError: names or shapes do not match.
+        LocalGradError: names or shapes of the state do not match.
     """
     try:
         load(state)

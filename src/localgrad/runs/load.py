@@ -1,4 +1,4 @@
-"""What a finished run learnt, for use elsewhere: `model, classes, transform = localgrad.load_run("runs/first")`."""
+"""Load a trained network for use elsewhere: `model, classes, transform = localgrad.load_run("runs/first")`."""
 
 import json
 from pathlib import Path
@@ -15,25 +15,26 @@ from localgrad.runs.result import Result
 
 
 class LoadedRun(NamedTuple):
-    """What `load_run` gives."""
+    """The return value of `load_run`."""
 
     model: nn.Module
     """The trained network, on the CPU, in evaluation mode."""
     classes: list[str]
-    """Names of the classes, in the order of its scores; their numbers where the images have no names."""
+    """Names of the classes in the order of the network's outputs; class indices if the classes have no names."""
     transform: Transform
-    """Makes an input of the network from an image: `model(transform("cat.jpg")[None]).softmax(1)`."""
+    """Function from an image to the network's input: `model(transform("cat.jpg")[None]).softmax(1)`."""
 
 
 def load_run(run_dir: str | Path, *, best: bool = False) -> LoadedRun:
-    """The network that a finished run trained, its classes, and how to prepare an image for it.
+    """Load the network of a finished run, its classes, and the transform from an image to an input.
 
     Args:
         run_dir: the run folder.
-        best: take the weights of the best epoch, which `--keep-best` keeps, instead of the last one's.
+        best: load the weights of the best epoch, which `--keep-best` saves, instead of those of the last epoch.
 
     Raises:
-        LocalGradError: the folder holds no finished run, or a file in it is damaged.
+        LocalGradError: the folder holds no finished run, a file in it is damaged, or with `best` the run was trained
+            without `--keep-best`.
     """
     folder = RunFolder(Path(run_dir))
     config = folder.config()
@@ -47,13 +48,14 @@ def load_run(run_dir: str | Path, *, best: bool = False) -> LoadedRun:
 
 
 def weights_metadata(config: TrainConfig, result: Result) -> dict[str, str]:
-    """What `model.safetensors` says of itself, as JSON under `localgrad`, so that the file alone can be used.
+    """Metadata of `model.safetensors` that make the file usable alone: network, classes and preparation of images.
 
-    It is one text, for safetensors writes several in any order, and equal runs have equal files.
+    They are one JSON text under the key `localgrad`. Safetensors writes several keys in any order, and equal runs shall
+    have equal files.
 
     Args:
-        config: of the run.
-        result: of the same run.
+        config: the config of the run.
+        result: the result of the run.
     """
     data = config.data
     said = {

@@ -1,4 +1,4 @@
-"""Where a result comes from: device, versions, commit."""
+"""The origin of a result: device, versions, commit, date."""
 
 import platform
 import subprocess
@@ -10,7 +10,7 @@ import torch
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """Where a result comes from: `device` name, `versions`, `commit` and `date`, as `Result` has them."""
+    """The origin of a result: the fields `device` (its name), `versions`, `commit` and `date` of `Result`."""
     from importlib.metadata import version
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor_name()
@@ -34,7 +34,7 @@ def _processor_name() -> str:
 
 
 def _commit() -> str | None:
-    """Commit of the code, with `-dirty` if it was changed; None where it does not lie in its git repository."""
+    """Commit of localgrad's code, with `-dirty` if it was changed; None if this file is in no git repository."""
     source = Path(__file__)
     git = ["git", "-C", str(source.parent)]
     try:

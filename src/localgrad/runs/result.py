@@ -1,4 +1,4 @@
-"""The result of a run."""
+"""The result of a run, and the common form of result files: a kind, a schema version, and fields."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -13,24 +13,24 @@ from localgrad.errors import LocalGradError
 Content = TypeVar("Content")
 
 SCHEMA = 1
-"""Version of the fields of files; raised when a field changes its meaning."""
+"""Schema version of files, which grows when a field changes its meaning."""
 
 
 def as_file(kind: str, values: Any) -> dict[str, Any]:
-    """What a file holds: its kind, the schema of its fields, and the fields of a dataclass or a table."""
+    """Content of a file: its kind, the schema version, and the fields of a dataclass or dict."""
     return {"kind": kind, "schema": SCHEMA, **(values if isinstance(values, dict) else dataclasses.asdict(values))}
 
 
 def fields_of(values: Any, path: Path, kind: str | None = None) -> Any:
-    """What a file holds beside its kind and schema. Files of the first versions say neither, and are of schema 1.
+    """The fields of a file without kind and schema. Files of the first versions have neither, and count as schema 1.
 
     Args:
-        values: what the file holds.
+        values: content of the file; anything but a dict is returned unchanged.
         path: the file, for the message.
-        kind: what the file should be; any if None.
+        kind: the expected kind; None accepts any.
 
     Raises:
-        LocalGradError: it is of another kind, or its schema is of a later version.
+        LocalGradError: the file is of another kind, or its schema is of a later version.
     """
     if not isinstance(values, dict):
         return values
@@ -43,11 +43,11 @@ def fields_of(values: Any, path: Path, kind: str | None = None) -> Any:
 
 
 def from_file(content: type[Content], values: Any, path: Path) -> Content:
-    """The dataclass of a result file.
+    """Parse a result file into a dataclass.
 
     Args:
         content: the dataclass.
-        values: what the file holds.
+        values: content of the file.
         path: the file, for the message.
 
     Raises:
@@ -62,56 +62,56 @@ def from_file(content: type[Content], values: Any, path: Path) -> Content:
 
 @dataclass(frozen=True)
 class Result:
-    """Outcome of a finished run, the content of `result.json`."""
+    """Result of a finished run, the content of `result.json`."""
 
     config: TrainConfig
     """The complete config."""
     test_error: float
     """Test error in percent after the last epoch."""
     best_test_error: float
-    """Smallest test error in percent over the evaluated epochs (chosen on the test images, as in the papers)."""
+    """Test error in percent of the best epoch. Without a validation split it is the smallest one, as in the papers."""
     best_epoch: int
-    """Epoch of the smallest test error."""
+    """The epoch with the smallest error on the images that `chosen_on` names."""
     local_errors: list[float | None] | None
-    """Test error in percent of each block's own head after the last epoch, when that was asked for."""
+    """Test error in percent of each block's local head after the last epoch, if `local_heads` is on; else None."""
     cuts: list[str]
     """Units after which gradients were isolated."""
     num_blocks: int
     """Number of gradient-isolated blocks, the last one included."""
     parameters: dict[str, int]
-    """Number of parameters: `backbone`, `auxiliary` and, of both together, `trainable`."""
+    """Number of parameters of the `backbone`, of the `auxiliary` networks, and of the `trainable` ones in both."""
     peak_memory_bytes: int
-    """Most bytes of tensors that one training step held beyond what was there before it."""
+    """Peak memory of one training step: bytes of tensors on top of those that were allocated before it."""
     seconds_per_step: float | None
-    """Median seconds from one optimizer step of the last epoch to the next; None for a run of one or two."""
+    """Median seconds from one optimizer step of the last epoch to the next; None for a run of one or two steps."""
     wall_seconds: float
-    """Seconds of training and evaluation, over all sittings."""
+    """Seconds of training and evaluation, without pauses before a resume."""
     device: str
     """Name of the processor or GPU."""
     precision: str
-    """The precision that `auto` stood for."""
+    """Precision of the run, with `auto` resolved."""
     versions: dict[str, str]
     """Versions of localgrad, Python, torch, torchvision and lightning."""
     commit: str | None
-    """Commit of localgrad's code, with `-dirty` if changed; None where it is in no repository."""
+    """Commit of localgrad's code, with `-dirty` if changed; None if it is in no git repository."""
     skipped: int = 0
     """Batches skipped because a loss or gradient was not finite."""
     num_classes: int | None = None
     """Number of classes of the images, and of the network."""
     class_names: list[str] | None = None
-    """Their names in order, where the images have such."""
+    """Names of the classes in order of their index; None if they have no names."""
     chosen_on: str = "test"
-    """Images that the best epoch is chosen on: `test`, or `validation` where the config names such a split."""
+    """Images on which the best epoch is chosen: `test`, or `validation` if the config names a validation split."""
     train_images: Fingerprint | None = None
-    """What tells the images apart that it was trained on."""
+    """Fingerprint of the training images."""
     test_images: Fingerprint | None = None
-    """Likewise of those that it was tested on."""
+    """Fingerprint of the test images."""
     date: str | None = None
-    """Day and time of the end, in UTC, by ISO 8601."""
+    """Date and time of the end of the run, in UTC, by ISO 8601."""
     command: str | None = None
-    """Command that made the run, where `localgrad reproduce` did."""
+    """Command of the run, if `localgrad reproduce` started it."""
     test_errors: list[float | None] | None = None
-    """Test error in percent after each epoch, None where it was not evaluated; `reproduce` keeps them here."""
+    """Test error in percent after each epoch (None if not evaluated); only `localgrad reproduce` fills this in."""
 
     def __post_init__(self) -> None:
         for name in ("backbone", "auxiliary"):
