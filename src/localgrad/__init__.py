@@ -6,7 +6,7 @@ from importlib import import_module
 
 from localgrad.errors import LocalGradError as LocalGradError
 
-TYPE_CHECKING = False  # as type checkers know it: `typing` takes longer to load than all the rest of this file
+TYPE_CHECKING = False  # type checkers know this name; importing `typing` takes longer than the rest of this file
 if TYPE_CHECKING:
     from typing import Any
 
@@ -68,7 +68,7 @@ _HOMES = {
         for name in ["auglocal", "barlow", "classifier", "dense", "dgl", "infopro", "predsim", "readout"]
     },
 }
-"""Where each public name lives. It is imported when it is first asked for: PyTorch takes seconds, a help text none."""
+"""Module of each public name, imported at the first access: importing PyTorch takes seconds, a help text needs none."""
 
 
 def __getattr__(name: str) -> Any:

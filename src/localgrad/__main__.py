@@ -1,4 +1,4 @@
-"""The command `localgrad`, and `python -m localgrad`. Ctrl-C is one line from the first moment on."""
+"""Entry point of `localgrad` and `python -m localgrad`. Ctrl-C prints one line at any time, never a traceback."""
 
 import sys
 
@@ -6,16 +6,16 @@ from localgrad.commands.interrupts import INTERRUPTED, leave_at_once
 
 
 def main() -> int:
-    """Runs the command that the process was started with; see `localgrad.commands.main`."""
+    """Runs the command in `sys.argv`; see `localgrad.commands.main`."""
     leave_at_once()
     from localgrad.commands.main import main as run
 
     try:
         return run()
-    except KeyboardInterrupt:  # a second one, while the first was dealt with
+    except KeyboardInterrupt:  # a second Ctrl-C, while the first was being handled
         return INTERRUPTED
     finally:
-        leave_at_once()  # while the interpreter winds up
+        leave_at_once()  # for a Ctrl-C while the interpreter shuts down
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What a trained network's features say: linear probes, CKA, and pictures of them."""
+"""Analyses of a trained network's features: linear probes, CKA, and pictures of features."""

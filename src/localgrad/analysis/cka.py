@@ -1,4 +1,4 @@
-"""Centred kernel alignment (CKA): how alike the features of two networks are, unit by unit."""
+"""Centred kernel alignment (CKA): the similarity of two networks' features, unit by unit."""
 
 from collections.abc import Iterable, Sequence
 
@@ -10,13 +10,13 @@ from localgrad.core.units import Unit
 from localgrad.errors import LocalGradError
 
 MIN_IMAGES = 4
-"""Images of a batch at least: the estimator divides by n (n - 3)."""
+"""Fewest images of a batch: the estimator divides by n (n - 3)."""
 
 
 def cka(first: Sequence[Unit], second: Sequence[Unit], batches: Iterable[Tensor]) -> Tensor:
     """Minibatch linear CKA between every unit of one network and every unit of another.
 
-    For each batch b of n images, with features X of the one unit and Y of the other flattened to `(n, D)`,
+    For each batch b of n images, with features X of one unit and Y of the other, flattened to `(n, D)`,
 
         CKA = mean_b HSIC(X_b, Y_b) / sqrt(mean_b HSIC(X_b, X_b) * mean_b HSIC(Y_b, Y_b)),
 
@@ -25,19 +25,19 @@ def cka(first: Sequence[Unit], second: Sequence[Unit], batches: Iterable[Tensor]
 
         HSIC(X, Y) = (tr(K L) + (1'K1)(1'L1) / ((n - 1)(n - 2)) - 2 (1'K L1) / (n - 2)) / (n (n - 3)).
 
-    Since the estimator is unbiased, the value does not depend on the batch size, up to noise. It is 1 for features
-    that are equal up to rotation and scale, and about 0 (a little below, too) for unrelated ones.
+    The estimator of HSIC is unbiased, so the batch size hardly changes the value. CKA is 1 for features that are equal
+    up to rotation and scale. For unrelated features it is about 0, and can be slightly negative.
 
     Args:
         first: units of one network.
-        second: units of the other, on the same device; may be those of the first.
-        batches: inputs `(n, 3, H, W)`, the same for both, n at least 4; best of equal size, and in random order.
+        second: units of the other network, on the same device; may be those of the first.
+        batches: inputs `(n, 3, H, W)` for both networks, with n at least 4; preferably of equal size, in random order.
 
     Returns:
-        `(len(first), len(second))` float64, NaN where the features of a unit are constant.
+        `(len(first), len(second))` float64; NaN for a unit with constant features.
 
     Raises:
-        LocalGradError: there is no batch, or one has fewer than 4 images.
+        LocalGradError: there is no batch, or a batch has fewer than 4 images.
 
     Source: Nguyen, Raghu and Kornblith 2021, Do wide and deep networks learn the same things?
     (https://arxiv.org/abs/2010.15327), equations 2 and 3; the inner product of U-centred matrices that computes HSIC:
@@ -65,7 +65,7 @@ def cka(first: Sequence[Unit], second: Sequence[Unit], batches: Iterable[Tensor]
 
 
 def mean_diagonal(alignment: Tensor) -> float:
-    """How alike two networks of the same units are: the mean over units of `(units, units)`."""
+    """Mean CKA of corresponding units in two networks with the same units: the mean of the diagonal."""
     return float(alignment.diagonal().mean())
 
 
@@ -77,16 +77,16 @@ def _grams(found: Sequence[Unit], inputs: Tensor) -> Tensor:
 def u_centred_gram(features: Tensor) -> Tensor:
     """`X X^T` without its diagonal, centred so that the off-diagonal entries of every row sum to zero.
 
-    The sum of the elementwise product of two of them is `n (n - 3) HSIC`.
+    The sum of the elementwise product of two such matrices is `n (n - 3) HSIC`.
 
     Args:
         features: `(n, D)`.
 
     Returns:
-        `(n, n)` float64 on the CPU; 0 where the features are constant.
+        `(n, n)` float64 on the CPU; 0 if the features are constant.
     """
     features = features.float()
-    centred = features - features.mean(0)  # changes nothing but the rounding, which it keeps small
+    centred = features - features.mean(0)  # mathematically no change, but smaller rounding errors
     if centred.square().sum() <= ROUNDING * features.square().sum():
         return torch.zeros(len(features), len(features), dtype=torch.float64)
     gram = (centred @ centred.T).cpu().double()

@@ -1,4 +1,4 @@
-"""Features of a trained network after each of its units; every analysis starts from them."""
+"""Features of a trained network after each of its units, the input of every analysis."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,12 +11,12 @@ from localgrad.core.units import Unit
 from localgrad.data.sets import ImageSet
 
 ROUNDING = 1e-12
-"""Share of a float32 feature's mean square below which its variance is nothing but rounding."""
+"""A variance below this fraction of the mean square of float32 features is a rounding error."""
 
 
 @contextmanager
 def frozen(found: Sequence[Unit]) -> Iterator[None]:
-    """Context: units in evaluation mode, gradients off. Restores the training flag of every module."""
+    """Context: evaluation mode and no gradients for the units. Restores the training flag of every module."""
     modes = [(module, module.training) for unit in found for module in unit.module.modules()]
     for unit in found:
         unit.module.eval()
@@ -29,11 +29,11 @@ def frozen(found: Sequence[Unit]) -> Iterator[None]:
 
 
 def unit_features(found: Sequence[Unit], inputs: Tensor) -> Iterator[Tensor]:
-    """Yields the features after each unit in turn, so that not all of them are in memory.
+    """Yields the features after each unit in turn, so that memory does not hold all of them.
 
     Args:
-        found: the units, in order, as `localgrad.units` gives them.
-        inputs: `(N, 3, H, W)`, not modified.
+        found: the units in order, from `localgrad.units`.
+        inputs: `(N, 3, H, W)`; not modified in place.
     """
     features = inputs
     for unit in found:
@@ -42,13 +42,13 @@ def unit_features(found: Sequence[Unit], inputs: Tensor) -> Iterator[Tensor]:
 
 
 def pooled(features: Tensor, channel_dim: int) -> Tensor:
-    """The mean over all positions (pixels, tokens), `(N, C)` in float32."""
+    """Global average pooling over all positions (pixels or tokens), `(N, C)` in float32."""
     over = [dim for dim in range(1, features.ndim) if dim != channel_dim % features.ndim]
     return features.float().mean(over) if over else features.float()
 
 
 def plain_batches(images: ImageSet, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches in a fixed random order, without augmentation. Random, since files are often sorted by class."""
+    """Batches without augmentation, in a fixed random order because files are often sorted by class."""
     config = replace(images.config, crop="none", flip=False)
     return replace(images, config=config).batches(batch_size, train=True, device=device)
 

@@ -1,4 +1,4 @@
-"""Linear separability: one linear probe a unit, all trained together on a frozen network."""
+"""Linear separability: one linear probe per unit, all trained together on a frozen network."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,25 +15,25 @@ from localgrad.errors import LocalGradError
 
 @dataclass(frozen=True)
 class Separability:
-    """How well a linear classifier does on a unit's features."""
+    """Result of the linear probe on one unit."""
 
     unit: str
     """Name of the unit."""
     accuracy: float
-    """Percent of the test images that the probe gets right."""
+    """Test accuracy in percent."""
     train_loss: float
-    """Mean cross-entropy over the last epoch, while it was trained."""
+    """Mean training cross-entropy over the last epoch."""
 
 
 class Probes(nn.Module):
-    """One linear classifier a unit, on standardised features: `scores = W (x - mean) / deviation + b`.
+    """One linear classifier per unit on standardised features: `scores = W (x - mean) / deviation + b`.
 
-    Standardising changes nothing in what the probes can express; it makes them quick to train, whatever the scale of a
-    unit's features. They start at zero: the loss is convex, so there is nothing to draw.
+    Standardising does not change which functions the probes can express. It makes training fast for features of any
+    scale. W and b start at zero; the loss is convex, so no random start is needed.
 
     Attributes:
-        classifiers: one `nn.Linear` a unit.
-        means, deviations: `(C,)` a unit.
+        classifiers: one `nn.Linear` per unit.
+        means, deviations: mean and standard deviation of each channel, one `(C,)` per unit.
     """
 
     def __init__(self, means: Sequence[Tensor], deviations: Sequence[Tensor], num_classes: int) -> None:
@@ -44,7 +44,7 @@ class Probes(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Pooled features of each unit, `(N, C)`, to class scores of each, `(N, num_classes)`."""
+        """Pooled features `(N, C)` of each unit to class scores `(N, num_classes)` for each unit."""
         parts = zip(self.classifiers, features, self.means, self.deviations, strict=True)
         return [classifier((x - mean) / deviation) for classifier, x, mean, deviation in parts]
 
@@ -65,10 +65,11 @@ def probe(
 ) -> list[Separability]:
     """Train a linear probe on the globally pooled features of every unit, and test it.
 
-    The network stays frozen, in evaluation mode. Each epoch passes once over the training images, shuffled and
-    augmented as the set says, and trains all probes on each batch: Adam, whose rate falls to zero in a cosine over the
-    steps, on the sum of the probes' cross-entropies, which is the same as on each alone. One pass before that takes the
-    mean and deviation of each channel. Features are not kept, so memory does not grow with the number of images.
+    The network is frozen, in evaluation mode. A first pass over the training images computes the mean and standard
+    deviation of each channel. Then each epoch passes once over the training images, shuffled and augmented as the set's
+    config says, and trains all probes on each batch. The loss is the sum of the probes' cross-entropies, which gives
+    each probe the gradient of its own. The optimizer is Adam, with a cosine schedule down to zero. Features are not
+    stored, so memory does not grow with the number of images.
 
     Args:
         found: units of the trained network.
@@ -76,12 +77,12 @@ def probe(
         test: test images, of the same classes.
         epochs: passes over the training images, at least 1.
         batch_size: images of a batch, at least 2.
-        lr: rate of Adam at the start, divided by the square root of a unit's number of channels, so that the first
-            steps change the scores of all units about as much.
-        seed: decides the order of the images and their augmentation.
+        lr: initial learning rate, divided by the square root of a unit's number of channels. So the first steps change
+            the scores of all units by about as much.
+        seed: seed of the order of the images and of their augmentation.
 
     Returns:
-        One result a unit, in order.
+        One result per unit, in order.
 
     Raises:
         LocalGradError: `epochs`, `batch_size` or `lr` is out of range.
@@ -116,7 +117,7 @@ def _pooled_units(found: Sequence[Unit], inputs: Tensor) -> list[Tensor]:
 def _statistics(
     found: Sequence[Unit], train: ImageSet, batch_size: int, seed: int
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Mean and deviation of each channel of each unit's pooled features; a constant channel has deviation 1."""
+    """Mean and standard deviation (1 for a constant channel) of each channel of each unit's pooled features."""
     device = device_of(found)
     sums = [torch.zeros(2, unit.features[unit.channel_dim], dtype=torch.float64) for unit in found]
     count = 0
@@ -137,7 +138,7 @@ def _statistics(
 def _train(
     probes: Probes, found: Sequence[Unit], train: ImageSet, epochs: int, batch_size: int, lr: float, seed: int
 ) -> list[float]:
-    """Mean loss of each probe over the last epoch."""
+    """Trains the probes; returns the mean loss of each over the last epoch."""
     groups = [
         {"params": classifier.parameters(), "lr": lr / len(mean) ** 0.5}
         for classifier, mean in zip(probes.classifiers, probes.means, strict=True)
@@ -161,7 +162,7 @@ def _train(
 
 
 def _test(probes: Probes, found: Sequence[Unit], test: ImageSet, batch_size: int) -> list[float]:
-    """Percent of the test images that each probe gets right."""
+    """Test accuracy of each probe in percent."""
     right = torch.zeros(len(found), dtype=torch.int64)
     for inputs, targets in test.batches(batch_size, train=False, device=device_of(found)):
         scores = probes(_pooled_units(found, inputs))

@@ -16,18 +16,18 @@ from localgrad.objectives.layout import AsMap
 
 Projection = Literal["pca", "tsne"]
 MIN_POINTS = 4
-"""Images that a projection needs."""
+"""Fewest images of a projection."""
 
 
 def activation_maps(found: Sequence[Unit], inputs: Tensor) -> list[Tensor | None]:
-    """The mean over channels of each unit's features, as a picture; tokens are laid on the grid of their patches.
+    """The mean over the channels of each unit's features as a map; tokens are put back on the grid of their patches.
 
     Args:
         found: units of the trained network.
         inputs: images `(N, 3, H, W)`, normalised.
 
     Returns:
-        `(N, h, w)` float32 on the CPU for each unit; None where the features are a vector, or form no grid.
+        `(N, h, w)` float32 on the CPU for each unit; None if the features are a vector or form no grid.
     """
     maps: list[Tensor | None] = []
     with frozen(found):
@@ -43,7 +43,7 @@ def _as_map(unit: Unit, features: Tensor, inputs: Tensor, index: int, count: int
     try:
         return AsMap(Site(features.shape, unit.channel_dim, inputs.shape, index, count), "activation_maps")
     except CannotSitError:
-        return None  # tokens without a grid have no picture; the other units have theirs
+        return None  # tokens without a grid have no map
 
 
 def project(
@@ -55,19 +55,19 @@ def project(
     batch_size: int = 256,
     seed: int = 0,
 ) -> list[Tensor]:
-    """The globally pooled features of units, projected to two dimensions, each unit on its own.
+    """The globally pooled features of units, projected to two dimensions for each unit separately.
 
     Args:
         found: units of the trained network.
-        images: what to project; in the order of the set, not augmented.
+        images: images to project, in the order of the set, without augmentation.
         at: positions of the units to project; None takes all of them.
-        method: `"pca"`, the two directions of most variance, or `"tsne"`, which keeps neighbours together and is not to
-            be read for distances between groups.
+        method: `"pca"`, the two directions of largest variance, or `"tsne"`, which keeps neighbours together; its
+            distances between groups have no meaning.
         batch_size: images of a batch.
-        seed: of t-SNE.
+        seed: seed of t-SNE.
 
     Returns:
-        `(N, 2)` float32 for each of these units; zeros where the features are constant.
+        `(N, 2)` float32 for each of these units; zeros if its features are constant.
 
     Raises:
         LocalGradError: the method is unknown, or there are fewer than 4 images.
@@ -92,7 +92,7 @@ def _projected(features: Tensor, method: Projection, seed: int) -> Tensor:
     features = features.double()
     if features.var(0).sum() <= ROUNDING * features.square().mean(0).sum():
         return torch.zeros(len(features), 2)
-    rows = F.pad(features, (0, max(0, 2 - features.shape[1]))).numpy()  # a single channel has one direction
+    rows = F.pad(features, (0, max(0, 2 - features.shape[1]))).numpy()  # PCA to two dimensions needs two columns
     if method == "pca":
         points = PCA(2, svd_solver="full").fit_transform(rows)
     else:

@@ -1,4 +1,4 @@
-"""Analyses of run folders, written as JSON files and pictures."""
+"""Analyse run folders, and write the results as JSON files and pictures."""
 
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
@@ -27,9 +27,9 @@ from localgrad.runs.provenance import provenance
 from localgrad.runs.result import as_file
 
 MOST_PICTURES = 8
-"""Units whose features are drawn."""
+"""Largest number of units whose features are drawn."""
 MOST_PIXELS = 64
-"""Largest height and width of a map in a file."""
+"""Largest height and width of a map in a file, in pixels."""
 OTHER_OUTPUT = "give another --output"
 
 
@@ -52,18 +52,18 @@ def analyse_run(
     projection: Projection = "pca",
     accelerator: str = "auto",
 ) -> Iterator[Path]:
-    """Analyses a finished run, and writes what was found as JSON and PNG files.
+    """Analyses a finished run, and writes the results as JSON and PNG files.
 
     Args:
-        run_folder: the run.
-        other_run: another one, for CKA.
-        probe, cka, pictures: what to do; all of it if none is chosen, CKA where there is another run.
+        run_folder: folder of the run.
+        other_run: folder of another run, for CKA.
+        probe, cka, pictures: the analyses to run. If none is chosen: all, with CKA only if `other_run` is given.
         output: folder for the files; `analysis` in the run folder if None.
         data, test_split, accelerator: as in `evaluate`.
-        train_limit, test_limit: so many images only.
-        epochs: of the probes.
+        train_limit, test_limit: number of training and test images to use.
+        epochs: epochs of the probes.
         batch_size: images of a batch.
-        images: positions of the test images for the maps.
+        images: positions in the test set of the images for the maps.
         points: number of test images to project.
         projection: `pca` or `tsne`.
 
@@ -71,8 +71,8 @@ def analyse_run(
         The path of each file, once it is written.
 
     Raises:
-        LocalGradError: an argument is out of range, CKA is asked for without another run, a folder holds no finished
-            run, the images are prepared otherwise for the other network, or a file cannot be written.
+        LocalGradError: an argument is out of range, CKA is requested without another run, a folder holds no finished
+            run, the other network was trained on images of another size or normalisation, or a file cannot be written.
     """
     everything = not (probe or cka or pictures)
     if cka and other_run is None:
@@ -91,7 +91,7 @@ def analyse_run(
         _check_alike(trained, other, batch_size)
     if pictures or everything:
         _check_images(trained, images)
-    make_folder(folder, OTHER_OUTPUT)  # so that it fails before there is anything to lose
+    make_folder(folder, OTHER_OUTPUT)  # fails here, before the long work
     if probe or everything:
         yield from write_study(folder, "probe", study_probe(trained, epochs=epochs, batch_size=batch_size))
     if other is not None:
@@ -103,7 +103,7 @@ def analyse_run(
 
 
 def units_of(trained: Trained) -> list[Unit]:
-    """The units of a trained network, as its training cut it."""
+    """The units of a trained network."""
     size = trained.config.data.image_size
     return units(trained.model, torch.zeros(2, 3, size, size, device=trained.fabric.device))
 
@@ -126,14 +126,14 @@ def study_cka(first: Trained, second: Trained, *, batch_size: int) -> Alignment:
     """CKA between the units of two networks on the test images of the first; see `cka`.
 
     Raises:
-        LocalGradError: the two take their images differently, or there are fewer than 4 images.
+        LocalGradError: the two networks differ in image size or normalisation, or there are fewer than 4 images.
     """
     full = _check_alike(first, second, batch_size)
     ours, theirs = units_of(first), units_of(second)
     batches = plain_batches(first.test, batch_size, first.fabric.device)
     alignment = cka(ours, theirs, (inputs for inputs, _ in batches if len(inputs) == full))
     names, other_names = [unit.name for unit in ours], [unit.name for unit in theirs]
-    seen = len(first.test) - len(first.test) % full  # the others are in the batch that is left out
+    seen = len(first.test) - len(first.test) % full  # without the last, smaller batch, which is left out
     return Alignment(
         **_about([first, second], [ours, theirs], seen),
         settings={"batch_size": batch_size},
@@ -147,17 +147,18 @@ def study_cka(first: Trained, second: Trained, *, batch_size: int) -> Alignment:
 def study_pictures(
     trained: Trained, *, images: Sequence[int], points: int, projection: Projection, batch_size: int
 ) -> Pictures:
-    """Activation maps and projected features of at most eight units, evenly chosen; see `pictures`.
+    """Activation maps and projected features of at most eight units, evenly spaced over the network.
 
     Args:
         trained: a run with its test images.
-        images: positions of the images for the maps in the test set; without any, the first of each of four classes.
-        points: number of test images to project, as many of each class; all of them where there are fewer.
+        images: positions in the test set of the images for the maps; if empty, the first image of each of the first
+            four classes.
+        points: number of test images to project, balanced over the classes; all test images if there are fewer.
         projection: `pca` or `tsne`.
         batch_size: images of a batch.
 
     Raises:
-        LocalGradError: there is no such image, or too few to project.
+        LocalGradError: there is no image at such a position, or there are too few to project.
     """
     every = units_of(trained)
     chosen = _evenly(len(every), MOST_PICTURES)
@@ -199,7 +200,7 @@ def write_study(folder: Path, name: str, found: Probe | Alignment | Pictures) ->
 
 
 def _check_alike(first: Trained, second: Trained, batch_size: int) -> int:
-    """Refuses two networks that cannot be compared; returns the number of images of a batch."""
+    """Refuses two networks that cannot be compared; returns the size of the full batches."""
     prepared = [(each.config.data.image_size, each.config.data.mean, each.config.data.std) for each in (first, second)]
     if prepared[0] != prepared[1]:
         raise LocalGradError(
@@ -221,7 +222,7 @@ def _check_images(trained: Trained, images: Sequence[int]) -> None:
 
 
 def _cka_name(folder: Path, other: Trained, found: Alignment) -> str:
-    """Name of the file: with the other run's folder, and with its place too if another one of that name has it."""
+    """Name of the file: `cka-FOLDER` of the other run, plus a hash of its path if another run has taken that name."""
     path = other.folder.path.resolve()
     name = f"cka-{path.name}"
     taken = folder / f"{name}.json"
@@ -229,14 +230,14 @@ def _cka_name(folder: Path, other: Trained, found: Alignment) -> str:
         try:
             before = read_file(taken)
         except LocalGradError:
-            return name  # of a damaged file, which is written anew
+            return name  # a damaged file is overwritten
         if not isinstance(before, Alignment) or before.runs[1].config != found.runs[1].config:
             return f"{name}-{sha256(str(path).encode()).hexdigest()[:8]}"
     return name
 
 
 def _about(runs: Sequence[Trained], found: Sequence[Sequence[Unit]], test_images: int) -> dict[str, Any]:
-    """Which runs, which images, which machine: what every analysis has."""
+    """The fields that every analysis has: runs, images and origin."""
     first = runs[0]
     names = first.test.class_names
     return {
@@ -265,7 +266,7 @@ def _block_numbers(trained: Trained, found: Sequence[Unit]) -> list[int]:
 
 
 def _evenly(count: int, most: int) -> list[int]:
-    """At most so many numbers below `count`, the first and the last included."""
+    """At most `most` evenly spaced numbers from 0 to `count - 1`, both included."""
     if count <= most:
         return list(range(count))
     return [round(position * (count - 1) / (most - 1)) for position in range(most)]
@@ -282,13 +283,13 @@ def _image(images: ImageSet, number: int, device: torch.device) -> Tensor:
 
 
 def _some(images: ImageSet, count: int) -> tuple[ImageSet, list[int]]:
-    """So many images, as many of each class, with their labels."""
+    """`count` images, balanced over the classes, and their labels."""
     chosen = balanced(images.labels.cpu(), count)
     return images.subset(chosen), images.labels.cpu()[chosen].tolist()
 
 
 def _thumbnails(inputs: Tensor, trained: Trained) -> list[Any]:
-    """Images back in 0..255, height x width x 3."""
+    """Undo the normalisation: images with values 0 to 255, height x width x 3."""
     config = trained.config.data
     mean, std = (inputs.new_tensor(values)[:, None, None] for values in (config.mean, config.std))
     pixels = _shrunk(inputs * std + mean).clamp(0, 1).mul(255).round().to(torch.int64)
@@ -296,7 +297,7 @@ def _thumbnails(inputs: Tensor, trained: Trained) -> list[Any]:
 
 
 def _shrunk(pictures: Tensor) -> Tensor:
-    """At most 64 pixels high and wide, averaged."""
+    """Maps of at most 64 x 64 pixels, by average pooling."""
     height, width = pictures.shape[-2:]
     size = min(height, MOST_PIXELS), min(width, MOST_PIXELS)
     if size == (height, width):
@@ -305,7 +306,7 @@ def _shrunk(pictures: Tensor) -> Tensor:
 
 
 def _rounded(values: Tensor) -> Any:
-    """Nested lists of numbers with four significant digits."""
+    """Nested lists of the values, rounded to four significant digits."""
     return _each(values.double().tolist())
 
 

@@ -1,6 +1,6 @@
-"""Look into the features of a finished run: linear probes, CKA with another run, pictures.
+"""Analyse the features of a finished run: linear probes, CKA with another run, pictures. Writes JSON and PNG files.
 
-Without --probe, --cka or --pictures it does all of them, CKA where a second run is given. Writes JSON and PNG files.
+Without --probe, --cka or --pictures it runs all three analyses, CKA only if a second run is given.
 
 Examples:
   localgrad analyse runs/first
@@ -37,23 +37,24 @@ def analyse(
     projection: Literal["pca", "tsne"] = "pca",
     accelerator: str = "auto",
 ) -> int:
-    """Writes the analyses.
+    """Runs the analyses and prints the path of each file.
 
     Args:
         run_folder: Folder of a finished run.
-        other_run: Folder of another one, to compare with by CKA.
-        probe: Train a linear probe on every unit: how far its features tell the classes apart.
-        cka: Compare every unit with every unit of the other run.
-        pictures: Draw activation maps of some images, and the features of many in two dimensions.
-        output: Folder for the files; `analysis` in the run's folder unless given.
-        data: Other images: a folder or a hub name; those of the run unless given.
-        test_split: Split to test on; that of the run unless given.
-        train_limit: Train the probes on so many images only, evenly from each class.
-        test_limit: Use so many test images only, evenly from each class.
-        epochs: Passes over the training images for the probes.
+        other_run: Folder of another finished run, for CKA.
+        probe: Train a linear classifier on the frozen features of every unit, and test it.
+        cka: Compare the features of every unit with those of every unit of the other run.
+        pictures: Draw activation maps of a few images, and project the features of many images to two dimensions.
+        output: Folder for the files; by default `analysis` in the run folder.
+        data: Other images, as a folder or a hub name; by default those of the run.
+        test_split: Split to test on; by default that of the run.
+        train_limit: Number of training images for the probes, balanced over the classes.
+        test_limit: Number of test images to use, balanced over the classes.
+        epochs: Training epochs of the probes.
         batch_size: Images of a batch.
-        images: Test images to draw activation maps of, by position from 0; one of each of four classes unless given.
-        points: Test images to project.
+        images: Positions in the test set, from 0, of the images for activation maps; by default one image of each of
+            four classes.
+        points: Number of test images to project.
         projection: How to project the features to two dimensions.
         accelerator: Device: auto, cpu, cuda or mps.
     """

@@ -1,9 +1,9 @@
 """Train one small ResNet on scikit-learn's digits end-to-end, with DGL, and with DGL+MAN, three seeds each.
 
-Prints a table, and writes it (table.json) and the learning curves (curves.png). No download, under three minutes on
-two cores.
+Prints a table, and writes it to table.json and the learning curves to curves.png. It downloads nothing and takes less
+than three minutes on two cores.
 
-Example:
+Examples:
   localgrad demo --run-dir runs/demo
   localgrad demo --seeds 0 --epochs 3
 """
@@ -22,13 +22,13 @@ def demo(
     train_limit: int | None = None,
     seeds: tuple[int, ...] = (0, 1, 2),
 ) -> int:
-    """Trains, prints and draws.
+    """Trains the networks, prints the table and draws the curves.
 
     Args:
-        run_dir: Folder for the runs, the plot and the table; what is finished in it is not run again.
-        epochs: Passes over the images; the recipes' own unless given.
-        train_limit: Train on so many images only, evenly from each class.
-        seeds: Seeds, three runs each; a seed decides initial weights, order of the images and augmentation.
+        run_dir: Folder for the runs, the plot and the table; runs that are finished in it are not repeated.
+        epochs: Training epochs; by default those of the recipes.
+        train_limit: Number of training images, balanced over the classes.
+        seeds: Seeds of the initial weights, the order of the images and the augmentation; three runs for each seed.
     """
     check_writable(run_dir, "--run-dir")
     tell(
@@ -47,7 +47,7 @@ def demo(
 
 
 SECONDS_PER_EPOCH = 2.2
-"""Of one run of the demo, on two cores: 3 seeds of 3 runs of 8 epochs take under three minutes."""
+"""Seconds per epoch of one run on two cores: 3 seeds of 3 runs of 8 epochs take less than three minutes."""
 DEMO_EPOCHS = 8
 
 

@@ -1,4 +1,4 @@
-"""The demo: one small network, trained end-to-end, by blocks, and by blocks with momentum, side by side."""
+"""The demo: one small network trained end-to-end, with DGL, and with DGL+MAN, compared in a table."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -33,21 +33,21 @@ def run_demo(
     seeds: Sequence[int],
     say: Callable[[str], None] = print,
 ) -> Table:
-    """Train the three rows with every seed; what is finished in the folder is kept, what is half done goes on.
+    """Train the three rows with every seed. Finished runs in the folder are kept, unfinished runs are resumed.
 
     Args:
-        folder: for the run folders, `digits-dgl-seed0` and so on.
-        epochs: instead of the recipes' own.
-        train_limit: train on so many images only.
-        seeds: one run each, of every row.
-        say: told how long it will take.
+        folder: folder for the run folders, such as `digits-dgl-seed0`.
+        epochs: training epochs; None takes those of the recipes.
+        train_limit: number of training images; None takes that of the recipes.
+        seeds: every row runs once with each seed.
+        say: called with the predicted time.
 
     Returns:
-        The three rows, with a run for each seed.
+        The table of three rows, with one run for each seed.
 
     Raises:
-        LocalGradError: the folder holds a demo of other settings.
-        KeyboardInterrupt: interrupted; the same call goes on from the checkpoint.
+        LocalGradError: the folder holds a demo with other settings.
+        KeyboardInterrupt: interrupted; the same call continues from the checkpoint.
     """
     configs = [validate(_config(name, epochs, train_limit, seed)) for seed in seeds for name in RECIPES]
     folders = [folder / f"{config.name}-seed{config.seed}" for config in configs]
@@ -66,7 +66,7 @@ def _config(name: str, epochs: int | None, train_limit: int | None, seed: int) -
 
 
 def _finished(folder: Path, config: TrainConfig) -> FinishedRun:
-    """The run in this folder, trained to its end first where it is not."""
+    """The finished run in this folder; trains it, or resumes it, if it is not finished."""
     from localgrad.training.trainer import fit
 
     run = RunFolder(folder)
@@ -81,7 +81,7 @@ def _finished(folder: Path, config: TrainConfig) -> FinishedRun:
 
 
 def show(table: Table) -> None:
-    """Print the table."""
+    """Print the table of the demo."""
     print_table(
         ["training", "blocks", "test error %", "peak memory", "s/step", "parameters"],
         [_cells(row) for row in table.rows],

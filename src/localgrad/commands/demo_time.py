@@ -1,4 +1,4 @@
-"""How long the demo will take here: a few timed steps and an evaluation of each row that is not trained yet."""
+"""Predict the time of the demo: time a few steps and an evaluation of each row that is not trained yet."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -16,17 +16,17 @@ from localgrad.training.step import train_step
 from localgrad.training.trainer import evaluate_epoch
 
 WARM_UP, STEPS = 2, 3
-"""Steps that are not counted, and steps that are."""
+"""Number of steps that do not count, and number of timed steps."""
 
 
 def predicted_seconds(configs: Sequence[TrainConfig], clock: Callable[[], float] = now) -> float:
-    """Seconds that these runs take one after the other, on this machine as busy as it is now.
+    """Predicted seconds of these runs one after the other, on this machine under its current load.
 
-    Of each row, which is the config but for its seed, the steps are timed once.
+    Configs that differ only in their seed have the same name, and are timed once.
 
     Args:
-        configs: complete runs, all on the same images.
-        clock: seconds, read before and after what is timed.
+        configs: complete configs, all on the same images.
+        clock: returns seconds; read before and after the timed work.
     """
     if not configs:
         return 0.0
@@ -37,7 +37,7 @@ def predicted_seconds(configs: Sequence[TrainConfig], clock: Callable[[], float]
 
 
 def _seconds(config: TrainConfig, images: tuple[ImageSet, ImageSet], clock: Callable[[], float]) -> float:
-    """Of one run: its steps and its evaluations, epoch by epoch."""
+    """Predicted seconds of one run: building it, training steps, and an evaluation after each epoch."""
     fabric = make_fabric(config)
     with fast_kernels(fabric.device):
         began = clock()

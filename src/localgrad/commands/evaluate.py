@@ -1,4 +1,4 @@
-"""Test the weights that a finished run left in its folder.
+"""Test the saved weights of a finished run.
 
 Examples:
   localgrad evaluate runs/first --local-heads
@@ -27,10 +27,10 @@ def evaluate(
 
     Args:
         run_folder: Folder of a finished run.
-        data: Other images to test on, all of them: a folder or a hub name; those of the run unless given.
-        test_split: Split to test on; that of the run unless given.
+        data: Other images to test on, as a folder or a hub name; by default those of the run.
+        test_split: Split to test on; by default that of the run.
         local_heads: Test each block's own head too.
-        exit_at: Run only the first so many blocks and the last one's own head, and say what that saves.
+        exit_at: Test the first blocks up to this one with its own head, and print the share of compute and parameters.
         accelerator: Device: auto, cpu, cuda or mps.
     """
     if exit_at is not None and local_heads:

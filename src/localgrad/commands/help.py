@@ -1,4 +1,4 @@
-"""`--help` at any width, with no word or flag split in the middle; what is wrong with a command line, in one line."""
+"""Print `--help` at any width without splitting a word or flag, and a wrong command line's error in one line."""
 
 import io
 import os
@@ -9,27 +9,27 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 
 NARROW = 72
-"""Columns below which a flag's sentence stands under it, and not beside it."""
+"""On a terminal with fewer characters a line, a flag's sentence is below the flag instead of beside it."""
 WIDE = 110
-"""The longest line: a longer one is hard to read."""
+"""Longest line in characters: longer lines are hard to read."""
 UNDER, BESIDE = 6, 26
-"""Where a flag's sentence begins."""
+"""Column at which a flag's sentence starts, below and beside the flag."""
 TYRO_COLUMNS = 129
-"""The widest terminal for which tyro puts its boxes below each other. No word of ours is split there."""
+"""Widest terminal on which tyro puts its boxes below each other. At this width it splits none of our words."""
 
 
 class Boxes(io.StringIO):
-    """What tyro prints where there are lines for boxes, but no colours."""
+    """A text stream on which tyro draws boxes, but uses no colors."""
 
     encoding = "utf-8"  # pyright: ignore[reportAssignmentType]
 
 
 def show_help(text: str, parse: Callable[[], object]) -> None:
-    """Prints the help of a command and leaves.
+    """Prints the help of a command and exits.
 
     Args:
-        text: what it does, in paragraphs; indented lines are examples.
-        parse: lets tyro parse `--help`: it prints usage and flags in boxes, and leaves.
+        text: description of the command in paragraphs; indented lines are examples.
+        parse: function in which tyro parses `--help`: it prints usage and flags in boxes, and exits.
     """
     width = min(shutil.get_terminal_size().columns, WIDE)
     boxes = Boxes()
@@ -42,7 +42,7 @@ def show_help(text: str, parse: Callable[[], object]) -> None:
 
 
 def refusal(boxes: str) -> str:
-    """What tyro says in a box about a wrong command line, in one line, without its hint to the help."""
+    """Tyro's error about a wrong command line, from its box to one line, without the hint about `--help`."""
     said, inside = [], False
     for line in boxes.splitlines():
         inside = line.startswith("╭") or (inside and not line.startswith("│ ──"))
@@ -52,7 +52,7 @@ def refusal(boxes: str) -> str:
 
 
 def flags(parse_help: Callable[[], object]) -> list[str]:
-    """The flags that a command's help names."""
+    """The flags that the help of a command lists."""
     boxes = Boxes()
     with suppress(SystemExit), printed_to(boxes):
         parse_help()
@@ -61,13 +61,13 @@ def flags(parse_help: Callable[[], object]) -> list[str]:
 
 @contextmanager
 def printed_to(boxes: Boxes) -> Iterator[None]:
-    """Context: what tyro prints goes there, in boxes of one width."""
+    """Context: redirects what tyro prints to `boxes`, at a fixed width."""
     with redirect_stdout(boxes), redirect_stderr(boxes), _columns(TYRO_COLUMNS):
         yield
 
 
 def paragraphs(text: str, width: int) -> str:
-    """The text in lines of a width: source lines of a paragraph are joined, an example goes on behind a backslash."""
+    """The text filled to a width: joins the source lines of a paragraph, and breaks long examples with a backslash."""
     lines = []
     for paragraph in text.strip().split("\n\n"):
         joined: list[str] = []
@@ -87,7 +87,7 @@ def _example(line: str, width: int) -> str:
 
 
 def _filled(text: str, width: int, after: str = "", before: str = "") -> str:
-    """The text in lines that break between words alone; a word that is longer than a line stays whole."""
+    """The text in lines that break only between words; a word longer than a line is not split."""
     return textwrap.fill(
         text,
         width,
@@ -112,12 +112,12 @@ def _columns(width: int) -> Iterator[None]:
 
 
 def _flags(boxes: str, width: int) -> Iterator[str]:
-    """The groups of tyro's boxes: their titles, and each flag with its sentence beside or under it."""
+    """The lines of tyro's boxes: the title of each group, and each flag with its sentence beside or below it."""
     flag = sentence = ""
     for line in [*boxes.splitlines(), ""]:
         title = re.match(r"╭─ (.*?) ─*╮$", line)
         inner = line[2:-2] if line.startswith("│") else ""
-        if inner.startswith("  "):  # the sentence goes on, or begins under a long flag
+        if inner.startswith("  "):  # the sentence continues, or starts below a long flag
             sentence = f"{sentence} {inner.strip()}"
             continue
         if flag:

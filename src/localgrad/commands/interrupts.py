@@ -1,7 +1,7 @@
-"""Ctrl-C while a command loads its modules: one line and exit code 130, at once.
+"""Ctrl-C while a command imports its modules: prints one line and exits at once with code 130.
 
-An exception in the middle of an import may come out as another one, or not at all. Nothing has been written by then, so
-the process may end where it is. This module loads nothing but `signal`: it has to be there before all others.
+A KeyboardInterrupt during an import may turn into another exception, or get lost. No file has been written by then, so
+the process can exit at any point. This module imports little, because it must be imported before all others.
 """
 
 import os
@@ -12,13 +12,13 @@ INTERRUPTED = 130
 
 
 def leave_at_once() -> None:
-    """From here on Ctrl-C ends the process; where it is ignored, as behind `nohup`, it stays so."""
+    """Make Ctrl-C end the process at once. If it is ignored, as under `nohup`, it stays ignored."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
 
 
 def raise_again() -> None:
-    """From here on Ctrl-C is a KeyboardInterrupt again, as work with files needs it."""
+    """Make Ctrl-C raise KeyboardInterrupt again, so that work on files can clean up."""
     if signal.getsignal(signal.SIGINT) is _leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -1,4 +1,4 @@
-"""`localgrad COMMAND ...`: finds the command, and turns errors into a sentence and an exit code."""
+"""`localgrad COMMAND ...`: runs the command, and turns errors into one sentence and an exit code."""
 
 import importlib
 import io
@@ -24,7 +24,7 @@ COMMANDS = {
     "units": ("MODEL", "the units of a network, where it can be cut"),
     "plan": ("MODEL", "the memory that a step would take, and the best cuts"),
 }
-"""Arguments and purpose of each command, which is `main` of the module of its name."""
+"""Arguments and purpose of each command. The command is `main` in the module of the same name."""
 
 USAGE = (
     "localgrad trains a network as gradient-isolated blocks, each with a local loss of its own.\n\n"
@@ -47,17 +47,18 @@ EXTRA = (
     "jinja2",
     "pydantic",
 )
-"""What comes with the extra `train`."""
+"""Modules that the extra `train` installs."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        The exit code: 0, 1 where runs of `reproduce` failed, 2 for input that cannot be used (a sentence on stderr),
-        130 when interrupted by Ctrl-C, 143 by SIGTERM, 141 where the reader of the output has gone.
+        The exit code: 0 for success; 1 if runs of `reproduce` failed or `predict` could not read an image; 2 for
+        invalid input, with a sentence on stderr; 130 after Ctrl-C; 143 after SIGTERM; 141 if the reader of the output
+        has closed the pipe.
     """
-    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot print ± gets a question mark
+    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show ± gets a question mark
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -78,14 +79,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interruption:
         print(f"localgrad: {str(interruption) or 'interrupted'}", file=sys.stderr)
         return getattr(interruption, "exit_code", 130)
-    except BrokenPipeError:  # the reader of the output has gone, as `| head` does
+    except BrokenPipeError:  # the reader of the output has closed the pipe, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 
 
 @contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """Prints the library's own warnings as sentences, without the line of code that Python adds."""
+    """Context: prints the library's own warnings as sentences, without the line of code that Python adds."""
     before = warnings.showwarning
 
     def show(message: Warning | str, category: type[Warning], *rest: Any, **named: Any) -> None:

@@ -1,4 +1,4 @@
-"""A function's signature as a command: its parameters are the flags, its docstring their help."""
+"""Turn a function into a command: its parameters are the flags, its docstring is their help."""
 
 import sys
 import threading
@@ -18,11 +18,11 @@ from localgrad.commands.interrupts import raise_again
 from localgrad.errors import closest
 
 Output = Annotated[Path | None, tyro.conf.arg(aliases=["-o"])]
-"""A file or folder to write, as `--output` or `-o`."""
+"""A file or folder to write, given as `--output` or `-o`."""
 WORDS = {str: "TEXT", int: "NUMBER", float: "NUMBER", Path: "PATH", bool: "True|False"}
-"""What a value is called in the help."""
+"""Name of a value in the help, by type."""
 QUIET_SECONDS = 0.7
-"""How long loading may take before a line says so."""
+"""Seconds of importing after which a line says that PyTorch is loading."""
 
 SHORT = {
     "--data": "--data.source",
@@ -38,17 +38,17 @@ SHORT = {
     "--init-from": "--model.weights",
     "--freeze": "--model.freeze",
 }
-"""Short names of flags of `train`, and what they stand for."""
+"""Short names of flags of `train`, with their full names."""
 
 
 def call(command: Callable[..., int], arguments: Sequence[str], name: str, text: str | None) -> int:
     """Parses the arguments and calls the command with them.
 
     Args:
-        command: the function; what is marked Positional is given without a flag.
-        arguments: what was typed.
-        name: of the command, as `localgrad train`.
-        text: what `--help` says before the flags.
+        command: the function. A parameter that is marked Positional is given without a flag.
+        arguments: the arguments of the command line.
+        name: name of the command, such as `localgrad train`.
+        text: text of `--help` before the flags.
     """
     words = [name.replace("_", "-") if name.startswith("--") else name for name in arguments]
 
@@ -83,7 +83,7 @@ def call(command: Callable[..., int], arguments: Sequence[str], name: str, text:
 
 
 def full_flag(argument: str) -> str:
-    """A flag of `train` by its full name; an underscore in it is a hyphen."""
+    """The full name of a flag of `train`, with hyphens for underscores."""
     name, equals, value = argument.partition("=")
     if name.startswith("--"):
         name = name.replace("_", "-")
@@ -92,7 +92,7 @@ def full_flag(argument: str) -> str:
 
 @contextmanager
 def loading(quiet: bool = False, more: bool = False, seconds: float = QUIET_SECONDS) -> Iterator[None]:
-    """Says that PyTorch is loading, where that takes so many seconds. Work begins behind it, unless there is more."""
+    """Context for imports: prints a line if they take `seconds`. Ctrl-C raises again after it, unless `more` follow."""
     what = ("localgrad: loading PyTorch ...",)
     timer = threading.Timer(seconds, print, what, {"file": sys.stderr, "flush": True})
     timer.daemon = True
@@ -107,12 +107,12 @@ def loading(quiet: bool = False, more: bool = False, seconds: float = QUIET_SECO
 
 
 def tell(text: str) -> None:
-    """Prints a line about the work to stderr."""
+    """Prints a line to stderr."""
     print(f"localgrad: {text}", file=sys.stderr, flush=True)
 
 
 def _registry() -> ConstructorRegistry:
-    """Values named in words: `PATH` where tyro has `{None}|PATH`."""
+    """Rules that name values in plain words: `PATH` instead of tyro's `{None}|PATH`."""
     registry = ConstructorRegistry()
     registry.primitive_rule(_simple)
     registry.primitive_rule(_optional)
@@ -121,7 +121,7 @@ def _registry() -> ConstructorRegistry:
 
 def _simple(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     kind: Any = info.type
-    if kind not in WORDS or kind is bool:  # a bool is a flag and its opposite
+    if kind not in WORDS or kind is bool:  # tyro makes a bool a flag and its negation
         return None
     return PrimitiveConstructorSpec(
         nargs=1,

@@ -1,4 +1,4 @@
-"""Predict the peak memory of a training step, and find the cuts that make it smallest. Needs no GPU.
+"""Predict the peak memory of a training step, and find the cuts with the smallest peak. Needs no GPU.
 
 Compares end-to-end training, with and without activation checkpointing, and local learning for several numbers of
 blocks, with and without momentum.
@@ -32,22 +32,23 @@ def plan(
     num_blocks: tuple[int, ...] = (),
     output: Output = None,
 ) -> int:
-    """Prints the table.
+    """Prints the plan.
 
     Args:
         model: cifar_resnet, torchvision:NAME, timm:NAME, package.module:factory or file.py:factory.
         batch_size: Images of a batch.
-        image_size: Height and width of the images in pixels; 32 for cifar_resnet and 224 for others unless given.
-        num_classes: Number of classes; 10 for cifar_resnet and 1000 for others unless given.
-        depth: Layers of a cifar_resnet.
-        objective: Local loss, by name as in a config, DGL unless given; above 96 px with the heads for wide features.
+        image_size: Height and width of the images in pixels; by default 32 for cifar_resnet and 224 for others.
+        num_classes: Number of classes; by default 10 for cifar_resnet and 1000 for others.
+        depth: Number of layers of a cifar_resnet.
+        objective: Local loss, by its name in a config; by default dgl. For images above 96 px the plan takes the
+            objective's heads for large images.
         momentum: Momentum auxiliary network: none, man or manpp.
         precision: 32-true, or bf16-mixed for float32 weights and a forward pass under CUDA's bf16 autocast.
-        step_each_block: Step each block right after its own backward pass, so that gradients of one block live at a
-            time.
+        step_each_block: Step each block right after its own backward pass, so that memory holds the gradients of one
+            block at a time.
         budget: Memory that a step may take, such as 8GiB.
-        num_blocks: Numbers of blocks to try; 1, 2, 4, 8, ... unless given.
-        output: Folder for plan.json and plan.png; nothing is written unless given.
+        num_blocks: Numbers of blocks to try; by default 1, 2, 4, 8, ...
+        output: Folder for plan.json and plan.png; by default nothing is written.
     """
     if output is not None:
         check_writable(output)

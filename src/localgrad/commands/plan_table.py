@@ -1,4 +1,4 @@
-"""The plan of a model on paper: one table, one JSON and one picture of memory against K."""
+"""Plan a model by name, and show the plan: a table, a JSON file, and a picture of peak memory against K."""
 
 import re
 from collections.abc import Sequence
@@ -26,17 +26,17 @@ UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10
 
 @dataclass(frozen=True)
 class Sheet:
-    """Rows of a plan under one choice of momentum."""
+    """Rows of a plan with one choice of momentum network."""
 
     label: str
     rows: list[PlanRow]
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes of a size such as `8GiB`, `500MB` or `1.5 gib`.
+    """Number of bytes of a size such as `8GiB`, `500MB` or `1.5 gib`.
 
     Raises:
-        LocalGradError: it is no positive size with a unit.
+        LocalGradError: the text is not a positive size with a unit.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*", text)
     unit = found and UNITS.get(found[2].lower())
@@ -59,7 +59,7 @@ def plan_model(
     precision: Precision = "32-true",
     step_each_block: bool = False,
 ) -> list[Sheet]:
-    """Plan a model by name without momentum and, if one is given, with it, kept and recomputed.
+    """Plan a model by name without momentum and, unless it is `none`, with it: with and without checkpointed branches.
 
     Raises:
         LocalGradError: an argument is out of range, a name is unknown, or nothing fits the budget.
@@ -105,7 +105,7 @@ def plan_model(
 
 
 def show_sheets(title: str, sheets: Sequence[Sheet], budget: int | None) -> None:
-    """Print peaks by number of blocks and of micro-batches, kept and checkpointed, and the cuts to choose from."""
+    """Print the peaks, with and without checkpointing, by number of blocks and micro-batches; then the best cuts."""
     size, unit = (2**30, "GiB") if max(row.peak for sheet in sheets for row in sheet.rows) >= 2**30 else (2**20, "MiB")
     lines = []
     ways = sorted({(row.num_blocks, row.parts) for sheet in sheets for row in sheet.rows})
@@ -134,7 +134,10 @@ def show_sheets(title: str, sheets: Sequence[Sheet], budget: int | None) -> None
 
 
 def _choices(sheets: Sequence[Sheet], budget: int | None) -> dict[str, PlanRow]:
-    """For each choice of momentum: the fewest blocks that fit, kept before checkpointed, or those of least memory."""
+    """For each momentum network: the row with the fewest blocks that fits, or without a budget the smallest peak.
+
+    A row without checkpointing that fits goes before one with checkpointing.
+    """
     choices = {}
     for sheet in sheets:
         local = [row for row in sheet.rows if row.num_blocks > 1 and row.parts == 1]

@@ -1,4 +1,4 @@
-"""Classes and probabilities of images, by the network that a finished run trained.
+"""Predict classes and probabilities of images with the network of a finished run.
 
 Examples:
   localgrad predict runs/first cat.jpg dog.jpg
@@ -33,10 +33,10 @@ def predict(
 
     Args:
         run_folder: Folder of a finished run.
-        images: Files, or folders of them.
-        top: So many classes of each image, the most probable first.
-        best: Take the weights of the best epoch (train --keep-best) instead of the last one's.
-        json_lines: Print a line of JSON an image, with the probability of every class.
+        images: Image files, or folders of images.
+        top: Number of classes to print for each image, the most probable first.
+        best: Use the weights of the best epoch (train --keep-best) instead of the last epoch.
+        json_lines: Print one line of JSON per image, with the probability of every class.
     """
     if not images:
         raise LocalGradError(
@@ -63,7 +63,7 @@ def predict(
 
 
 def _read(paths: list[Path], loaded: Any) -> tuple[dict[Path, Any], list[tuple[str, str]]]:
-    """The pixels (3, H, W) of the images, and what is wrong with the others. Says what was done to them."""
+    """The pixels (3, H, W) of each image, and the problems of unreadable files. Prints how images were changed."""
     import torch
 
     from localgrad.data.decoding import BrokenImageError, decode, remarked
@@ -92,7 +92,7 @@ def _read(paths: list[Path], loaded: Any) -> tuple[dict[Path, Any], list[tuple[s
 
 
 def _probabilities(loaded: Any, pixels: Any) -> list[list[float]]:
-    """Of each image (N, 3, H, W) uint8 the probability of each class."""
+    """Images (N, 3, H, W) uint8 to a list of class probabilities for each image."""
     import torch
 
     from localgrad.data.transform import normalise
@@ -119,7 +119,7 @@ def _show(paths: list[Path], classes: list[str], found: list[list[float]], top: 
 
 
 def _files(images: Sequence[Path]) -> Iterator[Path]:
-    """The files themselves, and those in folders but for a system's own."""
+    """The given files, and the images in the given folders, without hidden files."""
     from localgrad.data.decoding import suffixes
     from localgrad.data.folders import is_hidden
 

@@ -1,4 +1,4 @@
-"""List the named runs: blocks, cuts, and the test error that the paper reports.
+"""List the recipes (named runs): number of blocks, number of cuts, and the test error that the paper reports.
 
 Example:
   localgrad recipes cifar10 resnet32 man
@@ -16,7 +16,7 @@ def recipes(words: Positional[tuple[str, ...]] = ()) -> int:
     """Prints the list.
 
     Args:
-        words: List only the recipes whose names have all of these words.
+        words: List only recipes whose names contain all of these words.
     """
     from localgrad.recipes import RECIPES
     from localgrad.results.terminal import print_table

@@ -1,6 +1,6 @@
-"""Write one page with all results below a folder: tables beside the papers' values, curves, pictures.
+"""Write all results below a folder as one HTML page: tables beside the papers' values, curves, pictures.
 
-The page needs no network; what is damaged is named and left out.
+The page needs no network. Damaged files are named and left out.
 
 Example:
   localgrad report results/ --output report.html
@@ -25,7 +25,7 @@ def report(
 
     Args:
         results: Folder with results, in any subfolders.
-        output: The page.
+        output: Path of the page.
     """
     check_writable(output)
     with loading():

@@ -1,7 +1,8 @@
-"""Run the rows of a table, each for every seed, and print them beside the paper's values.
+"""Train every row of a table with every seed, and print the results beside the paper's values.
 
-Without a table it lists them. What is done is not run again and what is half done goes on, after Ctrl-C too. The output
-folder gets one ROW-seedN.json a run; the run folders are in its subfolder runs/.
+Without a table, it lists the tables. Run the same command again to continue, also after Ctrl-C: finished runs are not
+repeated, unfinished runs are resumed. Each finished run writes ROW-seedN.json into the output folder. The run folders
+are in its subfolder runs/.
 
 Examples:
   localgrad reproduce
@@ -43,25 +44,25 @@ def reproduce(
     accelerator: str | None = None,
     precision: str | None = None,
 ) -> int:
-    """Runs the table.
+    """Runs and prints the table.
 
     Args:
-        table: Name of the table; without one, the tables are listed.
-        seeds: Seeds, one run each of every row.
-        rows: Only these rows of the table, by their full names.
-        output: Folder for results and runs; results/TABLE unless given.
-        jobs: Runs at the same time; the processor's threads are divided between them, and GPUs given out in turn.
-        dry_run: Print what would be run, and stop.
+        table: Name of the table; without it, the tables are listed.
+        seeds: Seeds; every row runs once with each seed.
+        rows: Run only these rows of the table, given by their full names.
+        output: Folder for results and runs; by default results/TABLE.
+        jobs: Number of runs at the same time. They share the CPU threads, and GPUs are assigned in turn.
+        dry_run: Print the state and the command of each run, and stop.
         data: Folder or hub name of the images, instead of the recipes'.
-        train_limit: Train on so many images only, evenly from each class.
-        test_limit: Test on so many images only, evenly from each class.
+        train_limit: Number of training images, balanced over the classes.
+        test_limit: Number of test images, balanced over the classes.
         test_split: Split to test on, instead of the recipes'.
-        epochs: Passes over the images, instead of the recipes'.
-        warmup_epochs: Epochs of warm-up, instead of the recipes'; a short run wants fewer.
-        batch_size: Images an optimizer step, instead of the recipes'.
-        lr: Learning rate at the top of the cosine, instead of the recipes'.
-        evaluate_every: Epochs between two evaluations, instead of every one.
-        checkpoint_every: Optimizer steps between two checkpoints, besides the one after each epoch.
+        epochs: Training epochs, instead of the recipes'.
+        warmup_epochs: Epochs of warm-up, instead of the recipes'; a short run needs fewer.
+        batch_size: Images per optimizer step, instead of the recipes'.
+        lr: Peak learning rate of the cosine schedule, instead of the recipes'.
+        evaluate_every: Evaluate after every so many epochs; by default after every epoch.
+        checkpoint_every: Also save a checkpoint after every so many optimizer steps, besides the one after each epoch.
         local_heads: Evaluate each block's own head too.
         accelerator: Device: auto, cpu, cuda or mps.
         precision: Precision: auto, 32-true or bf16-mixed.
@@ -113,7 +114,7 @@ def _list() -> int:
 
 
 def _tell_failures(failures: dict[str, str]) -> None:
-    """Says why runs failed, equal reasons once."""
+    """Prints why runs failed, each reason once."""
     by_reason = defaultdict[str, list[str]](list)
     for name, reason in failures.items():
         by_reason[reason].append(name)

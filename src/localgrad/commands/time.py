@@ -1,9 +1,9 @@
-"""Measure how long a step takes of every training that has a finished run below a folder, in turns.
+"""Time the training step of every finished run below a folder.
 
-Runs that were made at different times, or beside others, cannot be compared by their seconds. Here the trainings take
-turns, a step each, so that whatever else the machine does hits all alike. All networks are in memory at once. Writes
-step-times.json into the folder. From there `localgrad report` takes the seconds of each table of which all rows are in
-it, for runs of the same device (a processor's number of threads counts).
+Seconds of separate runs cannot be compared, because the load on the machine differs between them. Here the trainings
+run one step each in turn, so that other load affects all of them equally. All networks are in memory at the same time.
+Writes step-times.json into the folder. `localgrad report` uses these seconds for a table if the file has all of its
+rows, timed on the same device as the runs. CPUs with different numbers of threads count as different devices.
 
 Examples:
   localgrad time results/first
@@ -28,17 +28,17 @@ def time(
     accelerator: str = "auto",
     output: Output = None,
 ) -> int:
-    """Measures, prints and writes.
+    """Measures, prints and writes the seconds per step.
 
     Args:
         results: Folder with results, in any subfolders.
-        data: Other images: a folder or a hub name; those of the runs unless given.
-        rounds: Steps of each training that count.
+        data: Other images, as a folder or a hub name; by default those of the runs.
+        rounds: Number of timed steps of each training.
         accelerator: Device: auto, cpu, cuda or mps.
-        output: The file; step-times.json in the folder of the results unless given.
+        output: Path of the file; by default step-times.json in the folder of the results.
     """
     path = output or results / "step-times.json"
-    if path.is_dir() or (output is not None and not path.parent.is_dir()):  # before minutes of work
+    if path.is_dir() or (output is not None and not path.parent.is_dir()):  # fails here, before minutes of work
         raise LocalGradError(f"{path} cannot be a file: give --output with another name, in a folder that is there")
     check_writable(path)
     with loading():

@@ -1,6 +1,6 @@
-"""Train a recipe, or what a run folder's config says, with any field changed by a flag.
+"""Train a recipe, or the config of a run folder. Flags change any field of the config.
 
-With --data FOLDER alone it trains on your own images: a ResNet-18 as four blocks, with DGL and momentum networks.
+With --data FOLDER and no recipe, it trains on your own images: a ResNet-18 in four blocks, with DGL and MAN.
 
 Examples:
   localgrad train digits-dgl-man --epochs 3 --run-dir runs/first
@@ -31,7 +31,7 @@ HELP = f"{(__doc__ or '').strip()}\n\nShort names: " + ", ".join(f"{short} for {
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`localgrad train RECIPE [FLAGS]`, with a run folder instead of a recipe, or with `--data FOLDER` alone."""
+    """`localgrad train RECIPE [FLAGS]`; a run folder can replace the recipe, or `--data FOLDER` stand alone."""
     given = list(map(full_flag, arguments)) or ["--help"]
     named = not given[0].startswith("-")
     name, flags = (arguments[0], given[1:]) if named else (OWN, given)
@@ -59,9 +59,9 @@ def _default(name: str, folder: Path | None) -> TrainConfig:
 
 
 def _with_own_cuts(default: TrainConfig, flags: set[str]) -> TrainConfig:
-    """The recipe without its cuts where a number of blocks is given, or another network, which has other units.
+    """The config without its cuts if a flag gives a number of blocks, or another network, which has other units.
 
-    Another network is cut into as many blocks as the recipe's.
+    Another network is cut into as many blocks as the config has.
     """
     if default.cuts is None or "--cuts" in flags or not flags & {"--num-blocks", "--model.name"}:
         return default
@@ -69,7 +69,7 @@ def _with_own_cuts(default: TrainConfig, flags: set[str]) -> TrainConfig:
 
 
 def _command(name: str, default: TrainConfig, folder: Path | None) -> Callable[..., int]:
-    """The command whose flags are the fields of a config, with what is given by the recipe or folder as defaults."""
+    """The command whose flags are the fields of a config, with the recipe's or folder's values as defaults."""
 
     def train(
         config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default,
@@ -79,14 +79,14 @@ def _command(name: str, default: TrainConfig, folder: Path | None) -> Callable[.
         dry_run: bool = False,
         quiet: bool = False,
     ) -> int:
-        """Trains.
+        """Trains the network.
 
         Args:
-            config: The complete run.
-            run_dir: Folder for the run's files; runs/RECIPE-seedSEED unless given.
-            resume: Continue the unfinished run of that folder.
+            config: The complete config of the run.
+            run_dir: Folder for the files of the run; by default runs/RECIPE-seedSEED.
+            resume: Continue the unfinished run in that folder.
             dry_run: Print the complete config as JSON and stop.
-            quiet: Print the result only.
+            quiet: Print only the result.
         """
         called = _called(config) if name == OWN else name
         return _train(
@@ -101,13 +101,13 @@ def _command(name: str, default: TrainConfig, folder: Path | None) -> Callable[.
 
 
 def _called(config: TrainConfig) -> str:
-    """What a run on one's own images is called: after their folder."""
+    """Name of a run on your own images: the name of their folder with a prefix."""
     return f"{OWN}-{config.data.name or Path(config.data.source).expanduser().absolute().name}"
 
 
 def _train(config: TrainConfig, run_dir: Path, *, resume: bool, dry_run: bool, quiet: bool) -> int:
     if not dry_run:
-        check_source(config.data)  # before anything takes long
+        check_source(config.data)  # before slow work
         check_writable(run_dir, "--run-dir")
     with loading(quiet, more=not dry_run):
         from localgrad.config.checks import validate

@@ -1,4 +1,4 @@
-"""The table of a model's units: where it may be cut, and what each unit costs."""
+"""The table of a model's units: where the model can be cut, and the cost of each unit."""
 
 import torch
 
@@ -13,16 +13,16 @@ from localgrad.results.terminal import print_table
 
 
 def inspect_model(name: str, *, depth: int, image_size: int, batch_size: int) -> tuple[list[Unit], list[UnitCost]]:
-    """Units of a model by name, and their costs for a batch, with the local head that a cut would need.
+    """Units of a model by name, and their costs for a batch, including a local head at a cut after the unit.
 
     Args:
         name: `cifar_resnet`, `torchvision:NAME` or `timm:NAME`.
-        depth: of a `cifar_resnet`.
+        depth: number of layers of a `cifar_resnet`.
         image_size: height and width of the images in pixels.
         batch_size: number of images.
 
     Raises:
-        LocalGradError: there is no such model, a size is not positive, or the model cannot be traced.
+        LocalGradError: there is no such model, a size is out of range, or the model cannot be traced.
     """
     if not (1 <= image_size <= MAX_IMAGE_SIZE and 2 <= batch_size < 2**20):
         raise LocalGradError(
@@ -37,7 +37,7 @@ def inspect_model(name: str, *, depth: int, image_size: int, batch_size: int) ->
 
 
 def show_units(name: str, found: list[Unit], costs: list[UnitCost], batch_size: int) -> None:
-    """Print the table."""
+    """Print the table of units."""
     print_table(
         ["cut after", "features", "parameters", "activations", "GFLOP", "head"],
         [

@@ -1,4 +1,4 @@
-"""List the units of a network: where it may be cut, and what each costs.
+"""List the units of a network: where it can be cut, and what each unit costs.
 
 Examples:
   localgrad units cifar_resnet --depth 110
@@ -14,13 +14,13 @@ from localgrad.commands.parse import call, loading
 
 
 def units(model: Positional[str], *, image_size: int | None = None, batch_size: int = 128, depth: int = 32) -> int:
-    """Prints the table.
+    """Prints the table of units.
 
     Args:
         model: cifar_resnet, torchvision:NAME, timm:NAME, package.module:factory or file.py:factory.
-        image_size: Height and width of the images in pixels; 32 for cifar_resnet and 224 for others unless given.
-        batch_size: Images of a batch, for the costs.
-        depth: Layers of a cifar_resnet.
+        image_size: Height and width of the images in pixels; by default 32 for cifar_resnet and 224 for others.
+        batch_size: Images of the batch that the costs are for.
+        depth: Number of layers of a cifar_resnet.
     """
     with loading():
         from localgrad.commands.unit_table import inspect_model, show_units

@@ -1,1 +1,1 @@
-"""Results of finished runs: read, tabled, drawn, reported."""
+"""Results of finished runs: reading files, building tables, drawing figures, writing the report."""

@@ -1,4 +1,4 @@
-"""Pictures of analyses, drawn by matplotlib from what their files hold."""
+"""Figures of analyses, drawn by matplotlib from the analyses' result files."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,22 +13,22 @@ from localgrad.results.kinds import Alignment, AnalysedRun, Analysis, Pictures, 
 from localgrad.results.names import run_label, where
 
 MOST_CLASSES = 20
-"""Classes that a legend names one by one; of more, a color bar has the numbers."""
+"""Largest number of classes that a legend names one by one; with more, a color bar shows their numbers."""
 
 
 def label_of(run: AnalysedRun) -> str:
-    """What an analysed run trains."""
+    """Method and number of blocks of an analysed run."""
     return run_label(run.config, run.num_blocks)
 
 
 def title_of(analysis: Analysis) -> str:
-    """Images and network."""
+    """Data set and network."""
     return where(analysis.runs[0].config)
 
 
 @styled
 def probe_curves(title: str, units: Sequence[str], series: Mapping[str, Sequence[Sequence[float]]]) -> Drawn:
-    """Accuracy of the probe on each unit, a line a label: the mean of its runs, and a band from smallest to largest."""
+    """Accuracy of the probe on each unit, one line per label: mean over its runs, band from minimum to maximum."""
     figure = new_figure(3.2, title)
     axes = figure.subplots()
     positions = range(len(units))
@@ -48,7 +48,7 @@ def probe_curves(title: str, units: Sequence[str], series: Mapping[str, Sequence
 
 
 def _name_units(axis: Any, units: Sequence[str], rotation: float = 0) -> None:
-    """At most sixteen of the units' names along an axis."""
+    """Label an axis with at most sixteen of the units' names."""
     step = -(-len(units) // 16)
     shown = range(0, len(units), step)
     axis.set_ticks(list(shown), [units[index] for index in shown], rotation=rotation)
@@ -58,8 +58,8 @@ def _name_units(axis: Any, units: Sequence[str], rotation: float = 0) -> None:
 
 @styled
 def alignment_map(found: Alignment) -> Figure:
-    """CKA of every unit of one network (up) with every unit of the other (right)."""
-    matrix = np.array(found.alignment, dtype=float)  # None, of a unit whose features do not vary, becomes a gap
+    """CKA of every unit of the first network (vertical axis) with every unit of the second (horizontal axis)."""
+    matrix = np.array(found.alignment, dtype=float)  # None, for a unit with constant features, becomes a gap
     figure = new_figure(3.5, title_of(found))
     axes = figure.subplots()
     picture = axes.imshow(matrix, origin="lower", vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
@@ -78,7 +78,7 @@ def alignment_map(found: Alignment) -> Figure:
 
 @styled
 def activation_pictures(found: Pictures) -> Figure | None:
-    """A row an image: the image, then the mean over channels after each unit, black to yellow from least to most."""
+    """One row per image: the image, then the mean over the channels after each unit, from black (minimum) to yellow."""
     shown = [index for index, maps in enumerate(found.maps) if maps is not None]
     if not shown:
         return None
@@ -99,7 +99,7 @@ def activation_pictures(found: Pictures) -> Figure | None:
 
 @styled
 def feature_clouds(found: Pictures) -> Figure:
-    """The features of each unit in two dimensions, a panel a unit, a color a class."""
+    """The features of each unit in two dimensions: one panel per unit, one color per class."""
     count = len(found.points)
     columns = min(2 if count <= 4 else 3, count)
     rows = -(-count // columns)
@@ -123,7 +123,7 @@ def feature_clouds(found: Pictures) -> Figure:
 
 
 def _name_classes(figure: Figure, axes: Axes, found: Pictures) -> None:
-    """A legend with the color of each class, or a color bar for many."""
+    """Add a legend with the color of each class, or a color bar if there are many classes."""
     points, classes = axes.collections[0], sorted(set(found.point_labels))
     if len(classes) > MOST_CLASSES:
         figure.colorbar(points, ax=figure.axes, location="bottom", shrink=0.8, aspect=40, label="class")
@@ -139,7 +139,7 @@ def _name_classes(figure: Figure, axes: Axes, found: Pictures) -> None:
 
 
 def class_name(found: Pictures, label: int) -> str:
-    """The name of a class, or its number where the file has no names."""
+    """The name of a class, or its number if the file has no class names."""
     names = found.data.class_names
     return names[label] if names and label < len(names) else f"class {label}"
 
@@ -154,7 +154,7 @@ def _panel_title(found: Pictures, index: int) -> str:
 
 
 def of_analysis(found: Analysis) -> dict[str, Figure]:
-    """The pictures of one analysis, by what is added to the name of its file."""
+    """The figures of one analysis, by the suffix of their file names."""
     if isinstance(found, Probe):
         return {"": probe_curves(title_of(found), found.units, {label_of(found.runs[0]): [found.accuracies]}).figure}
     if isinstance(found, Alignment):

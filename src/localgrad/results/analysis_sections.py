@@ -1,4 +1,4 @@
-"""The report's parts about analyses: linear probes, CKA, pictures of features; and plans and step times."""
+"""The parts of the report about analyses (linear probes, CKA, pictures of features), plans and step times."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from localgrad.results.tables import BUDGET, own_fields, place
 
 
 def order_of(file: File[Any]) -> tuple[Any, ...]:
-    """Sort key of an analysis: its run's place in a table, seed and path."""
+    """Sort key of an analysis: the position of its run in a table, then seed and path."""
     run = file.values.runs[0]
     return (*place(run.config, run.num_blocks), run.config.seed, str(file.path))
 
@@ -29,7 +29,7 @@ def _named(run: AnalysedRun) -> str:
 
 
 def probes(files: Sequence[File[Probe]], studio: Studio) -> Part:
-    """Linear probes, a curve a training, a picture for each way they were trained; all figures as a table too."""
+    """Linear probes: one curve per config, one picture and one table for each setting of the probes."""
     grouped: dict[str, list[File[Probe]]] = {}
     for file in files:
         grouped.setdefault(_setting(file.values), []).append(file)
@@ -42,7 +42,7 @@ def probes(files: Sequence[File[Probe]], studio: Studio) -> Part:
 
 
 def _probe_picture(group: Sequence[File[Probe]], studio: Studio) -> tuple[Picture, Grid]:
-    trainings: dict[str, list[File[Probe]]] = {}  # of seeds
+    trainings: dict[str, list[File[Probe]]] = {}  # by config; each list has the seeds
     for file in group:
         run = file.values.runs[0]
         key = json.dumps([own_fields(run.config), run.num_blocks], sort_keys=True)
@@ -64,14 +64,14 @@ def _probe_picture(group: Sequence[File[Probe]], studio: Studio) -> tuple[Pictur
 
 
 def _setting(found: Probe) -> str:
-    """What the probes of a picture have in common: network and budget, and how they were trained and tested."""
+    """Key of a picture: probes with equal keys have the same network, budget, and settings of training and test."""
     budget = {name: value for name, value in flat(to_dict(found.runs[0].config)).items() if name in BUDGET}
     images = (found.data.test_split, found.data.test_images)
     return json.dumps((title_of(found), budget, images, found.settings, found.units), sort_keys=True, default=str)
 
 
 def _probed(file: File[Probe]) -> str:
-    """The run of a probe, which may be in several files."""
+    """Key of the run that was probed; several files may be about the same run."""
     config = file.values.runs[0].config
     return json.dumps([own_fields(config), config.seed], sort_keys=True)
 
@@ -99,7 +99,7 @@ def _distinct_labels(runs: Sequence[AnalysedRun]) -> list[str]:
 
 
 def alignments(files: Sequence[File[Alignment]], studio: Studio) -> Part:
-    """CKA maps, with their mean diagonals as a table."""
+    """Heat maps of CKA, and a table of the means of their diagonals."""
     if not files:
         return Part("Similarity of features (CKA)")
     rows, pictures = [], []
@@ -145,7 +145,7 @@ def _features(files: Sequence[File[Pictures]], studio: Studio) -> Iterator[Pictu
 
 
 def analyses(files: Sequence[File[Analysis]], studio: Studio) -> Iterator[Part]:
-    """All parts about analyses; those that hold nothing are left out."""
+    """All parts about analyses, without empty ones."""
 
     def of(kind: type) -> list[File[Any]]:
         return [file for file in files if isinstance(file.values, kind)]
@@ -158,7 +158,7 @@ def analyses(files: Sequence[File[Analysis]], studio: Studio) -> Iterator[Part]:
 
 
 def plans(files: Sequence[File[Plan]], studio: Studio) -> Part:
-    """Predicted memory over the number of blocks."""
+    """Predicted peak memory against the number of blocks, one picture per plan."""
     pictures = []
     for file in files:
         caption = (
@@ -170,7 +170,7 @@ def plans(files: Sequence[File[Plan]], studio: Studio) -> Part:
 
 
 def speeds(files: Sequence[File[StepTimes]], studio: Studio) -> Part:
-    """Seconds a step."""
+    """Seconds per step, one picture per file."""
     pictures = []
     for file in files:
         settings = {name: value for name, value in file.values.settings.items() if value is not None}

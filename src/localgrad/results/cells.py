@@ -1,4 +1,4 @@
-"""The cells of a table that is reproduced: a row with a seed each, with its config, command and files."""
+"""The cells of a table to reproduce: each is one row with one seed, with its config, command and files."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ class Cell:
     config: TrainConfig
     """The complete run."""
     flags: tuple[str, ...]
-    """What makes the row's recipe into that config, as flags of `localgrad train`."""
+    """Flags of `localgrad train` that turn the row's recipe into `config`."""
     output: Path
     """Folder of the whole table."""
 
@@ -47,12 +47,12 @@ class Cell:
 
     @property
     def command(self) -> list[str]:
-        """Arguments of `localgrad` that run this cell from its beginning."""
+        """Arguments of `localgrad` that run this cell from the start."""
         return ["train", self.config.name, *self.flags]
 
     @property
     def state(self) -> str:
-        """`done`, `started` or `new`."""
+        """`done` (the result file exists), `started` (the run folder has a config) or `new`."""
         if self.result.exists():
             return "done"
         return "started" if (self.run.path / "config.json").exists() else "new"
@@ -61,18 +61,18 @@ class Cell:
 def plan_cells(
     name: str, *, seeds: Sequence[int], changes: dict[str, Any], output: Path, rows: Sequence[str] = ()
 ) -> list[Cell]:
-    """The runs of a table, in the order in which they are done: all rows with the first seed first.
+    """The runs of a table, in the order in which they start: all rows with the first seed first.
 
     Args:
-        name: of the table.
-        seeds: one run each, of every row.
-        changes: fields of every row's config that are set, by their dotted names, as `{"optim.epochs": 10}`.
+        name: name of the table.
+        seeds: every row runs once with each seed.
+        changes: fields to set in every row's config, by dotted name, such as `{"optim.epochs": 10}`.
         output: folder for results and runs.
-        rows: only these of the table; all if there are none.
+        rows: the rows of the table to run; all rows if empty.
 
     Raises:
-        LocalGradError: there is no such table or row in it, a config cannot be used, or the folder holds runs of other
-            settings.
+        LocalGradError: there is no such table, the table has no such row, a config is invalid, or the folder holds
+            runs with other settings.
     """
     listed = table(name).rows
     for row in rows:
@@ -87,7 +87,7 @@ def plan_cells(
 
 
 def check_seeds(seeds: Sequence[int]) -> None:
-    """Refuse none, or one twice."""
+    """Refuse an empty list of seeds, and duplicates."""
     if not seeds or len(set(seeds)) < len(seeds):
         raise LocalGradError(f"seeds are {tuple(seeds)}: give one or more different ones, as --seeds 0 1 2")
 
@@ -108,9 +108,9 @@ def _cell(row: str, seed: int, changes: dict[str, Any], output: Path) -> Cell:
 
 
 def _check_settings(name: str, changes: dict[str, Any], output: Path) -> None:
-    """Refuses a folder with runs of the table, of any seed, that were made with other settings.
+    """Refuses a folder that holds runs of the table, with any seed, that have other settings.
 
-    Finished runs may have found the same images in another place, on another machine.
+    The path of the images of a finished run may differ: the same images may lie elsewhere on another machine.
     """
     for row in table(name).rows:
         finished = {path: with_defaults(load_result(path).config) for path in result_files(output, row)}
@@ -142,10 +142,10 @@ def result_files(output: Path, row: str) -> list[Path]:
 
 
 def load_result(path: Path) -> Result:
-    """One result.
+    """Reads one result file.
 
     Raises:
-        LocalGradError: the file is damaged, or something else.
+        LocalGradError: the file is damaged, or is not the result of a run.
     """
     try:
         return read_result(path)

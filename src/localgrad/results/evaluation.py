@@ -1,4 +1,4 @@
-"""Test error of a trained network and of each block's local head; early exit."""
+"""Test error of a trained network and of each block's local head; early exit after a block."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from localgrad.training.error_rates import error_rates
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found."""
+    """Result of `evaluate`."""
 
     test_error: float
     """Test error in percent."""
     local_errors: list[float | None] | None
-    """Test error in percent of each block's own head (None where it has none), when that was asked for."""
+    """Test error in percent of each block's own head, None for a block without a class head. None if not requested."""
     images: int
     """Number of test images."""
 
@@ -34,13 +34,13 @@ def evaluate(
     local_heads: bool = False,
     accelerator: str = "auto",
 ) -> Evaluation:
-    """Evaluates the weights that a finished run left in its folder.
+    """Evaluates the saved weights of a finished run.
 
     Args:
         run_dir: the run folder.
-        data: other images, a hub name or a folder, all of them; None for those the run was tested on.
-        test_split: another split to test on.
-        local_heads: evaluate each block's own head too, from the checkpoint.
+        data: other images, as a hub name or a folder; all of them are used. None takes the test images of the run.
+        test_split: split to test on; None takes that of the run.
+        local_heads: also evaluate each block's own head, loaded from the checkpoint.
         accelerator: `auto`, `cpu`, `cuda` or `mps`.
 
     Returns:
@@ -48,7 +48,7 @@ def evaluate(
 
     Raises:
         LocalGradError: the folder holds no finished run, a file in it is damaged, the images have other classes than
-            the network, or local heads are asked for and the last checkpoint is not there or damaged.
+            the network, or local heads are requested and the last checkpoint is missing or damaged.
     """
     trained = load_trained(run_dir, data=data, test_split=test_split, with_blocks=local_heads, accelerator=accelerator)
     test_error, local_errors = error_rates(
@@ -64,7 +64,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class EarlyExit:
-    """What `early_exit` found."""
+    """Result of `early_exit`."""
 
     test_error: float
     """Test error in percent of the block's own head."""
@@ -73,9 +73,9 @@ class EarlyExit:
     num_blocks: int
     """Number of blocks of the whole network."""
     compute: float
-    """Operations of the forward pass up to this head, over those of the whole network."""
+    """Floating-point operations of the forward pass up to this head, divided by those of the whole network."""
     parameters: float
-    """Parameters up to this head, over those of the whole network."""
+    """Number of parameters up to this head, divided by that of the whole network."""
 
 
 def early_exit(
@@ -86,18 +86,18 @@ def early_exit(
     test_split: str | None = None,
     accelerator: str = "auto",
 ) -> EarlyExit:
-    """Evaluates a finished run as if its network ended after a block: its first blocks and that block's own head.
+    """Evaluates the first blocks of a finished run with the own head of the last of them, as a smaller network.
 
-    The head is what local training left there: the momentum auxiliary network, if any, and the class head. Both shares
-    count it, so they may exceed 1 where a head outweighs the rest of the network.
+    The head consists of the momentum auxiliary network, if any, and the class head, both as local training left them.
+    `compute` and `parameters` include the head, so they exceed 1 if the head is larger than the rest of the network.
 
     Args:
         run_dir: the run folder.
-        block: number of the block, from 1; the last one's head is the network's.
+        block: number of the block, from 1. The head of the last block is that of the network.
         data, test_split, accelerator: as in `evaluate`.
 
     Raises:
-        LocalGradError: there is no such block, its head gives no class scores, the folder holds no finished run, or a
+        LocalGradError: there is no such block, its head has no class scores, the folder holds no finished run, or a
             file in it is damaged.
     """
     trained = load_trained(run_dir, data=data, test_split=test_split, with_blocks=True, accelerator=accelerator)
@@ -123,7 +123,7 @@ def early_exit(
 
 
 class _Exit(nn.Module):
-    """The first blocks of a network, and the last one's head."""
+    """The first blocks of a network, and the head of the last of them."""
 
     def __init__(self, blocks: Sequence[Block]) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class _Exit(nn.Module):
 
     @property
     def parts(self) -> list[nn.Module]:
-        """What the forward pass runs: bodies, momentum auxiliary network, class head; no decoder."""
+        """Modules of the forward pass: bodies, momentum auxiliary network and class head, without a decoder."""
         auxiliary = (self.last.momentum, getattr(self.last.objective, "classifier", None))
         return [*self.bodies, *(module for module in auxiliary if module is not None)]
 

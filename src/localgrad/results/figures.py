@@ -1,4 +1,4 @@
-"""Pictures of results by matplotlib, for a phone's width: as PNG, or as SVG in the text colour of the page."""
+"""Figures of results by matplotlib, as wide as a phone's screen: PNG, or SVG in the text color of the page."""
 
 import io
 import re
@@ -21,18 +21,18 @@ from localgrad.results.tables import Row, Table, seconds_text
 from localgrad.runs.files import atomic_write
 
 WIDTH = 4.1
-"""Inches; at the width of a phone's screen the letters stay readable."""
+"""Width of a figure in inches. Scaled to a phone's screen, its text stays readable."""
 INK = "#123321"
-"""Stands for the page's text colour until `as_svg` puts `currentColor` in its place; a PNG has black instead."""
+"""Placeholder for the page's text color: `as_svg` replaces it by `currentColor`. A PNG has black text."""
 LONG = 24
-"""Letters of a label that fits twice in a legend's line."""
+"""Longest label, in characters, of which two fit side by side in a legend."""
 COLORS = ("#2f7ed8", "#e0701a", "#1fa187", "#b05cc6", "#d6455d", "#8a7a2c", "#5f7f95", "#c4508f")
-"""Readable on white and on black."""
+"""Colors of the series, readable on white and on black."""
 MARKERS = "osD^vPX*"
 MOST_CURVES = 7
-"""Curves of a picture, end-to-end aside: more are spread over several, by objective."""
+"""Largest number of curves in a picture besides end-to-end. More are split into several pictures, by objective."""
 COVERED = 0.004
-"""Two curves that are nowhere further apart than this share of the axis look like one."""
+"""Two curves that stay within this fraction of the axis of each other look like one."""
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
@@ -56,9 +56,9 @@ def as_svg(figure: Figure, prefix: str, description: str) -> str:
     """A figure as an `<svg>` element for a page.
 
     Args:
-        figure: what to draw.
-        prefix: makes the ids of this picture different from those of every other one of the page.
-        description: what it shows, for those who do not see it; plain text.
+        figure: the figure.
+        prefix: prefix of all ids in it, different for each figure of a page.
+        description: what the figure shows, for screen readers; plain text.
     """
     from html import escape
 
@@ -74,13 +74,13 @@ def as_svg(figure: Figure, prefix: str, description: str) -> str:
 
 
 def _with_ids_once(svg: str, prefix: str) -> str:
-    """Leaves ids only where something refers to them: of the others, matplotlib gives some twice."""
+    """Removes ids that nothing refers to (matplotlib uses some of them twice) and prefixes the others."""
     wanted = set(re.findall(r'(?:href="#|url\(#)([^")]+)', svg))
     return re.sub(r' id="([^"]+)"', lambda id: f' id="{prefix}-{id[1]}"' if id[1] in wanted else "", svg)
 
 
 def _paint(figure: Figure, color: str) -> None:
-    """Every letter and line that is not data in one color."""
+    """Draw all text and lines that are not data in one color."""
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):
@@ -93,7 +93,7 @@ def _paint(figure: Figure, color: str) -> None:
 
 
 def new_figure(height: float, title: str = "") -> Figure:
-    """An empty figure of so many inches in height, with a title."""
+    """An empty figure with a title; the height is in inches."""
     figure = Figure(figsize=(WIDTH, height + 0.2 * bool(title)), layout="constrained")
     if title:
         figure.suptitle(textwrap.fill(title, 62), fontsize=9)
@@ -101,7 +101,7 @@ def new_figure(height: float, title: str = "") -> Figure:
 
 
 def with_legend(figure: Figure, axes: Axes, count: int) -> Figure:
-    """A grid, and a legend below the axes, where it covers nothing."""
+    """Add a grid, and a legend below the axes, where it covers no data."""
     axes.grid()
     if count > 0:
         longest = max(len(str(label)) for label in axes.get_legend_handles_labels()[1])
@@ -112,7 +112,7 @@ def with_legend(figure: Figure, axes: Axes, count: int) -> Figure:
 
 
 def look_of(position: int) -> dict[str, Any]:
-    """Color and marker of the series at this position."""
+    """Color and marker of the series with this position."""
     return {
         "color": COLORS[position % len(COLORS)],
         "marker": MARKERS[(position + position // len(COLORS)) % len(MARKERS)],
@@ -120,7 +120,7 @@ def look_of(position: int) -> dict[str, Any]:
 
 
 def groups(table: Table, positions: Sequence[int]) -> Iterator[list[int]]:
-    """Rows by picture, so that colors stay apart: all in one, or an objective each, with end-to-end for comparison."""
+    """Rows of each picture: all rows in one, or one picture per objective with end-to-end training for comparison."""
     if len(positions) <= MOST_CURVES + 1:
         yield from [list(positions)] if positions else []
         return
@@ -136,11 +136,11 @@ def groups(table: Table, positions: Sequence[int]) -> Iterator[list[int]]:
 
 
 def covered(curves: Mapping[str, Sequence[float]], span: float) -> list[str]:
-    """Sentences that say which curves cannot be seen because a later one lies on them.
+    """Sentences that name the curves that are hidden under a later curve.
 
     Args:
-        curves: by label, in the order in which they are drawn, all over the same positions.
-        span: from the smallest to the largest value of the axis.
+        curves: values by label, in drawing order, all over the same positions.
+        span: largest minus smallest value of the axis.
     """
     values = {label: np.array(curve, dtype=float) for label, curve in curves.items()}
     said = []
@@ -153,7 +153,7 @@ def covered(curves: Mapping[str, Sequence[float]], span: float) -> list[str]:
 
 
 def _lies_under(first: Any, second: Any, distance: float) -> bool:
-    """Whether the second curve is within this distance wherever the first one has a value."""
+    """Whether the second curve is within this distance of the first wherever the first has a value."""
     if first.shape != second.shape:
         return False
     there = np.isfinite(first)
@@ -162,7 +162,7 @@ def _lies_under(first: Any, second: Any, distance: float) -> bool:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A picture, and what its caption must add."""
+    """A figure, and sentences to add to its caption."""
 
     figure: Figure
     remarks: tuple[str, ...] = ()
@@ -170,14 +170,14 @@ class Drawn:
 
 @styled
 def learning_curves(table: Table, positions: Sequence[int] | None = None) -> Drawn | None:
-    """Test error over epochs, one line a row: the mean of its seeds, and a band from the smallest to the largest.
+    """Test error by epoch, one line per row: the mean over its seeds, with a band from minimum to maximum.
 
     Args:
         table: the rows.
-        positions: of the rows to draw; all if None.
+        positions: positions of the rows to draw; all if None.
 
     Returns:
-        The picture; None if no row has metrics.
+        The figure; None if no row has metrics.
     """
     figure = new_figure(3.0, table.title)
     axes = figure.subplots()
@@ -206,7 +206,7 @@ def _curve(metrics: Sequence[EpochError]) -> dict[int, float]:
 
 
 def _error_axis(axes: Axes, x: str, y: str) -> float:
-    """Names the axes, and starts that of the errors at 0; returns its end."""
+    """Labels the axes and starts the vertical one at 0; returns its upper end."""
     axes.set(xlabel=x, ylabel=y)
     top = 1.05 * axes.dataLim.y1 or 1.0
     axes.set_ylim(0, top)
@@ -216,7 +216,7 @@ def _error_axis(axes: Axes, x: str, y: str) -> float:
 
 @styled
 def local_heads(table: Table, positions: Sequence[int] | None = None) -> Drawn | None:
-    """Test error of each block's own head after the last epoch, a line a row: the mean of its seeds.
+    """Test error of each block's own head after the last epoch, one line per row: the mean over its seeds.
 
     Args and returns as in `learning_curves`.
     """
@@ -228,7 +228,7 @@ def local_heads(table: Table, positions: Sequence[int] | None = None) -> Drawn |
         errors = [run.result.local_errors for run in row.runs if run.result.local_errors and row.is_local]
         if not errors:
             continue
-        values = np.array(errors, dtype=float)  # None, of a block without a class head, becomes a gap
+        values = np.array(errors, dtype=float)  # None, for a block without a class head, becomes a gap
         label = table.labels[position] + (f" (n={len(errors)})" if len(errors) > 1 else "")
         axes.plot(range(1, row.num_blocks + 1), values.mean(0), label=label, **look_of(len(drawn)))
         drawn[table.labels[position]] = values.mean(0).tolist()
@@ -244,11 +244,11 @@ RIVALS = {
     "micro-batches": ("^", "triangle"),
     "fewer blocks": ("D", "diamond"),
 }
-"""Marks of the trade-off picture: what saves memory beside local losses has a mark of its own, with its name."""
+"""Markers of the trade-off figure and their names, by what saves memory in a row besides local losses."""
 
 
 def rival(table: Table, row: Row) -> str:
-    """What else than local losses saves memory in a row, or lets it use fewer blocks: a key of `RIVALS`."""
+    """What saves memory in a row besides local losses, or `fewer blocks` if others have more: a key of `RIVALS`."""
     same = (other.num_blocks for other in table.rows if other.label == row.label and other.is_local)
     if row.config.recompute or row.config.momentum.recompute:
         return "checkpointed"
@@ -259,15 +259,16 @@ def rival(table: Table, row: Row) -> str:
 
 @styled
 def trade_off(table: Table, device: str, seconds: Mapping[int, float | None]) -> Drawn:
-    """Memory of a step against test error; the area of a point is the time of a step; a line joins the best ones.
+    """Test error against the peak memory of a step; the area of a point is the time of a step.
 
-    Points have the color of their objective and the number of their row. Memory is that on one device, and the error
-    that of all runs, as in the table of errors.
+    A dotted line joins the points that no other point beats in both. The color of a point is its objective, the number
+    its row. Memory is the mean over the runs on one device. The error is the mean over all runs of the row, as in the
+    table of errors.
 
     Args:
         table: the rows.
         device: name of the device.
-        seconds: of a step on it, by the position of the row; None where nothing is known.
+        seconds: time of a step on the device, by position of the row; None if it is not known.
     """
     figure = new_figure(3.2, table.title)
     axes = figure.subplots()
@@ -298,7 +299,7 @@ def trade_off(table: Table, device: str, seconds: Mapping[int, float | None]) ->
 
 
 def _overlaps(axes: Axes, points: Mapping[int, tuple[float, float]], labels: Sequence[str]) -> Iterator[str]:
-    """Sentences that say which points lie on each other."""
+    """Sentences that name the points that are hidden under a later point."""
     spans = np.ptp(axes.get_xlim()), np.ptp(axes.get_ylim())
     places = {position: (x / spans[0], y / spans[1]) for position, (x, y) in points.items()}
     for first in places:
@@ -308,13 +309,13 @@ def _overlaps(axes: Axes, points: Mapping[int, tuple[float, float]], labels: Seq
 
 
 def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
-    """Whether a point is at least as good in both, and not the same."""
+    """Whether a point is at least as good as the other in both coordinates, and not equal to it."""
     return one != other and one[0] <= other[0] and one[1] <= other[1]
 
 
 @styled
 def planned_peaks(plan: Plan) -> Drawn:
-    """Predicted peak over the number of blocks, kept and checkpointed, with the budget."""
+    """Predicted peak against the number of blocks, with and without activation checkpointing, and the budget."""
     figure = new_figure(3.2, plan.title)
     axes = figure.subplots()
     trainings = list(dict.fromkeys(row.training for row in plan.rows))
@@ -346,7 +347,7 @@ def planned_peaks(plan: Plan) -> Drawn:
 
 @styled
 def step_times(times: StepTimes, title: str = "") -> Figure:
-    """Seconds a step as bars, with their figures."""
+    """Bars of the seconds per step, labelled with their values."""
     labels = [textwrap.fill(row.row, 36) for row in times.rows]
     lines = sum(1 + label.count("\n") for label in labels)
     figure = new_figure(0.6 + 0.12 * len(labels) + 0.2 * lines, title)
@@ -362,7 +363,7 @@ def step_times(times: StepTimes, title: str = "") -> Figure:
 
 
 def save_png(figure: Figure, path: Path, dots_per_inch: int = 200) -> None:
-    """Writes a figure as PNG, whole or not at all.
+    """Writes a figure as PNG, atomically.
 
     Raises:
         LocalGradError: the file cannot be written.

@@ -1,4 +1,4 @@
-"""What the tables show at a glance: the best local training, what MAN gains, and what memory and time it takes."""
+"""The main findings of a table: end-to-end training, the best local training, and the gain of MAN."""
 
 import statistics
 from collections.abc import Mapping
@@ -10,19 +10,19 @@ from localgrad.results.tables import Row, Table, own_fields
 
 @dataclass(frozen=True)
 class Gain:
-    """What a momentum network changes in an objective's test error."""
+    """The change of an objective's test error by a momentum auxiliary network."""
 
     without: Row
     with_momentum: Row
 
     @property
     def label(self) -> str:
-        """As `DGL + MAN`."""
+        """Label of the row with momentum, such as `DGL + MAN`."""
         return self.with_momentum.label
 
     @property
     def differences(self) -> list[float]:
-        """Percentage points that the error falls by: a pair of equal seeds each, or of the means without such pairs."""
+        """Decrease of the error in percentage points for each seed that both rows have, or of the means without any."""
         errors = [
             {run.result.config.seed: run.result.test_error for run in row.runs}
             for row in (self.without, self.with_momentum)
@@ -39,20 +39,20 @@ class Gain:
 
 @dataclass(frozen=True)
 class Finding:
-    """The main rows of a table; None for what it does not have."""
+    """The main rows of a table. A row that the table lacks is None."""
 
     table: Table
     end_to_end: Row | None
-    """Plain end-to-end training, activations kept."""
+    """End-to-end training without activation checkpointing or gradient accumulation."""
     checkpointed: Row | None
     """End-to-end training with activation checkpointing."""
     best: Row | None
-    """The row of several blocks with the smallest mean test error."""
+    """The row with the smallest mean test error of those with several blocks."""
     gains: tuple[Gain, ...]
-    """One for each objective that is there without and with a momentum network."""
+    """One for each row without momentum that has a counterpart with momentum."""
 
     def to_end_to_end(self, row: Row | None, values: Mapping[int, float | None]) -> float | None:
-        """A value of a row over that of end-to-end training, by the rows' positions in the table."""
+        """Ratio of a row's value to that of end-to-end training; `values` is by position in the table."""
         if row is None or self.end_to_end is None:
             return None
         own, whole = (values.get(self.table.rows.index(each)) for each in (row, self.end_to_end))
@@ -75,7 +75,7 @@ def finding(table: Table) -> Finding:
 
 
 def _gains(rows: list[Row]) -> list[Gain]:
-    """For each row without a momentum network the plainest one that differs in that alone."""
+    """Pair each row without momentum with the plainest row that differs only in its momentum network."""
     found = []
     for without in rows:
         if without.config.momentum.name != "none":
@@ -91,12 +91,12 @@ def _gains(rows: list[Row]) -> list[Gain]:
 
 
 def _without_momentum(row: Row) -> tuple[object, ...]:
-    """What a row has in common with one that differs in its momentum network alone."""
+    """Key of a row: rows with equal keys differ only in their momentum network."""
     own = own_fields(row.config)
     names = [name for name in own if name != "name" and not name.startswith("momentum.")]
     return (row.num_blocks, row.num_classes, *(str(own[name]) for name in names))
 
 
 def _plainness(row: Row) -> tuple[int, int]:
-    """Sort key: the first momentum network of all, in its usual form (whose label is the shortest)."""
+    """Sort key: the order of the momentum networks, then the length of the label: the default form has the shortest."""
     return method_order(row.config)[1], len(row.label)

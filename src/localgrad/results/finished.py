@@ -1,4 +1,4 @@
-"""Load a finished run from its folder: network, blocks and images, on a device."""
+"""Load a finished run from its folder onto a device: network, blocks and images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,18 +26,18 @@ class Trained:
 
     folder: RunFolder
     config: TrainConfig
-    """The run's config, for one device, with the images that were asked for."""
+    """The config of the run, changed to one device and to the requested images."""
     fabric: Any
     model: nn.Module
     blocks: list[Block]
-    """Its blocks with their auxiliary networks; none unless asked for."""
+    """Blocks with their auxiliary networks; empty unless requested."""
     train: ImageSet
-    """Training images; one image unless asked for."""
+    """Training images; unless requested, a placeholder of one image."""
     test: ImageSet
 
     @property
     def cuts(self) -> list[str]:
-        """Units after which gradients were isolated."""
+        """Names of the units at which the gradient was stopped: the last unit of each block but the last."""
         return list(read_result(self.folder.result).cuts if self.config.cuts is None else self.config.cuts)
 
 
@@ -52,21 +52,22 @@ def load_trained(
     with_blocks: bool = False,
     accelerator: str = "auto",
 ) -> Trained:
-    """Loads the weights of a finished run, and images.
+    """Loads the trained weights of a finished run, and its images.
 
     Args:
         run_dir: the run folder.
-        data: other images, a hub name or a folder, all of them; None for those of the run.
-        test_split: another split to test on.
-        train_limit: so many training images only; None takes the run's limit, or all of other images.
-        test_limit: likewise of the test images.
-        training_images: load them; otherwise only the test split is read, and of the run's own images on disk the
-            training labels, for a folder's classes are those of both splits.
-        with_blocks: build the blocks, and load their auxiliary networks from the checkpoint.
+        data: other images, as a hub name or a folder. None takes the images of the run.
+        test_split: split to test on; None takes that of the run.
+        train_limit: number of training images. None takes the run's limit, or all images if `data` is given.
+        test_limit: number of test images; None as for `train_limit`.
+        training_images: whether to load the training images. Otherwise the test split is read, and the training labels
+            too if the run's own images are on disk: the classes of a folder are those of both splits.
+        with_blocks: build the blocks and load their auxiliary networks from the checkpoint.
         accelerator: `auto`, `cpu`, `cuda` or `mps`.
 
     Raises:
-        LocalGradError: the folder holds no finished run, a file in it is damaged, or the images cannot be had.
+        LocalGradError: the folder holds no finished run, a file in it is damaged, or the images are missing or have
+            other classes.
     """
     folder = RunFolder(Path(run_dir))
     config = folder.config()
@@ -74,11 +75,11 @@ def load_trained(
     if not training_images:
         images = _own_classes(images) if data is None and images.on_disk else _test_only(images)
     config = replace(config, accelerator=accelerator, devices=1, parallel="data", replicas=1, data=images)
-    check_source(images)  # before what takes long
+    check_source(images)  # before slow work
     fabric = make_fabric(config)
     train, test = load_images(config.data)
     if data is None:
-        own = config.data.on_disk or training_images  # else the training images are a stand-in
+        own = config.data.on_disk or training_images  # otherwise the training images are a placeholder
         folder.check_images(train=train if own else None, test=test if test_split is None else None)
     classes, names = folder.classes()
     if classes not in (None, test.num_classes):
@@ -130,10 +131,10 @@ def _chosen(
 
 
 def _own_classes(config: DataConfig) -> DataConfig:
-    """The config with one training image: a folder's classes are those of both splits, in that order."""
+    """The config with one training image. The training split is still needed: a folder's classes are those of both."""
     return replace(config, train_limit=1)
 
 
 def _test_only(config: DataConfig) -> DataConfig:
-    """The config with its test split in both places, so that no other is needed."""
+    """The config with one training image. Of images on disk it is from the test split, so no other split is read."""
     return replace(config, train_limit=1, train_split=config.test_split if config.on_disk else "train")

@@ -1,6 +1,6 @@
-"""What result files hold, a dataclass each: analyses, plans and step times. Runs have `runs.result.Result`.
+"""Contents of result files, one dataclass per kind: analyses, plans and step times. Runs have `runs.result.Result`.
 
-A file is one of these as JSON, behind its `kind` and the `schema` of its fields. Files from before say neither.
+A file is the JSON of one dataclass, preceded by its `kind` and `schema`. Files of the first versions have neither.
 """
 
 from collections.abc import Sequence
@@ -13,16 +13,16 @@ from localgrad.runs.result import Result
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """On what a file was made."""
+    """Where and when a file was made."""
 
     device: str
-    """Name of the processor or GPU."""
+    """Name of the CPU or GPU."""
     versions: dict[str, str] = field(default_factory=dict)
     """Versions of localgrad, Python, torch and others."""
     commit: str | None = None
-    """Commit of localgrad's code."""
+    """Git commit of localgrad."""
     date: str | None = None
-    """Day and time, in UTC, by ISO 8601."""
+    """UTC date and time in ISO 8601."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class AnalysedRun:
     """A run that was analysed."""
 
     name: str
-    """Name of its folder."""
+    """Name of the run folder."""
     num_blocks: int
     config: TrainConfig
 
@@ -44,15 +44,15 @@ class AnalysedImages:
     source: str = ""
     test_split: str = ""
     class_names: list[str] | None = None
-    """Names of the classes in order, where the images have such."""
+    """Names of the classes in order; None if the images have no class names."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Analysis(Origin):
-    """What all analyses have."""
+    """Fields of all analyses."""
 
     runs: list[AnalysedRun]
-    """The run that was analysed, and the one that it was compared with."""
+    """The analysed run, and the run that it is compared with, if any."""
     data: AnalysedImages
     units: list[str]
     """Names of the units, from the input to the output."""
@@ -68,7 +68,7 @@ class Probe(Analysis):
     """Linear probes on every unit of a network."""
 
     blocks: list[int] = field(default_factory=list)
-    """Number of the block that each unit belongs to."""
+    """Number of each unit's block, from 1."""
     accuracies: list[float]
     """Accuracy in percent of the probe on each unit."""
     train_losses: list[float] = field(default_factory=list)
@@ -84,7 +84,7 @@ class Alignment(Analysis):
 
     other_units: list[str]
     alignment: list[list[float | None]]
-    """A row a unit of the first network; None where a unit's features do not vary."""
+    """CKA of each unit of the first network (rows) and of the second (columns); None for constant features."""
     mean_diagonal: float | None = None
 
     def __post_init__(self) -> None:
@@ -97,17 +97,17 @@ class Alignment(Analysis):
 
 @dataclass(frozen=True, kw_only=True)
 class Pictures(Analysis):
-    """Activation maps of some images, and features of many in two dimensions."""
+    """Activation maps of a few images, and features of many images projected to two dimensions."""
 
     blocks: list[int]
     image_labels: list[int]
     thumbnails: list[Any]
-    """The images of the maps: height x width x 3, from 0 to 255."""
+    """The images that the maps are of: height x width x 3, values 0 to 255."""
     maps: list[Any]
-    """For each unit a map (height x width) an image; None for a unit without height and width."""
+    """For each unit one map (height x width) per image; None for a unit whose features are no map."""
     point_labels: list[int]
     points: list[list[tuple[float, float]]]
-    """For each unit the positions of all images."""
+    """For each unit the two coordinates of every image."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -121,33 +121,33 @@ class Pictures(Analysis):
 
 @dataclass(frozen=True)
 class PlannedRow:
-    """The predicted peak of a step with so many blocks."""
+    """The predicted peak memory of a step with one number of blocks."""
 
     training: str
-    """Which auxiliary network, as `man, recomputed`."""
+    """Momentum auxiliary network, such as `man, recomputed`."""
     num_blocks: int
     recompute: bool
-    """Whether units are checkpointed."""
+    """Whether every unit uses activation checkpointing."""
     peak: int
-    """Bytes."""
+    """Predicted peak in bytes."""
     cuts: tuple[str, ...] = ()
-    """Units after which gradients are isolated."""
+    """Names of the units at which the gradient is stopped."""
     fits: bool = True
     """Whether the peak is within the budget."""
     parts: int = 1
     """Number of micro-batches."""
     operations: float | None = None
-    """Floating-point operations, over those of end-to-end training with the whole batch."""
+    """Floating-point operations of a step, relative to end-to-end training with the whole batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(Origin):
-    """Predicted peaks of a network's step over the number of blocks."""
+    """Predicted peak memory of a network's training step for several numbers of blocks."""
 
     title: str
     """Network, batch, image size, precision, optimizer and objective."""
     budget: int | None = None
-    """Bytes."""
+    """Memory budget in bytes."""
     rows: list[PlannedRow]
 
     def __post_init__(self) -> None:
@@ -157,14 +157,14 @@ class Plan(Origin):
 
 @dataclass(frozen=True)
 class TimedRow:
-    """A training whose steps were timed. Benchmarks other than `localgrad time` leave out all but the first two."""
+    """A training whose steps were timed. Benchmarks other than `localgrad time` may set only the first two fields."""
 
     row: str
-    """What it is called."""
+    """Label of the training."""
     seconds_per_step: float
-    """Median over the rounds."""
+    """Seconds per step, median over the rounds."""
     ratio_to_first: float | None = None
-    """Median over the rounds of its time over that of the first row."""
+    """Ratio of its time to that of the first row in the same round, median over the rounds."""
     num_blocks: int | None = None
     num_classes: int | None = None
     precision: str | None = None
@@ -179,13 +179,13 @@ class TimedRow:
 
 @dataclass(frozen=True, kw_only=True)
 class StepTimes(Origin):
-    """Seconds of the steps of several trainings that took turns."""
+    """Seconds per step of several trainings that ran one step each in turn."""
 
     rows: list[TimedRow]
     settings: dict[str, Any] = field(default_factory=dict)
     """Network, batch size, rounds."""
     seconds: dict[str, list[float]] = field(default_factory=dict)
-    """Of every round, by row."""
+    """Seconds of the step in each round, by row."""
 
     def __post_init__(self) -> None:
         if not self.rows:
@@ -203,12 +203,12 @@ KINDS: dict[str, type] = {
 
 
 def kind_name(content: Any) -> str:
-    """The kind of a dataclass of `KINDS`."""
+    """The kind of an instance of one of the dataclasses in `KINDS`."""
     return next(name for name, kind in KINDS.items() if type(content) is kind)
 
 
 def kind_of(values: dict[str, Any]) -> str | None:
-    """The kind that a file says; of files from before, the one that its fields have. None for other benchmarks."""
+    """The `kind` of a file. For files of the first versions, the kind that its fields match; None without a match."""
     if "kind" in values:
         return str(values["kind"])
     if "config" in values and "test_error" in values:

@@ -1,4 +1,4 @@
-"""What the report calls things: sets of images, networks, runs, and the command that makes a run again."""
+"""Names in the report: data sets, networks and runs, and the command that repeats a run."""
 
 import re
 import shlex
@@ -19,11 +19,11 @@ DATASETS = {
     "imagenette": "Imagenette",
     "digits": "Digits",
 }
-"""The recipes' sets of images by the first word of a recipe's name."""
+"""Data sets of the recipes, by the first word of the recipe's name."""
 
 
 def dataset_label(config: TrainConfig) -> str:
-    """The recipe's set of images where the source is called like it; otherwise the source's last part."""
+    """The data set of the recipe if the name of the source matches it, otherwise the last part of the source."""
     recipes_set, own = config.name.partition("-")[0], config.data.name or last_part(config.data.source)
     if recipes_set in DATASETS and _is_called(recipes_set, config.data.name or config.data.source):
         return DATASETS[recipes_set]
@@ -33,8 +33,8 @@ def dataset_label(config: TrainConfig) -> str:
 
 
 def _is_called(recipes_set: str, source: str) -> bool:
-    """Whether a path or hub name is that of a recipe's set: `data/cifar-10-python` of `cifar10`, but not `cifar100`."""
-    if recipes_set == "digits":  # they come with scikit-learn and are nowhere else
+    """Whether a path or hub name matches a recipe's set: `data/cifar-10-python` matches `cifar10`, not `cifar100`."""
+    if recipes_set == "digits":  # these images come with scikit-learn, not from a folder
         return source == "digits"
     word = re.sub(r"(?<=[a-z])(?=\d)", "[-_ ]?", recipes_set)
     end = "(?![0-9])" if recipes_set[-1].isdigit() else "(?![a-z])"
@@ -47,13 +47,13 @@ def last_part(path: str) -> str:
 
 
 def network_label(config: TrainConfig) -> str:
-    """The network's name, with its depth where that is no part of it."""
+    """Name of the network, with the depth of a `cifar_resnet`."""
     name = config.model.name
     return f"ResNet-{config.model.depth}" if name == "cifar_resnet" else name.partition(":")[2] or name
 
 
 def where(config: TrainConfig) -> str:
-    """Images and network."""
+    """Data set and network."""
     return f"{dataset_label(config)}, {network_label(config)}"
 
 
@@ -64,13 +64,13 @@ def run_label(config: TrainConfig, num_blocks: int) -> str:
 
 @cache
 def recipe_of(config: TrainConfig) -> Recipe | None:
-    """The recipe that a config came from; None where that is no recipe of this version."""
+    """The recipe with the config's name; None if this version has no such recipe."""
     make = RECIPES.get(config.name)
     return make() if make else None
 
 
 def command(config: TrainConfig) -> str:
-    """The `localgrad train` that makes a run again; a folder of images is `path/to/NAME` in it."""
+    """The `localgrad train` command that repeats a run. An absolute path is written as `path/to/NAME`."""
     made = recipe_of(config)
     name, start = (config.name, made.config) if made else ("RECIPE", TrainConfig())
     ours, theirs = (flat(to_dict(with_defaults(each))) for each in (config, start))
@@ -79,7 +79,7 @@ def command(config: TrainConfig) -> str:
 
 
 def _flag(name: str, value: Any) -> str:
-    """A field as a flag of the command line."""
+    """A field of the config as a command-line flag."""
     parent, _, last = name.replace("_", "-").rpartition(".")
     if isinstance(value, bool):
         return f"--{parent}{'.' * bool(parent)}{'' if value else 'no-'}{last}"
@@ -88,19 +88,19 @@ def _flag(name: str, value: Any) -> str:
 
 
 def without_paths(command: str) -> str:
-    """A command with `path/to/NAME` for every absolute path, which means nothing on another machine."""
+    """A command with every absolute path, which is valid on one machine only, replaced by `path/to/NAME`."""
     try:
         return shlex.join(map(_without_folder, shlex.split(command)))
-    except ValueError:  # an unfinished quotation
+    except ValueError:  # an unclosed quotation mark
         return command
 
 
 def _without_folder(word: str) -> str:
-    """`path/to/NAME` for an absolute path of any system."""
+    """`path/to/NAME` for an absolute path of any operating system; other words unchanged."""
     absolute = PurePosixPath(word).is_absolute() or PureWindowsPath(word).is_absolute()
     return f"path/to/{last_part(word)}" if absolute else word
 
 
 def device_text(device: str) -> str:
-    """A device as a page calls it: `2 threads` where the file has `2 thread(s)`."""
+    """The name of a device for the page: `2 threads` for `2 thread(s)` in the file."""
     return device.replace("1 thread(s)", "1 thread") if device.endswith(" 1 thread(s)") else device.replace("(s)", "s")

@@ -1,4 +1,4 @@
-"""The report's first screens: what was run, when and on what, and what the tables show at a glance."""
+"""The first screens of the report: what was run, when and on which device, and the main findings of the tables."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,11 +12,11 @@ from localgrad.results.tables import Row, Table, mean_std, seconds_text
 
 SHARES = ("memory, \N{MULTIPLICATION SIGN} end-to-end", "time, \N{MULTIPLICATION SIGN} end-to-end")
 MOST_NAMES = 6
-"""Names of a kind that are listed; of more, the others are counted."""
+"""Largest number of names in a list; further names are only counted."""
 
 
 def facts(found: Results, grouped: Sequence[Table]) -> list[tuple[str, str]]:
-    """What was run, when and on what: a heading and a sentence each."""
+    """Pairs of a heading and a text: what was run, when, on which device and with which software."""
     results = [run.result for run in found.runs] + [file.values for file in found.files]
     dates = sorted(each.date[:10] for each in results if each.date)
     undated = len(results) - len(dates)
@@ -39,7 +39,7 @@ def facts(found: Results, grouped: Sequence[Table]) -> list[tuple[str, str]]:
 
 
 def _several(names: Any) -> str:
-    """Different names, each once."""
+    """The distinct names, joined; at most `MOST_NAMES`, and the number of the others."""
     each = list(dict.fromkeys(name for name in names if name))
     more = len(each) - MOST_NAMES
     return "; ".join(each[:MOST_NAMES]) + (f"; and {more} more" if more > 0 else "")
@@ -63,7 +63,7 @@ def _counted(found: Results, grouped: Sequence[Table]) -> str:
 
 
 def findings(grouped: Sequence[Table], found: Results, ids: Sequence[str]) -> Grid | None:
-    """A row a table: end-to-end training, the best local training, what MAN gains, memory and time."""
+    """One row per table: end-to-end training, the best local training, the gain of MAN, memory and time."""
     if not grouped:
         return None
     rows = []
@@ -115,13 +115,13 @@ def _gains(gains: Sequence[Gain]) -> Cell:
 
 
 def _signed(number: float | str) -> str:
-    """With a minus sign that is as wide as a plus."""
+    """The number with a typographic minus sign, which is as wide as a plus."""
     text = number if isinstance(number, str) else f"{number:.2f}"
     return text.replace("-", "\N{MINUS SIGN}")
 
 
 def _memory(each: Finding) -> Cell:
-    """Of the best training; only runs on one device are compared."""
+    """Memory of the best training relative to end-to-end; compares only runs on the same device."""
     rows = each.table.on(each.table.main_device)
     memory: dict[int, float | None] = {position: row.mean("peak_memory_bytes") for position, row in rows.items()}
     share, rival = each.to_end_to_end(each.best, memory), each.to_end_to_end(each.checkpointed, memory)

@@ -1,4 +1,4 @@
-"""What the report's page is made of: tables, pictures and folded details, as plain data for its template."""
+"""Elements of the report's page as plain data for its template: tables, pictures and folded sections."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,11 +17,11 @@ class Cell:
 
     text: str = ""
     strong: str = ""
-    """Stands in front, in bold."""
+    """Text before `text`, in bold."""
     small: tuple[str, ...] = ()
-    """Lines below, in small letters."""
+    """Lines below, in small print."""
     link: str = ""
-    """Id of what the text leads to."""
+    """Id of the element that the text links to."""
     id: str = ""
     code: bool = False
     """Whether the text is a command."""
@@ -35,7 +35,7 @@ class Grid:
     rows: Sequence[Sequence[Cell]]
     note: str = ""
     folded: str = ""
-    """If given, the table is behind this line."""
+    """If given, the table is folded, with this line as its summary."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Picture:
 
     svg: Markup
     caption: str
-    """What it shows, also for those who do not see it."""
+    """Description, also for screen readers."""
     files: Sequence[str]
     """The files that it was drawn from."""
 
@@ -64,7 +64,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Detail:
-    """A section of the page that is folded."""
+    """A folded section of the page."""
 
     id: str
     title: str
@@ -73,18 +73,18 @@ class Detail:
 
 
 class Studio:
-    """Makes pictures for the page, each with ids of its own, and names files as seen from the folder of results."""
+    """Makes the pictures of a page, each with unique ids, and names files relative to the folder of results."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._numbers = count(1)
 
     def name(self, path: Path) -> str:
-        """The path of a file below the folder."""
+        """The path of a file, relative to the folder."""
         return str(path.relative_to(self._folder))
 
     def picture(self, drawn: Drawn | Figure, caption: str, files: Iterable[Path]) -> Picture:
-        """A picture with its caption, to which the remarks of what was drawn are added."""
+        """A picture with its caption, extended by the remarks of the figure."""
         figure, remarks = (drawn.figure, drawn.remarks) if isinstance(drawn, Drawn) else (drawn, ())
         text = " ".join([caption, *remarks])
         svg = Markup(as_svg(figure, f"p{next(self._numbers)}", text))
@@ -92,5 +92,5 @@ class Studio:
 
 
 def plain(*texts: str) -> list[Cell]:
-    """Cells that hold texts and nothing else."""
+    """Cells of plain text."""
     return [Cell(text) for text in texts]

@@ -1,4 +1,4 @@
-"""Result files below a folder, read back: runs, analyses, plans and step times."""
+"""Read the result files below a folder: runs, analyses, plans and step times."""
 
 import json
 import os
@@ -15,18 +15,18 @@ from localgrad.runs.result import Result, from_file
 
 Values = TypeVar("Values")
 MARKS = ("versions", "environment", "device", "torch", "task")
-"""Fields by which results of benchmarks and examples are known that say no kind."""
+"""A file without a kind that has one of these fields is a result of a benchmark or an example."""
 OTHERS = ("config.json", "images.json")
-"""Files of a run folder that are no results."""
+"""Files of a run folder that are not results."""
 
 
 @dataclass(frozen=True)
 class EpochError:
-    """A line of metrics, as far as it is read here."""
+    """The fields of a line of `metrics.jsonl` that the report needs."""
 
     epoch: int
     test_error: float | None
-    """Test error in percent; None where it was not evaluated."""
+    """Test error in percent; None for an epoch without evaluation."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,12 @@ class FinishedRun:
     path: Path
     result: Result
     metrics: tuple[EpochError, ...]
-    """One an epoch; empty where there is no file of them."""
+    """One entry per epoch; empty if there is no file of metrics."""
 
 
 @dataclass(frozen=True)
 class File(Generic[Values]):
-    """Any other result file."""
+    """A result file of any other kind."""
 
     path: Path
     values: Values
@@ -49,7 +49,7 @@ class File(Generic[Values]):
 
 @dataclass
 class Results:
-    """Everything that was found."""
+    """All results below a folder."""
 
     runs: list[FinishedRun] = field(default_factory=list)
     probes: list[File[Probe]] = field(default_factory=list)
@@ -58,14 +58,14 @@ class Results:
     plans: list[File[Plan]] = field(default_factory=list)
     speeds: list[File[StepTimes]] = field(default_factory=list)
     others: list[Path] = field(default_factory=list)
-    """Results of benchmarks and examples, which the report names but does not show."""
+    """Results of benchmarks and examples, which the report lists but does not show."""
 
     def __len__(self) -> int:
         return len(self.runs) + len(self.files)
 
     @property
     def files(self) -> list[File[Any]]:
-        """All but the runs."""
+        """All results but the runs."""
         return [*self.probes, *self.alignments, *self.pictures, *self.plans, *self.speeds]
 
 
@@ -73,11 +73,12 @@ def read_results(folder: Path, warn: Callable[[str], None]) -> Results:
     """Reads every result file below a folder, in the order of their paths.
 
     Args:
-        folder: searched with all its subfolders for `*.json`.
-        warn: told, in one line each, which files are damaged or of no known kind, and left out.
+        folder: folder to search for `*.json`, with all its subfolders.
+        warn: called with one line for each file that is left out because it is damaged, and one for all files of
+            unknown kinds.
 
     Raises:
-        LocalGradError: there is no such folder, or nothing to show in it.
+        LocalGradError: there is no such folder, or it holds no results.
     """
     if not folder.is_dir():
         raise LocalGradError(f"{folder} is not a folder; give the one that holds the results")
@@ -85,7 +86,7 @@ def read_results(folder: Path, warn: Callable[[str], None]) -> Results:
     unknown = []
     for path in _json_files(folder, warn):
         if path.name in OTHERS or (path.name == "table.json" and (path.parent / "curves.png").exists()):
-            continue  # the table is the demo's, whose runs are there too
+            continue  # the table of the demo: its runs are read from their own folders
         try:
             if not _sort_in(found, path, read_json(path, finite=True), warn):
                 unknown.append(str(path.relative_to(folder)))
@@ -102,10 +103,10 @@ def read_results(folder: Path, warn: Callable[[str], None]) -> Results:
 
 
 def read_result(path: Path) -> Result:
-    """The result of a run.
+    """Reads the result of a run.
 
     Raises:
-        LocalGradError: the file is missing, damaged, or something else.
+        LocalGradError: the file is missing, damaged, or not the result of a run.
     """
     content = read_file(path)
     if not isinstance(content, Result):
@@ -114,10 +115,10 @@ def read_result(path: Path) -> Result:
 
 
 def read_file(path: Path) -> Any:
-    """A result file of any kind, as its dataclass; None for one of no known kind.
+    """Reads a result file of any kind into its dataclass; None if its kind is unknown.
 
     Raises:
-        LocalGradError: the file is missing, damaged, or of a later version.
+        LocalGradError: the file is missing or damaged, or a later version wrote it.
     """
     values = read_json(path, finite=True)
     kind = kind_of(values) if isinstance(values, dict) else None
@@ -125,7 +126,7 @@ def read_file(path: Path) -> Any:
 
 
 def _json_files(folder: Path, warn: Callable[[str], None]) -> list[Path]:
-    """All of them in order of their paths, in linked folders too, each once."""
+    """All JSON files in the order of their paths, each once; follows links to folders."""
     found: list[Path] = []
     seen: set[str] = set()
 
@@ -134,7 +135,7 @@ def _json_files(folder: Path, warn: Callable[[str], None]) -> list[Path]:
 
     for parent, folders, names in os.walk(folder, onerror=cannot, followlinks=True):
         real = os.path.realpath(parent)
-        if real in seen:  # a link to a folder that is above it, or was found already
+        if real in seen:  # a link to a folder above it, or to one that was searched already
             folders.clear()
             continue
         seen.add(real)
@@ -144,7 +145,7 @@ def _json_files(folder: Path, warn: Callable[[str], None]) -> list[Path]:
 
 
 def _sort_in(found: Results, path: Path, values: Any, warn: Callable[[str], None]) -> bool:
-    """Adds a file to the results; False if it holds nothing that is known."""
+    """Adds a file to the results; False if its kind is unknown."""
     if not isinstance(values, dict):
         return False
     kind = kind_of(values)
@@ -173,14 +174,14 @@ def _sort_in(found: Results, path: Path, values: Any, warn: Callable[[str], None
 
 
 def _same_run(one: Result, other: Result) -> bool:
-    """Whether two files are of one run: the run folder's, and a table's, where its images may have another path."""
+    """Whether two files, of a run folder and of a table, hold the same run; the path of the images may differ."""
     data = replace(other.config.data, source=one.config.data.source)
     moved = replace(other, config=replace(other.config, data=data), command=one.command, test_errors=one.test_errors)
     return one == moved
 
 
 def _metrics(path: Path, values: dict[str, Any], warn: Callable[[str], None]) -> tuple[EpochError, ...]:
-    """Lines of metrics: from the errors by epoch in the result, as `reproduce` keeps them, or the file beside it."""
+    """Test errors by epoch: from the result, if `reproduce` wrote them there, or from the metrics file beside it."""
     if values.get("test_errors") is not None:
         return tuple(EpochError(epoch, error) for epoch, error in enumerate(values["test_errors"], start=1))
     beside = path.with_name("metrics.jsonl") if path.name == "result.json" else path.with_suffix(".jsonl")
@@ -195,6 +196,6 @@ def _metrics(path: Path, values: dict[str, Any], warn: Callable[[str], None]) ->
     for position, text in enumerate(texts, start=1):
         try:
             lines.append(parse(EpochError, json.loads(text)))
-        except (ValueError, RecursionError) as error:  # no JSON, or other fields
+        except (ValueError, RecursionError) as error:  # invalid JSON, or other fields
             warn(f"left out: {beside}, line {position}, is damaged ({error})")
     return tuple(lines)

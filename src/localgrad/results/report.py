@@ -1,4 +1,4 @@
-"""Result files as one static page: a summary, then the details folded by table. No network, no script."""
+"""Write result files as one static page: a summary, then the details of each table. It needs no network, no script."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -18,34 +18,34 @@ from localgrad.results.tables import Table, one_a_seed, setting, tables
 from localgrad.runs.files import atomic_write, make_folder
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-"""What the page may load: its own styles, and pictures that are part of it."""
+"""Content security policy: the page may use its own styles and embedded pictures, and load nothing else."""
 FRONT_PICTURES = 2
-"""Trade-off pictures among the first screens: those of the tables with the most rows."""
+"""Number of trade-off pictures in the summary, from the tables with the most rows."""
 LEAST_ROWS = 3
-"""Rows that such a picture needs."""
+"""Fewest rows of a table for such a picture."""
 
 
 def write_report(folder: Path, output: Path, warn: Callable[[str], None]) -> None:
     """Reads all results below a folder and writes the page.
 
     Args:
-        folder: with run folders, flat result files, analyses, plans, step times, in any subfolders.
-        output: the page.
-        warn: told about files that are left out, a line each.
+        folder: folder of run folders, result files, analyses, plans and step times, in any subfolders.
+        output: path of the page.
+        warn: called with a line about files that are left out.
 
     Raises:
-        LocalGradError: there is nothing to show, or the page cannot be written.
+        LocalGradError: the folder holds no results, or the page cannot be written.
     """
     found = read_results(folder, warn)
     found.runs = one_a_seed(found.runs, warn)
     text = page(found, folder)
     make_folder(output.parent)
     with atomic_write(output) as file:
-        file.write(text.encode(errors="replace"))  # a file's name may be no text
+        file.write(text.encode(errors="replace"))  # a file name may hold bytes that are not UTF-8
 
 
 def page(found: Results, folder: Path) -> str:
-    """The whole page as text. Parts for which there is nothing are left out."""
+    """The page as HTML, without empty parts."""
     grouped, studio = tables(found.runs), Studio(folder)
     ids = [f"table-{number}" for number in range(1, len(grouped) + 1)]
     details = [detail for detail in _details(found, grouped, ids, studio) if detail.parts]
@@ -72,7 +72,7 @@ def _title(folder: Path) -> str:
 
 
 def _front(found: Results, grouped: Sequence[Table], studio: Studio) -> list[Picture]:
-    """The pictures among the first screens."""
+    """The pictures of the summary."""
     largest = sorted(grouped, key=lambda table: -len(table.rows))[:FRONT_PICTURES]
     pictures = []
     for table in largest:
@@ -84,7 +84,7 @@ def _front(found: Results, grouped: Sequence[Table], studio: Studio) -> list[Pic
 
 
 def _details(found: Results, grouped: Sequence[Table], ids: Sequence[str], studio: Studio) -> list[Detail]:
-    """The folded details: one for each table, then what belongs to none of them."""
+    """The folded sections: one for each table, then results that belong to no table."""
     analyses: list[File[Any]] = [*found.probes, *found.alignments, *_with_class_names(found)]
     homes = {id: [] for id in [*ids, ""]}
     settings = {setting(table.config): id for table, id in reversed(list(zip(grouped, ids, strict=True)))}
@@ -104,7 +104,7 @@ def _details(found: Results, grouped: Sequence[Table], ids: Sequence[str], studi
 
 
 def _with_class_names(found: Results) -> list[File[Pictures]]:
-    """The pictures of features; those from before the names of classes were kept have the ones of a run's result."""
+    """The pictures of features. Old files lack class names and take those of a run on the same data set."""
     names = {dataset_label(run.result.config): run.result.class_names for run in found.runs if run.result.class_names}
     named = []
     for file in found.pictures:
@@ -131,7 +131,7 @@ def _table_parts(table: Table, id: str, found: Results, analyses: Sequence[File[
 
 
 def _files(found: Results, studio: Studio) -> Part:
-    """The files that the page was made from."""
+    """The list of the files that the page was made from."""
     origins: list[tuple[Path, Any]] = [(run.path, run.result) for run in found.runs]
     origins += [(file.path, file.values) for file in found.files]
     rows = [

@@ -1,7 +1,7 @@
-"""Reproduce a table: every row with every seed, each in a `localgrad train` process, resumable at any point.
+"""Reproduce a table: train every row with every seed in its own `localgrad train` process, resumable at any point.
 
-The output folder holds one `ROW-seedN.json` for each finished run; a run with this file is done. The run folders in
-`runs/ROW-seedN` are large and can be deleted when all runs are done.
+The output folder holds one `ROW-seedN.json` for each finished run; a run with this file is not trained again. The run
+folders in `runs/ROW-seedN` are large, and can be deleted when all runs are done.
 """
 
 import dataclasses
@@ -31,33 +31,33 @@ POLL_SECONDS = 0.1
 
 
 def run_cells(cells: Sequence[Cell], *, jobs: int = 1) -> dict[str, str]:
-    """Run what is not done yet, each in a process of its own, and collect the results.
+    """Run the cells that are not done yet, each in its own process, and collect the results.
 
-    The threads that torch would use are divided between the processes, and GPUs are given out in turn.
+    The processes share the threads that torch would use. GPUs are assigned round-robin.
 
     Args:
-        cells: from `plan_cells`.
-        jobs: how many to run at the same time.
+        cells: the cells, from `plan_cells`.
+        jobs: number of processes at the same time.
 
     Returns:
-        Why each run that failed did so, by name; the others were run nevertheless.
+        The reason of each failed run, by name of the cell. A failed run does not stop the others.
 
     Raises:
-        LocalGradError: `jobs` is less than 1, the folder cannot be written, another process is running these, or the
-            images are not those that the table was begun with.
-        KeyboardInterrupt: interrupted; every process has saved what it had, and the same call goes on from there.
+        LocalGradError: `jobs` is less than 1, the folder cannot be written, another process is running this table, or
+            the images differ from those of the first runs of the table.
+        KeyboardInterrupt: interrupted; every process has saved a checkpoint, and the same call continues from there.
     """
     if jobs < 1:
         raise LocalGradError(f"jobs is {jobs}: it must be at least 1")
     failures: dict[str, str] = {}
     for cell in cells:
-        if cell.state != "done" and cell.run.is_finished:  # ended while this process was being stopped
+        if cell.state != "done" and cell.run.is_finished:  # finished while `run_cells` was being interrupted
             _collect(cell, failures)
     waiting = [cell for cell in cells if cell.state != "done" and cell.name not in failures]
     if not waiting:
         return failures
     for data in {cell.config.data.source: cell.config.data for cell in waiting}.values():
-        check_source(data)  # once, before every run would find out by itself
+        check_source(data)  # once, before each run would fail on its own
     jobs, predicted = min(jobs, len(waiting)), False
     running: dict[str, tuple[Cell, subprocess.Popen[bytes]]] = {}
     places: dict[str, int] = {}
@@ -96,7 +96,7 @@ def run_cells(cells: Sequence[Cell], *, jobs: int = 1) -> dict[str, str]:
 
 
 def _take_result(cell: Cell, code: int, images: Known, failures: dict[str, str]) -> None:
-    """Collect the result of a process that has ended, or note why there is none."""
+    """Collect the result of a finished process, or record why there is none."""
     problem = _reason(cell, code) if code else other_images(cell, images)
     if problem:
         failures[cell.name] = problem
@@ -105,7 +105,10 @@ def _take_result(cell: Cell, code: int, images: Known, failures: dict[str, str])
 
 
 def _prediction(cell: Cell, cells: Sequence[Cell], jobs: int) -> str | None:
-    """How long the rest of the table takes, once a run has trained an epoch; a shorter one on a processor."""
+    """A sentence with the predicted time of the rest of the table; None before a run has trained an epoch.
+
+    If the rest takes more than an hour on a CPU, the sentence suggests fewer epochs.
+    """
     done = len(_test_errors_so_far(cell, {}))
     if not done:
         return None
@@ -122,8 +125,8 @@ def environment(config: TrainConfig, place: int, jobs: int) -> dict[str, str]:
     """Environment variables of one of several concurrent runs: its number of threads, and its GPU.
 
     Args:
-        config: a run that asks for several devices gets all GPUs.
-        place: index of the run among the concurrent ones; GPUs are assigned round-robin.
+        config: config of the run; with `devices` above 1 it gets all GPUs.
+        place: index of the run among the concurrent ones, by which it gets its GPU.
         jobs: number of concurrent runs.
     """
     import torch
@@ -146,7 +149,7 @@ def _start(cell: Cell, variables: dict[str, str], held: int) -> "subprocess.Pope
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **variables},
-                start_new_session=True,  # Ctrl-C comes to this process alone, which passes it on once
+                start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
                 pass_fds=(held,),
             )
     except OSError as error:
@@ -154,7 +157,7 @@ def _start(cell: Cell, variables: dict[str, str], held: int) -> "subprocess.Pope
 
 
 def _stop(processes: Sequence["subprocess.Popen[bytes]"]) -> None:
-    """Asks every process to save and end, and waits for it; at a second Ctrl-C they end without saving once more."""
+    """Ends every process, which saves a checkpoint first, and waits; after a second Ctrl-C they end without saving."""
     for process in processes:
         process.terminate()
     for process in processes:
@@ -175,7 +178,7 @@ def _reason(cell: Cell, code: int) -> str:
 
 @contextmanager
 def _locked(output: Path) -> Iterator[int]:
-    """Context: holds the folder's lock file. Child processes inherit it, so it is held until the last one ends.
+    """Context: locks the folder by a lock file. Child processes inherit the lock, so it lasts until the last one ends.
 
     Raises:
         LocalGradError: another process holds it, or the folder cannot be written.
@@ -195,7 +198,7 @@ def _locked(output: Path) -> Iterator[int]:
 
 
 def collect(cell: Cell) -> None:
-    """Write the cell's result file from its run folder: `result.json`, the command, and the test error by epoch.
+    """Write the cell's result file: `result.json` of its run folder, plus the command and the test error by epoch.
 
     Raises:
         LocalGradError: the run is not finished, its files are damaged, or the file cannot be written.
@@ -206,7 +209,7 @@ def collect(cell: Cell) -> None:
 
 
 def _collect(cell: Cell, failures: dict[str, str]) -> None:
-    """`collect`, with an error added to the failures instead of raised."""
+    """`collect`, but adds an error to the failures instead of raising it."""
     try:
         collect(cell)
     except LocalGradError as error:
@@ -214,17 +217,17 @@ def _collect(cell: Cell, failures: dict[str, str]) -> None:
 
 
 def _test_errors(cell: Cell) -> list[float | None]:
-    """Test error in percent after each epoch so far; None where it was not evaluated."""
+    """Test error in percent after each epoch so far; None for an epoch without evaluation."""
     path = cell.run.metrics
     lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
     try:
-        return [json.loads(line)["test_error"] for line in lines if line.endswith("\n")]  # the last may be in writing
+        return [json.loads(line)["test_error"] for line in lines if line.endswith("\n")]  # the last may be cut off
     except (ValueError, TypeError, KeyError) as error:
         raise LocalGradError(f"{path} is damaged ({error}): remove {cell.run.path} to run it anew") from error
 
 
 def _test_errors_so_far(cell: Cell, failures: dict[str, str]) -> list[float | None]:
-    """`_test_errors` for the display; with an error added to the failures instead of raised."""
+    """`_test_errors`, but adds an error to the failures instead of raising it."""
     try:
         return _test_errors(cell)
     except LocalGradError as error:

@@ -1,4 +1,4 @@
-"""The table of reproduced runs, beside the paper's values."""
+"""Print the table of reproduced runs beside the paper's values."""
 
 import dataclasses
 import statistics
@@ -16,7 +16,7 @@ from localgrad.runs.result import Result
 
 
 def show_table(name: str, output: Path) -> None:
-    """Print the table of all results in the folder: mean ± standard deviation (number of seeds), beside the paper's.
+    """Print all results in the folder as mean ± standard deviation (number of seeds), beside the paper's values.
 
     Raises:
         LocalGradError: a result file is damaged.
@@ -52,7 +52,7 @@ def _line(row: str, results: Sequence[Result]) -> tuple[str, ...]:
 
 
 def _changes(rows: dict[str, list[Result]]) -> list[str]:
-    """In what the runs differ from their recipes, the seed left out; each change once."""
+    """The fields in which the runs differ from their recipes, each change once; the seed does not count."""
     lines: dict[str, None] = {}
     for row, results in rows.items():
         intended = with_defaults(recipe(row).config)

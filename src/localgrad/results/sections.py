@@ -1,4 +1,4 @@
-"""The report's details of a table of runs: errors, curves, memory and time, local heads, commands."""
+"""The parts of the report about one table: errors, curves, memory and time, local heads, commands."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,24 +17,24 @@ def _paths(rows: Sequence[Row]) -> list[Path]:
 
 
 def described(table: Table) -> str:
-    """Images, network and budget."""
+    """Data set, network and budget."""
     return f"{table.title} ({table.budget})"
 
 
 def error_cell(row: Row) -> Cell:
-    """Mean of the test error, and standard deviation where there are several runs."""
+    """Mean of the test error, with the standard deviation if there are several runs."""
     return Cell(
         spread(row.values("test_error")), strong=f"{row.mean('test_error'):.2f}", small=(f"n = {len(row.runs)}",)
     )
 
 
 def command_id(detail: str, position: int) -> str:
-    """Where the command of a row is."""
+    """Id of the cell with the command of a row."""
     return f"{detail}-command-{position}"
 
 
 def errors(table: Table, detail: str) -> Part:
-    """Mean, deviation and number of runs of each row, beside the paper's value."""
+    """Mean error, standard deviation and number of runs of each row, beside the paper's value."""
     own, theirs = table.config.optim.epochs, table.paper_epochs
     rows = []
     for position, row in enumerate(table.rows):
@@ -54,14 +54,14 @@ def errors(table: Table, detail: str) -> Part:
 
 
 def _blocks(row: Row) -> Cell:
-    """The number of blocks as counted; a paper may count another one."""
+    """The number of blocks, with the paper's K if it differs."""
     label = row.recipe.label if row.recipe else ""
     differs = label.startswith("K=") and label != f"K={row.num_blocks}"
     return Cell(str(row.num_blocks), small=(f"{label} in the paper",) if differs else ())
 
 
 def curves(table: Table, studio: Studio) -> Part:
-    """Learning curves, an objective a picture where there are many."""
+    """Learning curves, in one picture or, if there are many, one for each objective."""
     several = any(len(row.runs) > 1 for row in table.rows)
     band = " Lines are means over seeds, bands reach from the best to the worst seed." if several else ""
     caption = f"Test error of the whole network after each epoch: {described(table)}.{band}"
@@ -72,7 +72,7 @@ def curves(table: Table, studio: Studio) -> Part:
 
 
 def local_heads(table: Table, studio: Studio) -> Part:
-    """The errors of the blocks' own heads."""
+    """Test errors of the blocks' own heads."""
     caption = (
         f"Test error of each block's own head after the last epoch, if the network ended there: {described(table)}."
     )
@@ -87,7 +87,7 @@ def local_heads(table: Table, studio: Studio) -> Part:
 def _grouped(
     table: Table, positions: Sequence[int], draw: Callable[..., figures.Drawn | None], caption: str, studio: Studio
 ) -> Iterator[Picture]:
-    """A picture a group of rows, all with the same scale."""
+    """One picture for each group of rows, all with the same scale."""
     every = [(group, draw(table, group)) for group in figures.groups(table, positions)]
     pictures = [(group, drawn) for group, drawn in every if drawn is not None]
     top = max((drawn.figure.axes[0].get_ylim()[1] for _, drawn in pictures), default=1.0)
@@ -101,18 +101,18 @@ def _grouped(
 
 @dataclass(frozen=True)
 class Seconds:
-    """Seconds of a step of a table's rows on a device."""
+    """Seconds per step of the rows of a table on one device."""
 
     values: Mapping[int, float | None]
     """By position of the row."""
     source: File[StepTimes] | None
-    """The file of steps that took turns; None where they are the runs' own, slowed by what ran beside them."""
+    """File of `localgrad time`; None if the seconds are from the runs, where other processes may slow a step down."""
 
 
 def seconds_of(table: Table, device: str, speeds: Sequence[File[StepTimes]]) -> Seconds:
-    """Seconds of steps that took turns, where one file has all rows of the table; otherwise those of the runs.
+    """Seconds per step from a file of `localgrad time` that has all rows of the table, otherwise from the runs.
 
-    The runs' own are of different moments, and cannot be compared as well.
+    Runs were timed at different moments, so their seconds compare less well.
     """
     rows = table.on(device)
     for file in speeds:
@@ -128,7 +128,7 @@ def seconds_of(table: Table, device: str, speeds: Sequence[File[StepTimes]]) -> 
 
 
 def costs(table: Table, speeds: Sequence[File[StepTimes]], studio: Studio) -> Iterator[Part]:
-    """Memory, time and parameters of each row, a table a device, with the picture that sets memory against error."""
+    """Memory, time and parameters of each row, one part per device, with the picture of error against memory."""
     for device in table.devices:
         seconds = seconds_of(table, device, speeds)
         pictures = [trade_off(table, device, seconds, studio)] if len(table.on(device)) > 1 else []
@@ -165,7 +165,7 @@ def _cost_grid(table: Table, device: str, seconds: Seconds, studio: Studio) -> G
 
 
 def trade_off(table: Table, device: str, seconds: Seconds, studio: Studio) -> Picture:
-    """Memory against test error."""
+    """The picture of test error against peak memory."""
     timed = "slowed by whatever else ran beside it" if seconds.source is None else "measured in turns with the others"
     marks = {figures.rival(table, table.rows[position]) for position in table.on(device)}
     named = ", ".join(f"{mark} for {rival}" for rival, (_, mark) in figures.RIVALS.items() if rival in marks and rival)
@@ -184,7 +184,7 @@ def trade_off(table: Table, device: str, seconds: Seconds, studio: Studio) -> Pi
 
 
 def commands(table: Table, detail: str, studio: Studio) -> Part:
-    """The command that makes each row's runs again, and their files."""
+    """The command that repeats each row's first run, and the files of all its runs."""
     rows = []
     for position, row in enumerate(table.rows):
         seeds = ", ".join(str(run.result.config.seed) for run in row.runs)

@@ -1,7 +1,7 @@
-"""Time of a training step: several trainings run one step each in turn, round by round.
+"""Measure the time of a training step: several trainings run one step each in turn, round by round.
 
-Other load on the machine then affects all of them equally, so their times can be compared. Times of runs that were made
-at different moments cannot.
+Other load on the machine then affects all trainings equally, so their times can be compared. Times of separate runs
+cannot be compared as well.
 """
 
 import contextlib
@@ -43,30 +43,30 @@ Step = Callable[[], object]
 
 
 WARM_UP = 3
-"""Rounds that are not counted: the first makes the optimizers' state, the third records where CUDA graphs are used."""
+"""Rounds that do not count: the first creates the optimizers' state, the third captures CUDA graphs if any are used."""
 
 
 BATCHES = 4
-"""Batches of images that a timed training has."""
+"""Number of batches of images in memory for each timed training."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """What is timed: a row of a table of results."""
+    """A training to time: one row of a table of results."""
 
     table: Table
     row: Row
     config: TrainConfig
-    """Of one of its runs, complete."""
+    """The complete config of one of the row's runs."""
 
     @property
     def label(self) -> str:
-        """What its table calls it."""
+        """Label of the row in its table."""
         return next(label for label, row in zip(self.table.labels, self.table.rows, strict=True) if row is self.row)
 
     @property
     def images(self) -> int:
-        """Images of a step."""
+        """Number of images in a step."""
         batch_size = self.config.optim.batch_size
         return min(batch_size, self.config.data.train_limit or batch_size)
 
@@ -79,29 +79,29 @@ def time_results(
     accelerator: str = "auto",
     warn: Callable[[str], None],
 ) -> StepTimes:
-    """Measures the steps of all trainings that have a finished run below a folder, in turns, on this machine.
+    """Times the training steps of all finished runs below a folder, in turns, on this machine.
 
-    The networks start from the seed's weights, with a learning rate of 0, so that nothing can grow without bound. A
-    step gets its images from a few batches in memory; where a run streams them, reading them is no part of the step.
-    All networks are in memory at once, with their optimizers' state; the activations are those of one step.
+    The networks start from the initial weights of the run's seed. The learning rate is 0, so training cannot diverge.
+    A step gets its images from a few batches in memory: for a run that streams images, the time to read them is not
+    included. All networks and their optimizers' states are in memory together, but only one step's activations.
 
     Args:
-        folder: with results, as `report` takes it. Runs whose steps are the same but for seed or budget are one row.
-        data: other images, a hub name or a folder; None for those of the runs.
-        rounds: steps of each training that count.
+        folder: folder of results, as for `report`. Runs that differ only in seed or budget are one row.
+        data: other images, as a hub name or a folder. None takes the images of the runs.
+        rounds: number of timed steps of each training.
         accelerator: `auto`, `cpu`, `cuda` or `mps`.
-        warn: told, in one line each, which trainings are left out and why, and which runs are of another device.
+        warn: called with one line for each training that is left out, and one if runs are from another device.
 
     Returns:
-        What `step-times.json` holds; in its settings network and batch size where all have the same.
+        The content of `step-times.json`. Its settings have the network and the batch size if all rows share them.
 
     Raises:
-        LocalGradError: there is nothing in the folder that can be timed here, or not all of it at once.
+        LocalGradError: no finished run can be timed on this machine, or they do not fit into memory together.
     """
     if rounds < 1:
         raise LocalGradError(f"rounds is {rounds}; give 1 or more")
     if data is not None:
-        check_source(DataConfig(data))  # once, and not for each training
+        check_source(DataConfig(data))  # once, not for each training
     trainings = _trainings(tables(read_results(folder, warn).runs), accelerator, warn)
     shared = _shared(trainings)
     timed: dict[str, tuple[Step, Run, TrainConfig]] = {}
@@ -136,7 +136,7 @@ def time_results(
 
 
 def _trainings(grouped: Sequence[Table], accelerator: str, warn: Callable[[str], None]) -> list[Training]:
-    """One for each step that is another, in the order of a table's rows."""
+    """One training for each distinct step, in the order of the tables and their rows."""
     chosen: dict[str, Training] = {}
     rows = [(table, row) for table in grouped for row in table.rows]
     rows.sort(key=lambda each: (each[0].title, each[1].config.optim.batch_size, *each[1].place))
@@ -158,7 +158,7 @@ def _trainings(grouped: Sequence[Table], accelerator: str, warn: Callable[[str],
 
 
 def _shared(trainings: Sequence[Training]) -> dict[str, Any]:
-    """The network and batch size of all of them; None where these differ."""
+    """The network and the batch size of all trainings; None for one that differs between them."""
     titles = {training.table.title for training in trainings}
     batches = {training.images for training in trainings}
     return {
@@ -168,7 +168,7 @@ def _shared(trainings: Sequence[Training]) -> dict[str, Any]:
 
 
 def _labelled(trainings: Sequence[Training], shared: dict[str, Any]) -> dict[str, Training]:
-    """The trainings by distinct labels."""
+    """The trainings by label, made distinct by what differs between them."""
 
     def full(training: Training, label: str) -> str:
         title = [training.table.title] * (shared["network"] is None)
@@ -188,13 +188,13 @@ def _labelled(trainings: Sequence[Training], shared: dict[str, Any]) -> dict[str
 
 
 def _elsewhere(config: TrainConfig, data: str | None, accelerator: str) -> TrainConfig:
-    """The config with other images, on another device."""
+    """The config with the requested images, on the requested device."""
     images = config.data if data is None else replace(config.data, source=data)
     return replace(config, data=images, accelerator=accelerator)
 
 
 def _check_images(training: Training, run: Run, *, other: bool) -> None:
-    """Refuses images that are not the run's, or, where other ones were asked for, fewer than a step takes."""
+    """Refuses images that differ from the run's. If other images were requested, refuses fewer than a step needs."""
     before, now = training.row.runs[0].result.train_images, run.train.fingerprint
     if not other and before is not None and now is not None and (difference := before.difference(now)):
         raise LocalGradError(
@@ -208,7 +208,7 @@ def _check_images(training: Training, run: Run, *, other: bool) -> None:
 
 
 def _compare_devices(trainings: Sequence[Training], device: str, warn: Callable[[str], None]) -> None:
-    """Warns if no run of a row was made on the device that is timed."""
+    """Warns if a row has no run on the timed device."""
     others = {
         ", ".join(sorted(made))
         for made in ({run.result.device for run in training.row.runs} for training in trainings)
@@ -234,11 +234,11 @@ def _memory_errors(count: int) -> Iterator[None]:
 
 
 def timed_step(config: TrainConfig, held: contextlib.ExitStack) -> tuple[Step, Run]:
-    """A step of the trainer, as `localgrad train` does it, on a few batches over and over; also the run.
+    """A function that runs the next training step of `localgrad train` on a few repeated batches; and the run.
 
     Args:
-        config: the run; its learning rate is left aside.
-        held: closed when the step is no longer needed.
+        config: config of the run; its learning rate is replaced by 0.
+        held: the caller closes it when it no longer needs the step.
     """
     images = _few_images(config.data, BATCHES * config.optim.batch_size)
     fabric = make_fabric(config)
@@ -249,20 +249,20 @@ def timed_step(config: TrainConfig, held: contextlib.ExitStack) -> tuple[Step, R
     return lambda: train_step(run, *next(batches)), run
 
 
-@lru_cache(maxsize=1)  # the trainings of a table have the same ones
+@lru_cache(maxsize=1)  # the trainings of a table share their images
 def _few_images(config: DataConfig, count: int) -> tuple[ImageSet, ImageSet]:
-    """So many training images, or all where there are fewer, and one to test on; in memory."""
+    """At most `count` training images and one test image, in memory."""
     if config.streaming:
         config = replace(config, streaming=False, workers=0, crop="none")
     few = replace(config, train_limit=min(count, config.train_limit or count), test_limit=1)
     try:
         return load_images(few)
-    except LocalGradError:  # the set is smaller than that, or cannot be had, which the whole one says
+    except LocalGradError:  # the set is smaller, or cannot be read: then loading all of it raises the error
         return load_images(replace(few, train_limit=None))
 
 
 def endless_batches(run: Run, *, channels_last: bool) -> Iterator[tuple[Tensor, ...]]:
-    """Augmented training batches of full size, epoch after epoch."""
+    """Augmented training batches of full size, without end."""
     size = min(run.batch_size, len(run.train))
     for epoch in itertools.count(1):
         batches = run.train.batches(size, train=True, seed=run.config.seed, epoch=epoch, channels_last=channels_last)
@@ -270,12 +270,12 @@ def endless_batches(run: Run, *, channels_last: bool) -> Iterator[tuple[Tensor, 
 
 
 def take_turns(steps: Mapping[str, Step], rounds: int, clock: Callable[[], float] = now) -> dict[str, list[float]]:
-    """Seconds of each step, round by round, after three rounds that are not counted. Shows how far it is on a terminal.
+    """Seconds of each step, round by round, after three rounds that do not count. Shows its progress on a terminal.
 
     Args:
-        steps: what to measure, by name.
-        rounds: how often each is measured.
-        clock: seconds, read when the device has done what it was given.
+        steps: functions to time, by label.
+        rounds: number of times that each counts.
+        clock: returns seconds, after waiting for the work that is queued on the device.
     """
     seconds: dict[str, list[float]] = {label: [] for label in steps}
     console = Console(stderr=True)
@@ -291,12 +291,12 @@ def take_turns(steps: Mapping[str, Step], rounds: int, clock: Callable[[], float
 
 
 def ratio(times: Sequence[float], reference: Sequence[float]) -> float:
-    """Median over the rounds of one time over the other of the same round."""
+    """Median over the rounds of the ratio of two times in the same round."""
     return statistics.median(a / b for a, b in zip(times, reference, strict=True))
 
 
 def show_times(found: StepTimes) -> None:
-    """Print seconds a step, and what they are to the first row's."""
+    """Print the seconds per step, and their ratio to the first row's."""
     settings = found.settings
     parts = [settings["network"], settings["batch_size"] and f"batch size {settings['batch_size']}"]
     parts += [f"median of {settings['rounds']} round{'s' * (settings['rounds'] > 1)}", f"on {found.device}"]

@@ -1,4 +1,4 @@
-"""The images of a table: all its rows are trained on the same ones, however often it is interrupted."""
+"""The images of a table: checks that all rows are trained on the same images, also after an interruption."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,33 +16,36 @@ from localgrad.runs.folder import RunFolder
 from localgrad.runs.result import as_file, fields_of
 
 KIND = "table-images"
-"""Kind of the file."""
+"""Kind of the file `runs/images.json`."""
 
 
 @dataclass(frozen=True)
 class RowImages:
-    """The training images of the first row that was started on a set."""
+    """The first run that was started on a data set, and the fingerprint of its training images."""
 
     run: str
     images: Fingerprint
 
 
 Known = dict[str, RowImages]
-"""For each set, by what its recipes call it, the images that it is known by."""
+"""The images of each data set, by its key from `images_of`."""
 
 
 def check_images(cells: Sequence[Cell], waiting: Sequence[Cell]) -> Known:
-    """Refuses, before a run begins, images that are not those that the table was begun with.
+    """Refuses, before a run starts, images that differ from those of the first runs of the table.
 
-    Those are known from runs that are finished or started, and from `runs/images.json`, which is written here, before
-    the first run. Labels and a sample of the files are read; no set is decoded.
+    The first images are known from finished and started runs, and from `runs/images.json`, which this function writes.
+    It reads the labels and a sample of the files, and decodes no image.
 
     Args:
-        cells: runs of the table, in a folder that is there.
-        waiting: those of them that are to be run.
+        cells: cells of the table; their folder exists.
+        waiting: the cells that will be run.
+
+    Returns:
+        The images of each data set.
 
     Raises:
-        LocalGradError: the images are others, or cannot be had, or a file of the folder is damaged.
+        LocalGradError: the images differ or are missing, or a file of the folder is damaged.
     """
     output = cells[0].output
     known = _known(output)
@@ -63,13 +66,13 @@ def check_images(cells: Sequence[Cell], waiting: Sequence[Cell]) -> Known:
 
 
 def images_of(name: str) -> str:
-    """What the rows of this name are trained on; rows with the same have the same images."""
+    """Key of the data set of a recipe: recipes with equal keys are trained on the same images."""
     data = recipe(name).config.data
     return " ".join(str(part) for part in (data.source, data.subset, data.train_split, data.test_split))
 
 
 def other_images(cell: Cell, known: Known) -> str | None:
-    """Why a finished run cannot stand in the table, where it had other training images than the runs before."""
+    """Why a finished run cannot be in the table: its training images differ from earlier runs'. None if they agree."""
     images = load_result(cell.run.result).train_images
     if images is None:
         return None
@@ -93,7 +96,7 @@ def _known(output: Path) -> Known:
 
 
 def _runs(output: Path) -> Iterator[tuple[str, str, Fingerprint | None]]:
-    """Name, row and training images of the runs that are finished or started."""
+    """Name, row and training images of each finished or started run."""
     for path in sorted(output.glob("*-seed*.json")):
         yield path.stem, path.stem.rpartition("-seed")[0], load_result(path).train_images
     for path in sorted(output.glob("runs/*-seed*/config.json")):
@@ -105,5 +108,5 @@ def _file(output: Path) -> Path:
 
 
 def _fingerprint(config: DataConfig) -> Fingerprint | None:
-    """Of the training images; None where they come with a package."""
+    """Fingerprint of the training images; None if they come with a package."""
     return load_images(replace(config, streaming=True), untold)[0].fingerprint if config.on_disk else None

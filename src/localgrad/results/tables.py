@@ -1,4 +1,4 @@
-"""Runs in rows and tables: runs that differ in their seed alone are a row, rows of one network and budget a table."""
+"""Group runs into rows (runs that differ only in their seed) and tables (rows of one network and budget)."""
 
 import json
 import statistics
@@ -33,11 +33,11 @@ SAME_ROW = (
 )
 """Fields of a config that do not distinguish experiments: runs that differ only in these are averaged in one row."""
 SAME_WEIGHTS = ("channels_last", "recompute", "step_each_block", "cuda_graph")
-"""Fields that change time and memory, and so the row, but not the trained weights: the paper's error still applies."""
+"""Fields that change time and memory, and so make another row, but not the weights: the paper's error still applies."""
 CLASSES = {"imagenet": 1000}
-"""Number of classes of a set of images, where it is not ten."""
+"""Number of classes of the recipes' data sets that have not ten."""
 BUDGET = ("optim.epochs", "optim.batch_size", "optim.lr", "optim.warmup_epochs", "data.train_limit", "data.test_limit")
-"""Fields that a table says once for all of its rows."""
+"""Fields that all rows of a table share; its heading shows them."""
 SAME_STEP = ({*BUDGET} - {"optim.batch_size"}) | {
     "name",
     "optim.first_epoch",
@@ -60,7 +60,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """Its recipe, or its folder where it has none."""
+        """Name of the recipe; without one, of the run folder or the result file."""
         path = self.runs[0].path
         return self.config.name or (path.parent.name if path.name == "result.json" else path.stem)
 
@@ -70,7 +70,7 @@ class Row:
 
     @property
     def full_label(self) -> str:
-        """Method, number of blocks, and what differs from the recipe."""
+        """Method, number of blocks, and the fields that differ from the recipe."""
         return ", ".join([run_label(self.config, self.num_blocks), *self.changes])
 
     @property
@@ -106,7 +106,7 @@ class Row:
 
     @cached_property
     def changes(self) -> list[str]:
-        """The fields that differ from the recipe, the budget left aside, as `name value`."""
+        """The fields that differ from the recipe, without the budget, as `name value`."""
         if self.recipe is None:
             return []
         own, published = _fields(self.config), _fields(self.recipe.config)
@@ -121,7 +121,7 @@ class Row:
         return changed + [f"{self.num_classes} classes"] * (self.num_classes != _usual_classes(self.config))
 
     def values(self, name: str) -> list[float]:
-        """A field of the results of its runs."""
+        """One field of the results of all runs."""
         return [getattr(run.result, name) for run in self.runs]
 
     def mean(self, name: str) -> float:
@@ -130,12 +130,12 @@ class Row:
 
     @property
     def seconds_per_step(self) -> float | None:
-        """Mean over the runs; None where one was too short to tell."""
+        """Mean over the runs; None if a run was too short to measure it."""
         seconds = [run.result.seconds_per_step for run in self.runs]
         return None if None in seconds else statistics.fmean(each for each in seconds if each is not None)
 
     def deviation(self, name: str) -> float | None:
-        """Standard deviation of a sample (n - 1) over the runs; None for a single one."""
+        """Sample standard deviation (n - 1) over the runs; None for a single run."""
         return statistics.stdev(self.values(name)) if len(self.runs) > 1 else None
 
 
@@ -155,7 +155,7 @@ class Table:
 
     @property
     def budget(self) -> str:
-        """Epochs, images, batch size, learning rate and precision in words."""
+        """Epochs, images, batch size, learning rate, warm-up and precision as text."""
         optim, data = self.config.optim, self.config.data
         parts = [
             f"{optim.epochs} epoch{'s' * (optim.epochs > 1)}",
@@ -169,7 +169,7 @@ class Table:
 
     @cached_property
     def labels(self) -> list[str]:
-        """What each row is called in a picture: method and blocks, and what sets it apart where that is needed."""
+        """Label of each row in a figure: method and blocks; with equal labels, also the changes from the recipe."""
         labels = [run_label(row.config, row.num_blocks) for row in self.rows]
         twice = {label for label, count in Counter(labels).items() if count > 1}
         return [row.full_label if label in twice else label for label, row in zip(labels, self.rows, strict=True)]
@@ -180,24 +180,24 @@ class Table:
 
     @property
     def main_device(self) -> str:
-        """The device with the most rows, and of several such the one with the most runs."""
+        """The device with the most rows; with equally many rows, the one with the most runs."""
         rows = {device: self.on(device).values() for device in self.devices}
         return max(rows, key=lambda device: (len(rows[device]), sum(len(row.runs) for row in rows[device])))
 
     def on(self, device: str) -> dict[int, Row]:
-        """The rows by position, with the runs on one device only: times and memory of two cannot be compared."""
+        """Rows by position, with their runs on one device: time and memory on different devices cannot be compared."""
         parts = {p: tuple(run for run in row.runs if run.result.device == device) for p, row in enumerate(self.rows)}
         return {position: Row(runs) for position, runs in parts.items() if runs}
 
     @property
     def paper_epochs(self) -> list[int]:
-        """Epochs that the papers' figures in it were trained for."""
+        """Numbers of epochs behind the papers' errors in this table."""
         recipes = [row.recipe for row in self.rows if row.paper_error is not None]
         return sorted({recipe.config.optim.epochs for recipe in recipes if recipe})
 
 
 def tables(runs: Sequence[FinishedRun]) -> list[Table]:
-    """Every run in its row, every row in its table; the longest budget of a network first."""
+    """Group all runs into rows, and the rows into tables; of one network, the table with the most epochs is first."""
     rows: dict[str, list[FinishedRun]] = {}
     for run in runs:
         rows.setdefault(_row_key(run), []).append(run)
@@ -210,13 +210,13 @@ def tables(runs: Sequence[FinishedRun]) -> list[Table]:
 
 
 def setting(config: TrainConfig) -> tuple[Any, ...]:
-    """Images, network and budget: what the rows of a table have in common."""
+    """Key of a table: data set, network and budget."""
     values = _fields(config)
     return (dataset_label(config), network_label(config), *(values[name] for name in BUDGET))
 
 
 def one_a_seed(runs: Sequence[FinishedRun], warn: Callable[[str], None]) -> list[FinishedRun]:
-    """The runs without those whose row has one of the same seed before them; `warn` is told which these are."""
+    """The runs without duplicates of a row and seed; calls `warn` with a line for each duplicate."""
     kept: dict[tuple[str, int], FinishedRun] = {}
     for run in runs:
         first = kept.setdefault((_row_key(run), run.result.config.seed), run)
@@ -226,20 +226,20 @@ def one_a_seed(runs: Sequence[FinishedRun], warn: Callable[[str], None]) -> list
 
 
 def _row_key(run: FinishedRun) -> str:
-    """What the runs of a row have in common."""
+    """Key of a row: its runs have equal keys."""
     result = run.result
-    own = own_fields(result.config) | {"precision": result.precision}  # auto is another one on another device
+    own = own_fields(result.config) | {"precision": result.precision}  # what `auto` chooses depends on the device
     own |= {"num_blocks": result.num_blocks, "num_classes": _num_classes(run), "images": dataset_label(result.config)}
     return json.dumps(own, sort_keys=True)
 
 
 def _usual_classes(config: TrainConfig) -> int:
-    """Classes of the set of images that the config's name begins with."""
+    """Number of classes of the data set that the config's name starts with."""
     return CLASSES.get(config.name.partition("-")[0], 10)
 
 
 def _num_classes(run: FinishedRun) -> int:
-    """Classes of the images; results of the first versions do not say."""
+    """Number of classes; results of the first versions lack it and have the usual number."""
     return run.result.num_classes or _usual_classes(run.result.config)
 
 
@@ -269,22 +269,22 @@ def place(config: TrainConfig, num_blocks: int) -> tuple[Any, ...]:
 
 
 def mean_std(values: Sequence[float], digits: int = 2) -> str:
-    """`mean ± std` as every table shows it."""
+    """`mean ± std` with the sample standard deviation, for every table."""
     return f"{statistics.fmean(values):.{digits}f}{spread(values, digits)}"
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
-    """` ± std`, the standard deviation of a sample (n - 1); nothing for one value."""
+    """` ± std`, the sample standard deviation (n - 1); empty for a single value."""
     return f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
 
 
 def seconds_text(seconds: float | None) -> str:
-    """Three digits, zeros at their end too; a dash where a run was too short to tell."""
+    """Three significant digits, with trailing zeros; a dash if a run was too short to measure it."""
     return "-" if seconds is None else f"{seconds:#.3g}".removesuffix(".")
 
 
 def parameters_text(row: Row) -> str:
-    """Parameters of the network, and of auxiliary networks behind a plus."""
+    """Number of parameters of the network, plus that of the auxiliary networks, such as `0.46M + 14k`."""
     counted = row.runs[0].result.parameters
     auxiliary = counted["auxiliary"]
     return _short(counted["backbone"]) + (f" + {_short(auxiliary)}" if auxiliary else "")

@@ -1,4 +1,4 @@
-"""Tables on a terminal, by rich: every command prints its table with this."""
+"""Print tables on a terminal with rich; every command uses this."""
 
 import os
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 FILE_WIDTH = 200
-"""Columns of a table that is not printed on a terminal."""
+"""Width in characters of a table that is printed into a file or a pipe."""
 
 
 def print_table(
@@ -22,16 +22,16 @@ def print_table(
     width: int = 80,
     left: Sequence[int] = (0,),
 ) -> None:
-    """Prints a table whose figures stay whole; into a file it is as wide as it needs.
+    """Prints a table without cutting cells: a cell that is too long continues on the next line.
 
     Args:
         head: names of the columns.
-        rows: cells as they are printed.
-        title: a line above.
-        note: a paragraph below.
-        narrow: positions of the columns that are shown where the terminal has fewer than `width` columns; all if empty.
-        width: see there.
-        left: positions of the columns that are aligned to the left; the others are to the right.
+        rows: the cells of each row as text.
+        title: line above the table.
+        note: paragraph below the table.
+        narrow: positions of the columns to show on a terminal with fewer than `width` characters a line; all if empty.
+        width: see `narrow`.
+        left: positions of the columns to align to the left; the others are aligned to the right.
     """
     console = Console()
     if not console.is_terminal and "COLUMNS" not in os.environ:
