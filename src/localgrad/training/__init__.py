@@ -1,1 +1,1 @@
-"""Training a config in a run folder."""
+"""Train a config in a run folder."""

@@ -1,4 +1,4 @@
-"""From a config to the objects of a run, without a folder."""
+"""Build the objects of a run from a config; no folder is needed."""
 
 from __future__ import annotations
 
@@ -40,19 +40,20 @@ def build_run(
     *,
     fresh: bool = True,
 ) -> Run:
-    """Makes the objects of a run, on their devices. Nothing is written.
+    """Build the objects of a run on their devices. Nothing is written to disk.
 
-    Model and auxiliary networks start from the config's seed, with torch's global generator.
+    The config's seed sets torch's global generator before model and auxiliary networks are initialised.
 
     Args:
-        config: validated, with its defaults written out (`with_defaults`) where it will be saved.
-        images: those to train and to test on; loaded as the config says unless given.
-        fabric: devices and precision, not launched; made as the config says unless given.
-        say: told what is going on and what is left out of the images, a sentence each, on rank 0.
-        fresh: whether to load the weights that the config says; a checkpoint will take their place otherwise.
+        config: a validated config; if it will be saved, with its defaults filled in by `with_defaults`.
+        images: training and test set; by default loaded from the config's source.
+        fabric: a Fabric that is not launched yet; by default made from the config.
+        say: function that rank 0 calls with sentences about progress and about images that are left out.
+        fresh: whether to load the config's initial weights; False if a checkpoint will replace them.
 
     Raises:
-        LocalGradError: the devices or images are not there or do not fit together, or the network cannot be cut so.
+        LocalGradError: devices or images do not exist or do not fit the config, the network or its initial weights
+            cannot be built, or the network cannot be cut as the config says.
     """
     fabric = fabric or make_fabric(config)
     fabric.launch()
@@ -115,7 +116,7 @@ def _moved(images: ImageSet, device: torch.device) -> ImageSet:
 
 
 def _check_trained(config: TrainConfig, blocks: list[Block]) -> None:
-    """Refuses a block of frozen modules alone, which has nothing to step; the block after a cut would be the first."""
+    """Refuse a block whose parameters are all frozen: it has nothing to train."""
     for number, block in enumerate(blocks, start=1):
         if not block.trainable_parameters():
             frozen = ", ".join(config.model.freeze)
@@ -126,10 +127,10 @@ def _check_trained(config: TrainConfig, blocks: list[Block]) -> None:
 
 
 def _check_batches(config: TrainConfig, model: nn.Module, images: ImageSet, world_size: int) -> None:
-    """Refuses a set without a batch, and a batch or micro-batch of one image with BatchNorm."""
+    """Refuse a training set that is too small for a batch, and with BatchNorm a batch or micro-batch of one image."""
     replicas = config.replicas if config.parallel == "blocks" else world_size
     batch_size = config.optim.batch_size // replicas
-    images.batches(batch_size, train=True, world_size=replicas)  # checks its arguments at once
+    images.batches(batch_size, train=True, world_size=replicas)  # raises the error already here
     if not any(isinstance(module, BatchNorm) for module in model.modules()):
         return
     if batch_size == 1:

@@ -1,4 +1,4 @@
-"""A run and its folder: opening it, saving the run there, and loading it back."""
+"""Open the folder of a run, save checkpoints of the run, and load them."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,20 +20,20 @@ from localgrad.training.tensorboard import Board, open_board
 
 @contextmanager
 def open_folder(run: Run, folder: RunFolder, resume: bool) -> Iterator[Board | None]:
-    """Locks a folder for a run, loads the folder's newest checkpoint into it where it is resumed, starts its files.
+    """Context: lock the folder of a run, load its newest checkpoint into the run if it is resumed, and start its files.
 
     Args:
-        run: as it was built.
-        folder: checked with `folder.check` before the run was built; checked again here, once it is locked, for another
-            process may have been there meanwhile.
-        resume: whether to continue what is there.
+        run: the run from `build_run`.
+        folder: the folder. Callers check it with `folder.check` before they build the run. It is checked again here
+            under the lock, since another process may have used it meanwhile.
+        resume: whether to continue the run in the folder.
 
     Returns:
-        Context with the TensorBoard writer of rank 0, if the config asks for one. No other process can use the folder
-        until the context ends.
+        Context with the TensorBoard writer of rank 0, or None without one. No other process can use the folder until
+        the context ends.
 
     Raises:
-        LocalGradError: another process uses the folder, it holds another or a finished run or was trained with
+        LocalGradError: another process uses the folder, the folder holds another or a finished run or was trained with
             other images, its checkpoints are damaged, or the ranks would begin at different steps.
     """
     config, board = run.config, None
@@ -55,7 +55,7 @@ def open_folder(run: Run, folder: RunFolder, resume: bool) -> Iterator[Board | N
 
 
 def _check_start(run: Run, folder: RunFolder) -> None:
-    """Refuses ranks that do not begin at the same step, as where each node has a folder of its own."""
+    """Refuse ranks that begin at different steps, which happens if each node has its own folder."""
     where = run.state.epoch, run.state.batch, run.state.step
     first = tuple(run.fabric.broadcast(where))
     differing: Any = run.fabric.all_reduce(torch.tensor(float(where != first)), reduce_op="sum")
@@ -67,7 +67,7 @@ def _check_start(run: Run, folder: RunFolder) -> None:
 
 
 def save(run: Run, folder: RunFolder) -> None:
-    """Writes a checkpoint; the config says how many of the last ones stay."""
+    """Write a checkpoint of the run and keep the config's number of newest ones. Every rank must call this."""
     run.state.elapsed_seconds = time.perf_counter() - run.begin
     run.state.seconds_per_step = run.seconds_per_step
     run.placement.gather()
@@ -80,23 +80,23 @@ def save(run: Run, folder: RunFolder) -> None:
     )
     if run.fabric.is_global_zero:
         folder.save_checkpoint(saved | {"state": asdict(run.state)}, run.config.keep_checkpoints)
-    run.fabric.barrier()  # a process that ended sooner would have the others stopped, this one while it writes
+    run.fabric.barrier()  # if another rank ended now, the launcher would stop rank 0 while it writes
 
 
 def load(run: Run, folder: RunFolder) -> None:
-    """Loads the folder's newest whole checkpoint into the objects of a run.
+    """Load the newest intact checkpoint of a folder into the objects of a run.
 
     Raises:
-        LocalGradError: none is whole, or it is of another model or version.
+        LocalGradError: no checkpoint is intact, or it belongs to another model or version.
     """
     path, saved = folder.newest_checkpoint()
     state = state_of(saved.get("state"), len(run.blocks), path)
     own = dict(zip(run.placement.own, run.optimizers, strict=True))
-    optimizers = [own.get(index) for index in range(len(run.blocks))]  # None: of another rank's block
+    optimizers = [own.get(index) for index in range(len(run.blocks))]  # None for another rank's block
     load_state(lambda values: _load_model(run.model, values), saved.get("model"), path)
     load_state(lambda values: _load_each(_load_auxiliary, run.blocks, values), saved.get("auxiliary"), path)
     load_state(lambda values: _load_each(_load_optimizer, optimizers, values), saved.get("optimizers"), path)
-    vars(run.state).update(vars(state))  # in place: the check counts there too
+    vars(run.state).update(vars(state))  # in place, since the nonfinite check shares this object
     run.begin = time.perf_counter() - run.state.elapsed_seconds
     if run.fabric.is_global_zero:
         folder.set_aside_newer(path)

@@ -1,4 +1,4 @@
-"""CUDA graphs: a step is captured once and replayed, so that the host launches one graph instead of many kernels."""
+"""CUDA graphs: a step is captured once and replayed, so the host launches one graph instead of many kernels."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -12,7 +12,7 @@ Step = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 
 
 WARM_UPS = 2
-"""Steps of a shape before its capture: optimizers allocate their state, cuDNN times its algorithms."""
+"""Steps per shape before its capture, in which optimizers allocate their state and cuDNN times its algorithms."""
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,15 @@ class Recorded:
 
 
 class GraphedStep:
-    """Runs a step, from the third batch of a shape on as a CUDA graph.
+    """Runs a step as a CUDA graph, from the third batch of each shape on.
 
-    A replay launches the kernels of the captured step on a new batch. Python numbers stay those of the capture, so the
-    step must not read a tensor's values, seed a generator, or use a number that changes: a learning rate has to be a
-    tensor on the device, written in place. Activations stay allocated between steps, in one pool for all shapes.
+    A replay launches the kernels of the captured step on a new batch. Python numbers keep their values at the capture.
+    So the step must not read a tensor's values, seed a generator, or use a number that changes: the learning rate must
+    be a tensor on the device, written in place. Activations stay allocated between steps, in one memory pool for all
+    shapes.
 
     Args:
-        step: inputs and targets to a tuple of tensors; it changes weights and state in place.
+        step: function from inputs and targets to a tuple of tensors; it changes weights and state in place.
 
     Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
     """
@@ -45,7 +46,7 @@ class GraphedStep:
         self._pool: Any = None
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        """What the step returns for a batch, in tensors that no later replay overwrites."""
+        """Run the step on a batch; return its outputs in tensors that no later replay overwrites."""
         shape = (inputs.shape, inputs.dtype, inputs.stride(), targets.shape, targets.dtype)
         self._seen[shape] += 1
         if self._seen[shape] <= WARM_UPS:
@@ -63,7 +64,7 @@ class GraphedStep:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        # other threads may call CUDA during the capture: a loader's pins the memory of the next batch
+        # "thread_local" lets other threads call CUDA during the capture: a data loader's thread pins the next batch
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             outputs = self._step(inputs, targets)
         return Recorded(graph, inputs, targets, outputs)

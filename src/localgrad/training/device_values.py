@@ -1,4 +1,4 @@
-"""Numbers of a device that the host reads without holding it up."""
+"""Numbers on a device that the host reads without a synchronization of the whole device."""
 
 import torch
 import torch.distributed as dist
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class AsyncScalar:
-    """An asynchronous copy of a number to the host: reading it waits for the copy, not for work queued after it."""
+    """An asynchronous copy of a number to the host. Reading waits for the copy, but not for work queued after it."""
 
     def __init__(self, value: Tensor) -> None:
         on_cuda = value.device.type == "cuda"
@@ -16,18 +16,18 @@ class AsyncScalar:
             self._event.record()
 
     def read(self) -> float:
-        """The number, once it has arrived."""
+        """Wait for the copy, and return the number."""
         if self._event is not None:
             self._event.synchronize()
         return float(self._value)
 
 
 class AnyRank:
-    """Whether any rank says yes; every rank gets the same answer.
+    """All-reduce of a boolean by "or": every rank learns whether any rank passed True.
 
     Args:
-        device: of this rank.
-        late: answer the question of the call before, so that the host never waits for the device's queue.
+        device: the device of this rank.
+        late: return the result of the previous call, so that the host need not wait for the device.
     """
 
     def __init__(self, device: torch.device, late: bool) -> None:

@@ -1,4 +1,4 @@
-"""The devices of a run and their precision, through Lightning Fabric."""
+"""Devices and precision of a run, through Lightning Fabric."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def as_launched(config: TrainConfig) -> TrainConfig:
     """The config with torchrun's number of processes as its `devices`; unchanged without torchrun.
 
     Raises:
-        LocalGradError: `devices` is neither 1 nor that number.
+        LocalGradError: `devices` is neither 1 nor torchrun's number of processes.
     """
     started = int(os.environ.get("WORLD_SIZE", "1")) if dist.is_torchelastic_launched() else 1
     if started > 1 and config.devices not in (1, started):
@@ -38,10 +38,10 @@ def as_launched(config: TrainConfig) -> TrainConfig:
 
 
 def make_fabric(config: TrainConfig) -> Fabric:
-    """Makes the Fabric of a config: its devices, its number of nodes, and the precision that `auto` stands for.
+    """Make the Fabric of a config: devices, number of nodes, and precision with `auto` resolved.
 
     Raises:
-        LocalGradError: this machine does not have the accelerator, or not as many devices.
+        LocalGradError: this machine does not have the accelerator, or has fewer devices.
     """
     from lightning.fabric import Fabric
 
@@ -57,13 +57,13 @@ def make_fabric(config: TrainConfig) -> Fabric:
             num_nodes=config.devices // here,
             plugins=_precision_plugins(config),
         )
-    except (RuntimeError, ValueError, ImportError) as error:  # the last for an accelerator that needs a package
+    except (RuntimeError, ValueError, ImportError) as error:  # ImportError: the accelerator needs a package
         given = f"accelerator {config.accelerator!r} with {config.devices} device(s)"
         raise LocalGradError(f"{given} cannot be used on this machine: {error}") from error
 
 
 def _precision_plugins(config: TrainConfig) -> list[Any]:
-    """The precision as a plugin; given as a string, Fabric would log a line about it."""
+    """The precision as a Fabric plugin; if it is passed as a string, Fabric logs a line about it."""
     from lightning.fabric.plugins import MixedPrecision, Precision
 
     if resolve_precision(config) == "32-true":
@@ -74,12 +74,12 @@ def _precision_plugins(config: TrainConfig) -> list[Any]:
 
 
 def has_native_bf16() -> bool:
-    """Whether the processor computes bfloat16 natively."""
+    """Whether the CPU computes bfloat16 natively."""
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def resolve_precision(config: TrainConfig) -> Any:
-    """The precision of a config. `auto` is bf16-mixed where the CPU or GPU computes bfloat16 natively, else 32-true."""
+    """The precision of a config. `auto` is bf16-mixed if the CPU or GPU computes bfloat16 natively, else 32-true."""
     if config.precision != "auto":
         return config.precision
     if config.accelerator in ("auto", "cuda") and torch.cuda.is_available():
@@ -93,10 +93,11 @@ def resolve_precision(config: TrainConfig) -> Any:
 
 @contextmanager
 def fast_kernels(device: torch.device) -> Iterator[None]:
-    """Context: settings of the whole process under which training is fast, restored at the end where that is possible.
+    """Context: settings of the process that make training fast.
 
-    On CUDA cuDNN times its algorithms for each shape. On a CPU the C library keeps freed memory; this setting stays
-    (see `keep_freed_memory`). Torch's global random state, which training seeds, is restored too.
+    On CUDA cuDNN times its algorithms for each shape. On a CPU the C library keeps freed memory (see
+    `keep_freed_memory`); this setting remains after the context. All else is restored at the end, and so is torch's
+    global random state, which training seeds.
     """
     benchmark = torch.backends.cudnn.benchmark
     if device.type == "cuda":
@@ -105,7 +106,7 @@ def fast_kernels(device: torch.device) -> Iterator[None]:
         keep_freed_memory()
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), warnings.catch_warnings():
-            # AdamW warns in the steps that run before a CUDA graph is recorded
+            # AdamW warns in the warm-up steps before a CUDA graph is captured
             warnings.filterwarnings("ignore", message=CAPTURABLE)
             yield
     finally:
@@ -113,17 +114,18 @@ def fast_kernels(device: torch.device) -> Iterator[None]:
 
 
 def keep_freed_memory() -> None:
-    """Makes glibc keep freed memory for the next allocation instead of returning it to the system.
+    """Make glibc keep freed memory for the next allocation instead of returning it to the operating system.
 
-    A local step frees a block's activations and allocates the next block's. With glibc's defaults the heap shrinks and
-    grows each time, and every 4 KiB cost a page fault. With this setting the process keeps the peak of its tensors
-    below 32 MiB until it ends; larger tensors are returned as before. Other C libraries are left alone.
+    A local step frees the activations of one block and allocates those of the next. With glibc's defaults the heap
+    shrinks and grows each time, with a page fault for every 4 KiB. With this setting the process keeps the memory of
+    tensors below 32 MiB, at its peak, until it ends. Larger tensors are returned as before. No-op with other C
+    libraries.
 
     Source: `man 3 mallopt` (https://man7.org/linux/man-pages/man3/mallopt.3.html).
     """
     trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        mallopt(mmap_threshold, 32 << 20)  # the largest that glibc takes
+        mallopt(mmap_threshold, 32 << 20)  # the largest threshold that glibc accepts
         mallopt(trim_threshold, (1 << 31) - 1)
         mallopt(top_pad, 64 << 20)

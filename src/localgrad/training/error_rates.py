@@ -29,15 +29,16 @@ def error_rates(
     """Top-1 error in percent, in evaluation mode, of the model's own forward pass and of each block's local head.
 
     Args:
-        fabric: devices and precision; each rank takes its share of the images.
+        fabric: devices and precision; the images are divided between the ranks.
         model: the whole network.
-        blocks: those whose heads to evaluate too, from the first of the network on; none for the network alone.
+        blocks: blocks whose local heads are evaluated too, all from the first one on; empty for the network alone.
         images: the test set.
-        batch_size: images at once, on all ranks together.
-        channels_last: memory format of the images.
+        batch_size: number of images per batch, on all ranks together.
+        channels_last: whether images have the channels-last memory format.
 
     Returns:
-        The network's error, and one error a block (None for a block without a class head), or None without blocks.
+        The network's error, and a list with the error of each block (None for a block without a class head). The list
+        is None without blocks.
     """
     wrong = torch.zeros(1 + len(blocks), dtype=torch.int64, device=fabric.device)
     headless: set[int] = set()
@@ -69,7 +70,7 @@ def error_rates(
 
 @contextmanager
 def evaluation_mode(*modules: nn.Module) -> Iterator[None]:
-    """Evaluation mode; each submodule gets its own mode back at the end, also after an error."""
+    """Context: evaluation mode. At the end, also after an error, each submodule gets its own mode back."""
     before = [(module, module.training) for root in modules for module in root.modules()]
     for root in modules:
         root.eval()

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM that wait for the end of a step."""
+"""Delay Ctrl-C and SIGTERM until the end of a step."""
 
 import contextlib
 import signal
@@ -8,16 +8,16 @@ from types import FrameType
 
 
 class Interrupts(threading.Event):
-    """Set by the first Ctrl-C or SIGTERM; `number` is that of the signal."""
+    """Event that the first Ctrl-C or SIGTERM sets; `number` is the number of the signal."""
 
     number: int = signal.SIGINT
 
 
 class InterruptedRun(KeyboardInterrupt):
-    """A run that was asked to stop.
+    """A run was interrupted by a signal.
 
     Attributes:
-        exit_code: 128 plus the number of the signal, as a shell has it: 130 for Ctrl-C, 143 for SIGTERM.
+        exit_code: 128 plus the number of the signal, as in shells: 130 for Ctrl-C, 143 for SIGTERM.
     """
 
     def __init__(self, message: str, number: int) -> None:
@@ -27,7 +27,10 @@ class InterruptedRun(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def noted_interrupts() -> Iterator[Interrupts]:
-    """Context: a first Ctrl-C or SIGTERM sets an event, which training reads between steps; a second acts at once."""
+    """Context: a first Ctrl-C or SIGTERM sets an event, which training reads between steps; a second raises at once.
+
+    Outside the main thread, which cannot handle signals, the event is never set.
+    """
     event = Interrupts()
     if threading.current_thread() is not threading.main_thread():
         yield event

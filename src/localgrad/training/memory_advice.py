@@ -12,23 +12,23 @@ from localgrad.planning.step_peak import step_peak
 
 
 def memory_advice(config: TrainConfig, num_classes: int, cuts: list[str], capacity: int | None = None) -> str:
-    """The peak that `plan` predicts for a step of a run, and the cuts that it would choose instead.
+    """The peak memory that `plan` predicts for a step of a run, and the cuts that it proposes instead.
 
-    Computed on `meta` tensors: it takes no memory of the device.
+    Everything is computed on the meta device, without memory of the run's device.
 
     Args:
-        config: the run.
-        num_classes: of its images.
-        cuts: names of the units after which it cuts.
-        capacity: bytes that a step may take; None asks for the least.
+        config: the config of the run.
+        num_classes: number of classes of the images.
+        cuts: names of the units after which the run cuts.
+        capacity: bytes that a step may use; the first plan below it is proposed, or the smallest if none is or if None.
 
     Returns:
-        A sentence with the flags to give. Without a local loss in the config, the suggested one is `DEFAULT_OBJECTIVE`.
+        A sentence with the flags to give. If the config has no local loss, `DEFAULT_OBJECTIVE` is proposed.
     """
     objective, momentum = build_factories(config, num_classes)
     shares = config.replicas if config.parallel == "blocks" else config.devices
     images = -(-config.optim.batch_size // (shares * config.optim.accumulate))
-    whole = config.step_each_block or config.parallel == "blocks"  # which take no batch in parts
+    whole = config.step_each_block or config.parallel == "blocks"  # these allow no micro-batches
     fewer = "a smaller --optim.batch-size" if whole else f"--optim.accumulate {2 * config.optim.accumulate}"
     smaller = f"fewer images at once, as {fewer}, would take less too"
     try:

@@ -1,14 +1,14 @@
-"""NaN and inf in losses and gradients: found before any weight changes; the run stops, or skips the batch.
+"""Find NaN and inf in losses and gradients before weights change; then stop the run, or skip the batch.
 
-Two classes with the same methods. `HostCheck` reads the losses and norms of each step on the host, which waits for the
+Two classes have the same methods. `HostCheck` reads the losses and norms of each step on the host, which waits for the
 device. `DeviceCheck` is for CUDA: the GPU decides, and the host reads the verdict one step later. In a step's order:
 
-    before()                        keeps what a step changes outside the optimizers, where batches may be skipped
-    allow(losses, norms, first)     whether the optimizers may be called
-    after()                         puts back what a step that may change nothing has changed
-    report(losses, norms)           after the step, outside of its CUDA graph: acts on what is known of it
-    if_allowed(values)              the values, or zeros where the step changes nothing
-    settle()                        waits until nothing is open: before a checkpoint, and at the end of an epoch
+    before()                        copies the state outside the optimizers, if batches may be skipped
+    allow(losses, norms, first)     whether to call the optimizers
+    after()                         restores the copied state if the batch is skipped
+    report(losses, norms)           called after the step and outside its CUDA graph: acts on a verdict that is known
+    if_allowed(values)              the values, or zeros if the step changed nothing
+    settle()                        waits for the last verdict and acts on it: before a checkpoint, after an epoch
 """
 
 from collections.abc import Sequence
@@ -30,18 +30,21 @@ from localgrad.training.state import State
 
 
 def gradient_norms(blocks: Sequence[Block], like: Tensor) -> Tensor:
-    """L2 norm of the gradients of each block, not finite where one of them is not.
+    """L2 norm of the gradients of each block; it is not finite if a gradient is not.
 
     Args:
-        blocks: those between backward pass and update.
-        like: a tensor of the dtype and on the device that the norms shall have.
+        blocks: blocks after their backward pass, before their update.
+        like: a tensor with the dtype and device for the norms.
+
+    Returns:
+        The norms, `(len(blocks),)`.
     """
     gradients = [[p.grad for p in block.trainable_parameters() if p.grad is not None] for block in blocks]
     return torch.stack([gathered_state(nn.utils.get_total_norm(found)).to(like) for found in gradients])
 
 
 def state_outside_optimizers(blocks: Sequence[Block]) -> list[Tensor]:
-    """What a step changes and no optimizer does: all buffers (running statistics) and the weights of EMA branches."""
+    """The tensors that a step changes outside the optimizers: buffers (running statistics) and EMA weights."""
     branches = [block.momentum.ema for block in blocks if isinstance(block.momentum, MomentumAuxiliary)]
     averages = [parameter for branch in branches if branch is not None for parameter in branch.parameters()]
     return [*averages, *(buffer for block in blocks for buffer in block.buffers())]
@@ -49,24 +52,26 @@ def state_outside_optimizers(blocks: Sequence[Block]) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Found:
-    """Losses and gradient norms of some blocks in a row, and the step that they are of, which counts from 1."""
+    """Losses and gradient norms of consecutive blocks in one step."""
 
     losses: Tensor
     norms: Tensor
     first: int
-    """Index of the first of those blocks."""
+    """Index of the first of these blocks."""
     step: int
+    """Number of the step in the run, from 1."""
     batch: int
+    """Number of the batch in the epoch, from 1."""
 
 
 class Skips:
-    """Counts skipped batches in the run's state, and stops the run where no more may be skipped.
+    """Counts skipped batches in the run's state, and stops the run when no more may be skipped.
 
     Args:
-        config: `on_nonfinite`, `max_skips` and what the message tells.
-        state: of the run.
-        blocks: all of them.
-        placement: which ranks share a batch.
+        config: the config of the run, with `on_nonfinite` and `max_skips`.
+        state: the state of the run, in which skipped batches are counted.
+        blocks: all blocks of the run.
+        placement: the placement of the blocks on the ranks.
     """
 
     def __init__(self, config: TrainConfig, state: State, blocks: Sequence[Block], placement: Placement) -> None:
@@ -74,19 +79,19 @@ class Skips:
 
     @property
     def allowed(self) -> int:
-        """Batches that may be skipped one after the other."""
+        """Number of batches in a row that may be skipped."""
         return self.config.max_skips if self.config.on_nonfinite == "skip" else 0
 
     def found(self, losses: Tensor, norms: Tensor, first: int | None = None) -> Found:
-        """The losses and norms of the step that is being done, of this rank's blocks from `first` on."""
+        """Losses and norms of the current step, of the blocks from `first` on (default: this rank's first block)."""
         first = self.placement.own.start if first is None else first
         return Found(losses, norms, first, self.state.step + 1, self.state.batch + 1)
 
     def add(self, found: Found) -> None:
-        """Counts a skipped batch.
+        """Count a skipped batch.
 
         Raises:
-            LocalGradError: the config says to stop, or as many in a row as it allows were skipped before.
+            LocalGradError: the config says to stop, or the allowed number of batches in a row was skipped already.
         """
         if self.state.skipped_in_a_row >= self.allowed:
             raise LocalGradError(self._message(found))
@@ -94,7 +99,7 @@ class Skips:
         self.state.skipped_in_a_row += 1
 
     def reset(self) -> None:
-        """Notes that a batch was not skipped."""
+        """Set the count of batches skipped in a row to 0, after a batch that was not skipped."""
         self.state.skipped_in_a_row = 0
 
     def _message(self, found: Found) -> str:
@@ -108,7 +113,7 @@ class Skips:
         alone = config.step_each_block or len(self.placement.own) < len(self.blocks)
         before = ", those of the blocks before it were not" if config.step_each_block and index else ""
         remedies = ["a lower --optim.lr", "--optim.clip-norm 1"]
-        if config.on_nonfinite == "stop" and not alone:  # those cannot skip
+        if config.on_nonfinite == "stop" and not alone:  # with these settings no batch can be skipped
             remedies.append("--on-nonfinite skip for a rare bad batch")
         return (
             f"the {what} of block {index + 1} of {len(self.blocks)} ({names[0]} to {names[-1]}) is "
@@ -123,8 +128,8 @@ class HostCheck:
     """The host reads the losses and norms of each step before the optimizers are called.
 
     Args:
-        skips: of the run.
-        optimizers: of this rank; their gradients are freed where a batch is skipped.
+        skips: the count of skipped batches of the run.
+        optimizers: the optimizers of this rank, which free their gradients if a batch is skipped.
     """
 
     def __init__(self, skips: Skips, optimizers: Sequence[Optimizer]) -> None:
@@ -133,13 +138,18 @@ class HostCheck:
         self._allowed = True
 
     def before(self) -> None:
-        """Copies what a step changes outside the optimizers, where batches may be skipped."""
+        """Copy the state outside the optimizers, if batches may be skipped."""
         self._kept = _copies(self.skips)
 
     def allow(self, losses: Tensor, norms: Tensor, first: int) -> bool:
         """Whether losses and gradient norms are finite on every rank that shares this batch.
 
-        Where they are not, gradients are freed, and the batch is counted as skipped.
+        If they are not, gradients are freed, and the batch is counted as skipped.
+
+        Args:
+            losses: losses of consecutive blocks.
+            norms: gradient norms of these blocks.
+            first: index of the first of these blocks.
 
         Raises:
             LocalGradError: the batch may not be skipped.
@@ -157,35 +167,36 @@ class HostCheck:
 
     @torch.no_grad()
     def after(self) -> None:
-        """Puts running statistics back where the batch was skipped."""
+        """Restore running statistics and EMA branches if the batch was skipped."""
         if self._kept and not self._allowed:
             for tensor, before in zip(state_outside_optimizers(self.skips.blocks), self._kept, strict=True):
                 tensor.copy_(before)
 
     def report(self, losses: Tensor, norms: Tensor) -> None:
-        """Nothing: `allow` has acted."""
+        """No-op: `allow` has acted on the step already."""
 
     def if_allowed(self, values: Tensor) -> Tensor:
-        """The values, or zeros where the last step was skipped."""
+        """The values, or zeros if the last batch was skipped."""
         return values if self._allowed else torch.zeros_like(values)
 
     def settle(self) -> None:
-        """Nothing: `allow` has acted."""
+        """No-op: `allow` has acted on every step already."""
 
 
 class DeviceCheck:
-    """The device decides, and the host reads each verdict one step later, by when it is there.
+    """The device decides, and the host reads each verdict one step later, when it need not wait for it.
 
-    Fused optimizers read `closed` on the device as they read a gradient scaler's `found_inf`, and step only where it is
-    0. What else a step changes is put back. Where the host will stop the run, no later step changes anything either.
+    `closed` takes the place of the `found_inf` of `torch.amp.GradScaler`: fused optimizers read it on the device, and
+    step only if it is 0. All else that a step changes is restored. After a step for which the host will stop the run,
+    later steps change nothing either.
 
     Attributes:
-        closed: 1 where the step that was checked last may change nothing, else 0; float32, on the run's device.
+        closed: 1 if the last checked step may change nothing, else 0; float32 `()`, on the run's device.
 
     Args:
-        skips: of the run.
-        optimizers: of this rank; each of them must obey (see `obeys_found_inf`).
-        device: of this rank.
+        skips: the count of skipped batches of the run.
+        optimizers: the optimizers of this rank, all of which must obey `found_inf` (see `obeys_found_inf`).
+        device: the device of this rank.
     """
 
     def __init__(self, skips: Skips, optimizers: Sequence[Optimizer], device: torch.device) -> None:
@@ -200,8 +211,8 @@ class DeviceCheck:
             optimizer.found_inf = self.closed  # pyright: ignore[reportAttributeAccessIssue]
 
     def before(self) -> None:
-        """Copies what a step changes outside the optimizers, where batches may be skipped."""
-        if not self._begun:  # not before, for a checkpoint may have been loaded
+        """Copy the state outside the optimizers, if batches may be skipped."""
+        if not self._begun:  # not in __init__, since a checkpoint may be loaded in between
             self._in_a_row.fill_(self.skips.state.skipped_in_a_row)
             for optimizer in self._optimizers:
                 _begin_momentum(optimizer)
@@ -210,7 +221,13 @@ class DeviceCheck:
 
     @torch.no_grad()
     def allow(self, losses: Tensor, norms: Tensor, first: int) -> bool:
-        """Decides on the device whether the optimizers change anything; they may be called in any case."""
+        """Decide on the device whether the optimizers will change anything. True: they are to be called in any case.
+
+        Args:
+            losses: losses of consecutive blocks.
+            norms: gradient norms of these blocks.
+            first: index of the first of these blocks, which is not needed here.
+        """
         bad = _not_finite(losses, norms)
         self.skips.placement.all_reduce_max(bad)
         self._in_a_row.add_(1).mul_(bad)
@@ -220,29 +237,29 @@ class DeviceCheck:
 
     @torch.no_grad()
     def after(self) -> None:
-        """Puts back what a step that may change nothing has changed outside the optimizers."""
+        """Restore running statistics and EMA branches on the device if the batch is skipped."""
         if self._kept:
             for tensor, before in zip(state_outside_optimizers(self.skips.blocks), self._kept, strict=True):
                 tensor.copy_(torch.where(self.closed > 0, before, tensor))
 
     def report(self, losses: Tensor, norms: Tensor) -> None:
-        """Queues the verdict's way to the host, and acts on the one of the step before.
+        """Start the copy of this step's verdict to the host, and act on the verdict of the step before.
 
         Raises:
-            LocalGradError: the step before was not finite, and may not be skipped.
+            LocalGradError: the step before was not finite, and its batch may not be skipped.
         """
         self.settle()
         self._open = self.skips.found(losses, norms), AsyncScalar(self.closed)
 
     def if_allowed(self, values: Tensor) -> Tensor:
-        """The values, or zeros where the step that was checked last changes nothing; decided on the device."""
+        """The values, or zeros if the last checked step changes nothing; decided on the device."""
         return torch.where(self.closed > 0, torch.zeros_like(values), values)
 
     def settle(self) -> None:
-        """Waits for the verdict of the last step, and acts on it.
+        """Wait for the verdict of the last reported step, and act on it.
 
         Raises:
-            LocalGradError: the step was not finite, and may not be skipped.
+            LocalGradError: the step was not finite, and its batch may not be skipped.
         """
         verdict, self._open = self._open, None
         if verdict is None:
@@ -255,10 +272,10 @@ class DeviceCheck:
 
 
 def choose_check(skips: Skips, optimizers: Sequence[Optimizer], device: torch.device) -> HostCheck | DeviceCheck:
-    """A check on the device for CUDA and optimizers that obey it, one on the host for anything else.
+    """A `DeviceCheck` on CUDA if all optimizers obey `found_inf`, else a `HostCheck`.
 
     Raises:
-        LocalGradError: steps are to be recorded as CUDA graphs, and the host would have to look at each.
+        LocalGradError: `cuda_graph` is on, which needs a `DeviceCheck`, and an optimizer does not obey `found_inf`.
     """
     ignoring = sorted({type(one).__name__ for one in optimizers if not obeys_found_inf(one)})
     if device.type == "cuda" and not ignoring:
@@ -272,15 +289,15 @@ def choose_check(skips: Skips, optimizers: Sequence[Optimizer], device: torch.de
 
 
 def obeys_found_inf(optimizer: Optimizer) -> bool:
-    """Whether `step` changes nothing where the optimizer's `found_inf` is 1, as fused SGD, Adam, AdamW and Adagrad.
+    """Whether `step` changes nothing if the optimizer's `found_inf` is 1, as in fused SGD, Adam, AdamW and Adagrad.
 
-    Others (RMSprop, Muon, anything that is not fused) step all the same. It is how `torch.amp.GradScaler` asks.
+    Others (RMSprop, Muon, all that are not fused) step nevertheless. `torch.amp.GradScaler` reads the same attribute.
     """
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 def _begin_momentum(optimizer: Optimizer) -> None:
-    """Begins SGD's momentum at 0: a first step that changes nothing would leave it uninitialised."""
+    """Set SGD's momentum buffers to 0: a first step that changes nothing would leave them uninitialised."""
     for group in optimizer.param_groups if isinstance(optimizer, torch.optim.SGD) else ():
         for parameter in group["params"] if group["momentum"] else ():
             optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
@@ -291,5 +308,5 @@ def _copies(skips: Skips) -> list[Tensor]:
 
 
 def _not_finite(losses: Tensor, norms: Tensor) -> Tensor:
-    """1 where any of them is NaN or inf, else 0: float32, on their device."""
+    """1 if any of the losses and norms is NaN or inf, else 0; float32 `()`, on their device."""
     return 1 - torch.cat([losses, norms]).isfinite().all().float()

@@ -1,25 +1,25 @@
-"""How long a run will take, and whether the processor is too busy for its threads."""
+"""Predict how long a run takes, and notice if the processor has too few free cores for PyTorch's threads."""
 
 import math
 import os
 
 HOUR = 3600.0
 SHORT_RUN = 1800.0
-"""Seconds of the shorter run that is proposed."""
+"""Length in seconds of the shorter run that is proposed."""
 WORTH_SAYING = 60.0
-"""Seconds to the end that are worth a word."""
+"""Shortest remaining time in seconds that is reported."""
 FEW_STEPS = 4
-"""Timed steps after which the rest is predicted."""
+"""Number of timed steps, or of all steps, after which the remaining time is predicted."""
 
 
 def prediction(seconds_per_step: float, steps_per_epoch: int, epochs_left: float, *, on_cpu: bool) -> str:
-    """How long the rest of a run takes, and on a processor, where that is more than an hour, what a shorter one is.
+    """A sentence on the remaining time of a run; on a CPU, if it is more than an hour, it proposes a shorter run.
 
     Args:
-        seconds_per_step: measured.
-        steps_per_epoch: of the run.
-        epochs_left: to its end, the rest of this epoch included.
-        on_cpu: whether a processor trains.
+        seconds_per_step: measured seconds per optimizer step.
+        steps_per_epoch: number of optimizer steps per epoch.
+        epochs_left: epochs to the end of the run, with the rest of this epoch as a fraction.
+        on_cpu: whether the run trains on a CPU.
     """
     epoch = seconds_per_step * steps_per_epoch
     said = f"about {duration(epoch * epochs_left)} to the end, at {seconds_per_step:.2g} s a step (evaluation aside)"
@@ -30,19 +30,19 @@ def prediction(seconds_per_step: float, steps_per_epoch: int, epochs_left: float
 
 
 def duration(seconds: float) -> str:
-    """As `40 s`, `12 min` or `3.4 h`."""
+    """A duration in words, such as `40 s`, `12 min` or `3.4 h`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 1.5 * HOUR else f"{seconds / HOUR:.1f} h"
 
 
 def crowded(threads: int, cores: int, load: float) -> str | None:
-    """What to say where threads wait for cores; None where there are enough.
+    """A warning if PyTorch's threads have to wait for cores; None if there are enough cores.
 
     Args:
-        threads: that PyTorch uses.
-        cores: that this process may use.
-        load: processes that wanted a core in the last minute, on average.
+        threads: number of threads that PyTorch uses.
+        cores: number of cores that this process may use.
+        load: load average of the last minute.
     """
     if threads > cores:
         return f"PyTorch uses {threads} threads on {cores} core(s), which slows it: OMP_NUM_THREADS={cores} is faster"
@@ -56,7 +56,7 @@ def crowded(threads: int, cores: int, load: float) -> str | None:
 
 
 def crowded_here() -> str | None:
-    """The same, of this process."""
+    """The warning of `crowded` for this process and machine."""
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,22 +1,22 @@
-"""Where blocks and images live: on one device, or shared between ranks by images, by weights or by blocks.
+"""Where blocks and images are: on one device, or divided between ranks by images, by images and weights, or by blocks.
 
-Four classes with the same attributes and methods; the trainer calls them and does not ask which one it has:
+Four classes have the same attributes and methods, and the trainer does not ask which of them it has:
 
     own                     indices of the blocks that this rank trains
-    replicas, replica       number of ranks (or pipelines) that share a batch's images, and which of them this is
-    wrapped                 this rank's blocks, as they are called: in a data-parallel wrapper where there is one
+    replicas, replica       number of ranks (or pipelines) that share a batch's images, and index of this one
+    wrapped                 this rank's blocks to call, each in its DistributedDataParallel wrapper if there is one
     fused                   whether the optimizers may be fused
-    on_output               called with the detached output of this rank's last block, before that block's backward
+    on_output               if not None, called with the detached output of this rank's last block, before its backward
     batches(...)            batches of one epoch: inputs, targets and, with blocks on several ranks, features
     no_sync()               context of every micro-batch but the last, whose backward averages gradients over ranks
     before_updates()        called between the gradients and the optimizers
-    all_reduce_max(flag)    in place, over the ranks that must decide a step together
-    mean(values)            over the ranks that share a batch's images
-    totals(sums)            sums of all blocks over a batch's images, from those of this rank's blocks
+    all_reduce_max(flag)    maximum in place, over the ranks that decide together whether a step is finite
+    mean(values)            mean over the ranks, if each has all blocks and a part of the images; else the values
+    totals(sums)            `State.sums` of all blocks, averaged over replicas, from the sums of this rank's blocks
     stop(interrupted)       whether to stop after this step; the same answer on every rank
-    gather()                gives every rank the weights of all blocks
-    gather_list(values)     one value a block of this rank, to one value a block on every rank
-    evaluating()            context in which every rank can run the model's own forward pass, with equal weights
+    gather()                with blocks on several ranks, gives every rank the weights of all blocks; else a no-op
+    gather_list(values)     from one value for each block of this rank to one for each block of all ranks
+    evaluating()            context: every rank can run the model's own forward pass, with equal weights and buffers
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Stop = Callable[[], bool]
 
 
 class OneDevice:
-    """Everything on one device."""
+    """All blocks and all images of a batch on one device."""
 
     replicas, replica = 1, 0
     fused = True
@@ -87,9 +87,9 @@ class OneDevice:
 
 
 class DataParallel:
-    """The whole network on every rank, in one DistributedDataParallel wrapper a block; each takes a share of a batch.
+    """Data parallelism: every rank has all blocks, each in its DistributedDataParallel wrapper, and a part of a batch.
 
-    Running statistics are those of rank 0's images from an evaluation on.
+    Before an evaluation every rank gets the running statistics of rank 0.
     """
 
     fused = True
@@ -143,10 +143,12 @@ class DataParallel:
 
 
 class Sharded:
-    """Each rank keeps a shard of every weight (FSDP2, one unit a block) and takes a share of a batch.
+    """Every rank has a shard of each parameter (FSDP2, one FSDP unit per block) and a part of a batch.
+
+    Before an evaluation every rank gets the running statistics of rank 0.
 
     Raises:
-        LocalGradError: weights outside the units' layers (see `localgrad.parallel.shards.shard`).
+        LocalGradError: parameters are outside the units' layers (see `localgrad.parallel.shards.shard`).
     """
 
     fused = False
@@ -166,7 +168,7 @@ class Sharded:
         return images.batches(batch_size, train=True, rank=self.replica, world_size=self.replicas, **order)
 
     def no_sync(self) -> AbstractContextManager[Any]:
-        return nullcontext()  # without it FSDP2 keeps whole gradients between micro-batches; with it they are shards
+        return nullcontext()  # every micro-batch reduces gradients to shards; unreduced ones would take more memory
 
     def before_updates(self) -> None:
         pass
@@ -197,9 +199,9 @@ class Sharded:
 
 
 class BlockParallel:
-    """Blocks on ranks of their own, in one or several pipelines side by side (see `localgrad.parallel.Stage`).
+    """Consecutive blocks on each rank, in one or several parallel pipelines (see `localgrad.parallel.Stage`).
 
-    Each rank decides for itself whether its gradients are finite: a common decision would make each wait for the last.
+    Each rank decides alone whether its gradients are finite: for a common decision it would wait for the last rank.
     """
 
     fused = True
@@ -235,7 +237,7 @@ class BlockParallel:
         return [*(total[:-1] / self.replicas).tolist(), float(total[-1] / dist.get_world_size())]
 
     def stop(self, interrupted: bool) -> bool:
-        return self._stage.is_last_batch  # which the first rank decided before the batch began
+        return self._stage.is_last_batch  # the first rank decided it before the batch began
 
     def gather(self) -> None:
         self._stage.gather()
@@ -257,16 +259,16 @@ Placement = OneDevice | DataParallel | Sharded | BlockParallel
 def place_blocks(
     config: TrainConfig, fabric: Fabric, model: nn.Module, blocks: Sequence[Block], images: ImageSet
 ) -> Placement:
-    """Shares the work between the ranks as the config says: a batch's images, the weights too, or the blocks.
+    """Divide the work between the ranks as the config says: images, images and weights, or blocks.
 
     Args:
-        config: `parallel`, `replicas` and `sync_batchnorm` count.
-        fabric: launched.
-        model, blocks: on this rank's device; changed in place where norms are synchronised or weights sharded.
-        images: those to train on; a batch of them measures what each block costs.
+        config: the config of the run; `parallel`, `replicas` and `sync_batchnorm` are used.
+        fabric: the launched Fabric.
+        model, blocks: on this rank's device; changed in place if norms are synchronised or weights sharded.
+        images: the training set; one of its batches is used to measure the time of each block.
 
     Raises:
-        LocalGradError: there are fewer blocks than ranks to share them, or the weights cannot be sharded.
+        LocalGradError: there are fewer blocks than ranks of a pipeline, or the weights cannot be sharded.
     """
     if fabric.world_size == 1:
         return OneDevice(blocks)
@@ -280,7 +282,7 @@ def place_blocks(
 def _on_stages(
     config: TrainConfig, fabric: Fabric, model: nn.Module, blocks: Sequence[Block], images: ImageSet
 ) -> BlockParallel:
-    """Cuts the list of blocks into stages of about equal seconds, which rank 0 measures."""
+    """Place consecutive blocks on each rank so that ranks need about equal time; rank 0 measures the blocks."""
     num_stages = fabric.world_size // config.replicas
     seconds = [1.0] * len(blocks)
     place(seconds, num_stages)  # refuses too few blocks on every rank
@@ -301,6 +303,6 @@ def _mean(values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _broadcast_buffers(modules: Sequence[nn.Module]) -> None:
-    """Gives every rank the running statistics of rank 0: each has those of its own images, and rank 0's are saved."""
+    """Broadcast rank 0's buffers: ranks have running statistics of different images, and checkpoints have rank 0's."""
     for buffer in {id(buffer): buffer for module in modules for buffer in module.buffers()}.values():
         dist.broadcast(buffer, 0)

@@ -1,4 +1,4 @@
-"""What a run, or a table of runs, prints: bars where there is a terminal, plain lines where there is none."""
+"""Print the progress of a run or of a table of runs: bars on a terminal, plain lines elsewhere."""
 
 import time
 from collections.abc import Sequence
@@ -19,7 +19,8 @@ BARS = "▁▂▃▄▅▆▇█"
 def losses_in(width: int, losses: Sequence[float]) -> str:
     """The losses of all blocks in at most `width` characters.
 
-    All numbers where they fit; else the first block's, a column a block (or group of blocks) and the last one's.
+    All losses are numbers if they fit, or if there are fewer than three. Otherwise the first and the last loss are
+    numbers, with a bar chart between them that has one bar per block, or per group of blocks.
     """
     numbers = [f"{loss:.2f}" for loss in losses]
     whole = " ".join(numbers)
@@ -37,8 +38,8 @@ def losses_in(width: int, losses: Sequence[float]) -> str:
 class Display:
     """Prints the progress of a run to stderr.
 
-    On a terminal: a live bar and the losses, and a line an epoch above it. Otherwise a line an epoch, and one every
-    half minute within an epoch.
+    On a terminal: a live bar with the losses, and one line per finished epoch above it. Otherwise: one line per
+    finished epoch, and one line every half minute within an epoch.
     """
 
     def __init__(self, *, quiet: bool = False, console: Console | None = None) -> None:
@@ -60,11 +61,11 @@ class Display:
             self._live.stop()
 
     def message(self, text: str) -> None:
-        """Prints a line that stays."""
+        """Print a line that stays above the live bar."""
         self.console.print(Text(text), soft_wrap=True)
 
     def is_due(self) -> bool:
-        """Whether it is time to read the losses and show them; at most once a second."""
+        """Whether to read the losses and show them now: after 1 second on a terminal, 30 seconds elsewhere."""
         return not self.console.quiet and time.monotonic() - self._shown >= self.interval
 
     def step(
@@ -77,15 +78,15 @@ class Display:
         images_per_second: float | None,
         left: str = "",
     ) -> None:
-        """Shows the running epoch.
+        """Show the progress of the current epoch.
 
         Args:
-            epoch: which one, as `3/400`.
-            done: batches done of it.
-            total: batches of the epoch.
-            losses: mean loss of each block in this epoch.
-            images_per_second: speed; None where none was measured yet.
-            left: time left of the epoch and of the run, in words.
+            epoch: the epoch, such as `3/400`.
+            done: number of finished batches of the epoch.
+            total: number of batches of the epoch.
+            losses: mean loss of each block in this epoch so far.
+            images_per_second: training speed; None if not measured yet.
+            left: remaining time of the epoch and of the run, in words.
         """
         self._shown = time.monotonic()
         width = self.console.width
@@ -106,7 +107,12 @@ class Display:
         self._live.update(table, refresh=True)
 
     def epoch(self, epoch: str, line: dict[str, Any]) -> None:
-        """Prints the line of a finished epoch; `line` is that of the metrics file."""
+        """Print the line of a finished epoch.
+
+        Args:
+            epoch: the epoch, such as `3/400`.
+            line: the epoch's line of the metrics file.
+        """
         self._shown = time.monotonic()
         error = line["test_error"]
         shown = "" if error is None else f" error {error:.2f}%"
@@ -120,7 +126,12 @@ def _speed(images_per_second: float | None) -> str:
 
 
 class TableDisplay:
-    """Prints the progress of many runs to stderr: a line when one starts and ends, and bars on a terminal."""
+    """Prints the progress of many runs to stderr: a line at the start and end of each, and bars on a terminal.
+
+    Args:
+        total: number of runs.
+        done: number of runs that are finished already.
+    """
 
     def __init__(self, total: int, done: int) -> None:
         console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -144,22 +155,22 @@ class TableDisplay:
         self._progress.console.print(Text(text))
 
     def message(self, text: str) -> None:
-        """Prints a line that stays."""
+        """Print a line that stays above the bars."""
         self._print(text)
 
     def started(self, name: str, epochs: int, done: int) -> None:
-        """A run of so many epochs starts, or goes on where so many are done."""
+        """Report that a run of `epochs` epochs starts, or resumes after `done` epochs."""
         self._running[name] = self._progress.add_task(name, total=epochs, completed=done)
         self._print(f"{name}: " + (f"goes on after epoch {done}" if done else "starts"))
 
     def progress(self, name: str, test_errors: Sequence[float | None]) -> None:
-        """The run has these test errors, one an epoch."""
+        """Show a run's number of finished epochs and its latest test error; `test_errors` has one entry per epoch."""
         known = [error for error in test_errors if error is not None]
         described = f"{name} {known[-1]:.2f}%" if known else name
         self._progress.update(self._running[name], completed=len(test_errors), description=described)
 
     def ended(self, name: str, text: str) -> None:
-        """The run has ended, and this is to be said of it."""
+        """Report that a run has ended, with a text about it."""
         self._progress.remove_task(self._running.pop(name))
         self._progress.advance(self._all)
         self._print(f"{name}: {text}")

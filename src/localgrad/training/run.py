@@ -1,4 +1,4 @@
-"""The objects of a run."""
+"""The objects of a run: config, devices, images, model, blocks, optimizers and state."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
 Update = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
-"""Inputs, targets and features to losses and gradient norms of this rank's blocks, whose weights have changed."""
+"""Function that trains this rank's blocks on inputs, targets and features; returns their losses and gradient norms."""
 
 
 @dataclass
 class Run:
-    """The objects of a run, as `build_run` makes them from a config; no folder, nothing on the disk."""
+    """The objects of a run, which `build_run` makes from a config. Nothing here reads or writes files."""
 
     config: TrainConfig
     fabric: Fabric
@@ -37,26 +37,26 @@ class Run:
     test: ImageSet
     model: nn.Module
     blocks: list[Block]
-    """All of them, on every rank."""
+    """All blocks of the network, on every rank."""
     placement: Placement
     optimizers: list[Optimizer]
-    """One for each block of this rank."""
+    """One optimizer for each block of this rank."""
     state: State
     check: HostCheck | DeviceCheck
     update: Update
-    """What a step does on the device; recorded as CUDA graphs where the config says so."""
+    """The device's work in a step: gradients, check and updates; with `cuda_graph`, replayed as a CUDA graph."""
     validation: ImageSet | None = None
-    """Images that the best epoch is chosen on; the test images where there are none."""
+    """Images on which the best epoch is chosen; None chooses it on the test images."""
     validation_error: float | None = None
-    """Error on them in percent, when it was last evaluated."""
+    """Error in percent on the validation images, at their last evaluation."""
     rate: Tensor | None = None
-    """The learning rate on the device, where CUDA graphs read it there."""
+    """The learning rate as a tensor on the device, for CUDA graphs; None without them."""
     begin: float = field(default_factory=time.perf_counter)
-    """When the run would have begun, had it been done in one sitting."""
+    """Start of the run on the clock of `time.perf_counter`; of a resumed run, as if there had been no pause."""
     predicted: bool = False
-    """Whether it has been said how long the run takes."""
+    """Whether the remaining time of the run has been reported."""
     seconds: list[float] = field(default_factory=list)
-    """Seconds from one optimizer step of this epoch to the next."""
+    """Seconds from one optimizer step to the next, for the timed steps of this epoch."""
 
     @property
     def own_blocks(self) -> list[Block]:
@@ -65,17 +65,17 @@ class Run:
 
     @property
     def batch_size(self) -> int:
-        """Images of a batch on one rank (with blocks on several ranks, in one pipeline)."""
+        """Number of images per batch on one rank (with blocks on several ranks: in one pipeline)."""
         return self.config.optim.batch_size // self.placement.replicas
 
     @property
     def learning_rate(self) -> float:
-        """Learning rate of the epoch that is being trained."""
+        """Learning rate of the current epoch."""
         return rate_of(self.config.optim, self.state.epoch)
 
     @property
     def epoch_of_epochs(self) -> str:
-        """The epoch that is being trained, as `3/400`."""
+        """The current epoch and the number of epochs, such as `3/400`."""
         return f"{self.state.epoch}/{self.config.optim.epochs}"
 
     @property
@@ -85,7 +85,7 @@ class Run:
 
     @property
     def parameters(self) -> dict[str, int]:
-        """Number of parameters: of the `backbone`, `auxiliary`, and `trainable` in all."""
+        """Number of parameters of the `backbone`, of the `auxiliary` networks, and of the `trainable` ones in both."""
         backbone = {id(parameter) for parameter in self.model.parameters()}
         parameters = {id(parameter): parameter for block in self.blocks for parameter in block.parameters()}
         return {
@@ -96,16 +96,16 @@ class Run:
 
     @property
     def seconds_per_step(self) -> float | None:
-        """Median seconds from one optimizer step to the next: data, gradients and update; None before the second."""
+        """Median seconds from one optimizer step to the next, data loading included; None before a timed step."""
         return statistics.median(self.seconds) if self.seconds else self.state.seconds_per_step
 
     @property
     def images_per_second(self) -> float | None:
-        """Images trained on a second, on all devices together; None before the second step."""
+        """Training speed in images per second, of all devices together; None before a timed step."""
         return self.config.optim.batch_size / self.seconds_per_step if self.seconds_per_step else None
 
     def own_sums(self) -> Tensor:
-        """The sums in the state of this rank's blocks and of the images `(own blocks + 1,)`, on its device."""
+        """`State.sums` of this rank's blocks and its number of images, `(own blocks + 1,)`, on the rank's device."""
         own, dtype = self.placement.own, torch.float32 if self.fabric.device.type == "mps" else torch.float64
         sums = [*self.state.sums[own.start : own.stop], self.state.sums[-1]]
         return torch.tensor(sums, dtype=dtype).to(self.fabric.device)

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the epoch."""
+"""The learning rate schedule: a function of the epoch alone."""
 
 import math
 from collections.abc import Iterable
@@ -10,23 +10,26 @@ from localgrad.config.schema import OptimConfig
 
 
 def learning_rate(epoch: int, *, epochs: int, peak: float, warmup_epochs: int = 10, first_epoch: int = 1) -> float:
-    r"""Warm-up, then a cosine, as the CIFAR, SVHN and STL-10 recipes print it.
+    r"""Learning rate of an epoch: warm-up, then a cosine, as in the CIFAR, SVHN and STL-10 recipes.
 
     $$\text{base}(e) = \tfrac12 \, \text{peak} \, (1 + \cos(\pi e / E)), \qquad
       \text{lr}(e) = \text{base}(e) \frac{e - 1}{W} + 0.01 \frac{W + 1 - e}{W} \quad (e \le W)$$
 
-    and base(e) after the W warm-up epochs. Three things the formula has, as printed: the warm-up is ten epochs however
-    long the run is (a run of fewer epochs never leaves it unless it asks for a shorter one), the rate is constant
-    within an epoch, and the rate of the last epoch is exactly 0 (where it comes after the warm-up and `first_epoch` is
-    1), so that epoch only refreshes the averages of BatchNorm and of the EMA branches. A peak below 0.01 starts at the
-    peak instead of above it.
+    and base(e) after the W warm-up epochs. In base, epochs are counted from `first_epoch`. The formula implies:
+
+    * By default the warm-up has ten epochs for any length of the run. A run of fewer epochs ends within the warm-up.
+    * The rate is constant within an epoch.
+    * The rate of the last epoch is exactly 0, if it comes after the warm-up and `first_epoch` is 1. Then the last epoch
+      only updates the running statistics of BatchNorm and the EMA branches.
+
+    A peak below 0.01 replaces the start value 0.01, so that the warm-up does not start above the peak.
 
     Args:
-        epoch: epoch, counted from 1.
+        epoch: the epoch, counted from 1.
         epochs: number E of epochs of the run.
-        peak: learning rate at the top of the cosine.
+        peak: peak learning rate of the cosine.
         warmup_epochs: number W of warm-up epochs; 0 for none.
-        first_epoch: what the cosine calls the first epoch: 1 in the CIFAR recipes, 0 in the ImageNet ones.
+        first_epoch: number of the first epoch in the cosine: 1 in the CIFAR recipes, 0 in the ImageNet ones.
 
     Returns:
         The learning rate of that epoch.
@@ -44,7 +47,7 @@ def learning_rate(epoch: int, *, epochs: int, peak: float, warmup_epochs: int = 
 
 
 def rate_of(optim: OptimConfig, epoch: int) -> float:
-    """Learning rate of an epoch of a config."""
+    """Learning rate of an epoch, counted from 1, with a config's schedule."""
     return learning_rate(
         epoch,
         epochs=optim.epochs,
@@ -55,12 +58,12 @@ def rate_of(optim: OptimConfig, epoch: int) -> float:
 
 
 def set_learning_rate(optimizers: Iterable[Optimizer], rate: float, on_device: Tensor | None = None) -> None:
-    """Gives every parameter group of every optimizer a learning rate.
+    """Set the learning rate of every parameter group of every optimizer.
 
     Args:
-        optimizers: all of them.
+        optimizers: the optimizers.
         rate: the learning rate.
-        on_device: a tensor that is to hold it, `()`, and that they read, as CUDA graphs need it.
+        on_device: a tensor `()` on the device for CUDA graphs; it is filled with the rate, and optimizers refer to it.
     """
     if on_device is not None:
         on_device.fill_(rate)

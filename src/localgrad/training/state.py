@@ -1,4 +1,4 @@
-"""Where a run stands: what a checkpoint holds beside weights and optimizers."""
+"""The state of a run: the content of a checkpoint besides weights and optimizers."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -10,48 +10,54 @@ from localgrad.errors import LocalGradError
 
 @dataclass
 class State:
-    """Where a run stands; with weights and optimizers, all that a checkpoint needs."""
+    """The progress of a run and its errors so far. A checkpoint has it besides weights and optimizers."""
 
     sums: list[float]
-    """Sum of each block's loss over the images of this epoch so far; last, the number of those images."""
+    """Sum of each block's loss over this epoch's images so far; last, their number. Both are means over replicas."""
     epoch: int = 1
-    """Epoch that is being trained, from 1."""
+    """The current epoch, from 1."""
     batch: int = 0
-    """Batches of that epoch that are done."""
+    """Number of finished batches of the current epoch."""
     step: int = 0
-    """Optimizer steps done since the beginning, skipped ones included."""
+    """Number of optimizer steps since the start of the run, skipped ones included."""
     lines: int = 0
-    """Lines of metrics written."""
+    """Number of lines in the metrics file."""
     elapsed_seconds: float = 0.0
-    """Seconds of training and evaluation, over all sittings."""
+    """Seconds of training and evaluation, without pauses before a resume."""
     test_error: float = 100.0
+    """Test error in percent at the last evaluation."""
     local_errors: list[float | None] | None = None
+    """Test error in percent of each local head at the last evaluation; None if they are not evaluated."""
     best_test_error: float = 100.0
+    """Test error in percent of the best epoch."""
     best_epoch: int = 0
+    """The epoch with the smallest validation error, or test error without validation images; 0 for none yet."""
     best_validation_error: float = 100.0
-    """On the validation images, where the best epoch is chosen on such."""
+    """Validation error in percent of the best epoch; 100 without validation images."""
     peak_memory_bytes: int | None = None
+    """Peak memory of a step in bytes, the largest of all ranks."""
     seconds_per_step: float | None = None
+    """Median seconds from one optimizer step to the next."""
     skipped: int = 0
-    """Batches skipped since the beginning, because a loss or gradient was not finite."""
+    """Number of batches skipped since the start of the run, because a loss or gradient was not finite."""
     skipped_in_a_row: int = 0
-    """Of those, the ones since the last optimizer step."""
+    """Number of batches skipped since the last optimizer step that changed weights."""
 
 
 LATER = ("best_validation_error",)
-"""Fields that older checkpoints have not."""
+"""Fields that older checkpoints do not have."""
 
 
 def state_of(values: Any, num_blocks: int, path: Path) -> State:
-    """The state in a checkpoint, with the type of every field checked.
+    """Parse the state of a checkpoint, and check the type of every field.
 
     Args:
-        values: what the checkpoint at `path` holds as its state.
-        num_blocks: of the run.
-        path: for the message.
+        values: the checkpoint's entry `state`.
+        num_blocks: number of blocks of the run.
+        path: the checkpoint, for the message.
 
     Raises:
-        LocalGradError: a field is missing, unknown or of another type, or there are other blocks.
+        LocalGradError: a field is missing or of another type, or the number of blocks differs.
     """
     try:
         state = parse(State, values, "state")

@@ -1,4 +1,4 @@
-"""One optimizer step of a run."""
+"""One optimizer step of a run: micro-batches, gradients, the nonfinite check, clipping, updates."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -20,23 +20,23 @@ Context = Callable[[int], contextlib.AbstractContextManager[Any]]
 def train_step(run: Run, inputs: Tensor, targets: Tensor, features: Tensor | None = None) -> Tensor:
     """One optimizer step of every block of this rank on one batch.
 
-    Whatever is drawn at random in it depends on the seed, the step, the share of the batch and the block alone, so a
-    resumed run draws the same, and so do blocks on other ranks.
+    Random numbers (dropout, say) depend only on the seed, the step, the replica, the micro-batch and the block. So a
+    resumed run draws the same numbers, and a block draws the same on any rank of its pipeline.
 
     Args:
         run: the run.
         inputs: images `(N, 3, H, W)`.
-        targets: classes `(N,)`.
-        features: what the first block of this rank gets; the inputs if not given.
+        targets: class indices `(N,)`.
+        features: input of this rank's first block; by default the inputs.
 
     Returns:
-        The mean loss of each block of this rank over the batch, before the step, `(own blocks,)`. Where the step
-        changes nothing, since a loss or gradient was not finite, they do not count: `run.check.if_allowed` says so.
+        Mean loss of each block of this rank over the batch, before the step, `(own blocks,)`. If a loss or gradient was
+        not finite and the step changed nothing, the losses do not count: `run.check.if_allowed` makes them zeros.
 
     Raises:
-        LocalGradError: a loss or gradient is not finite and the batch may not be skipped. No optimizer of this rank
-            has stepped; with `step_each_block`, none of this block and those after it. On CUDA it is raised after the
-            next step, which changes nothing either.
+        LocalGradError: a loss or gradient is not finite, and the batch may not be skipped. No optimizer of this rank
+            has stepped; with `step_each_block`, only those of the blocks before have. With a `DeviceCheck` (on CUDA)
+            the error is raised after the next step, which changes nothing either.
     """
     losses, norms = run.update(inputs, targets, features)
     run.check.report(losses, norms)
@@ -46,12 +46,12 @@ def train_step(run: Run, inputs: Tensor, targets: Tensor, features: Tensor | Non
 def plain_update(
     run: Run, inputs: Tensor, targets: Tensor, features: Tensor | None = None, seeded: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """What a step does on the device: gradients micro-batch by micro-batch, the check, clipping, updates.
+    """The device's work in a step: gradients of each micro-batch, the nonfinite check, clipping, updates.
 
     Args:
         run: the run.
         inputs, targets, features: as in `train_step`.
-        seeded: seed each block's forward pass, which a CUDA graph cannot.
+        seeded: seed the generator before each block's forward pass, which cannot be captured in a CUDA graph.
 
     Returns:
         Losses and gradient norms of this rank's blocks, `(own blocks,)` each.
@@ -85,7 +85,7 @@ def plain_update(
 
 
 def _update(run: Run, indices: range, losses: Tensor) -> Tensor:
-    """Checks, clips and steps the blocks with these indices; their gradient norms before clipping."""
+    """Check, clip and step the blocks with these indices; return their gradient norms before clipping."""
     blocks, first = [run.blocks[index] for index in indices], run.placement.own.start
     norms, clip_norm = gradient_norms(blocks, losses), run.config.optim.clip_norm
     if run.check.allow(losses, norms, indices.start):
@@ -98,22 +98,22 @@ def _update(run: Run, indices: range, losses: Tensor) -> Tensor:
 
 
 def micro_batches(run: Run, inputs: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor, float]]:
-    """Cuts this rank's share of a batch into micro-batches, as many on every rank.
+    """Cut this rank's images of a batch into micro-batches; every rank has the same number of them.
 
     Returns:
-        Inputs, targets, and the factor of the losses with which all gradients add up to those of the whole batch's mean
-        loss, after data-parallel wrappers have averaged them over the ranks.
+        Inputs, targets and a loss factor for each micro-batch. With the factors, the accumulated gradients are those of
+        the mean loss over the whole batch, once data-parallel wrappers have averaged them over the ranks.
     """
     optim, replicas = run.config.optim, run.placement.replicas
     done = run.state.batch * optim.batch_size
-    whole = min(optim.batch_size, len(run.train) - done)  # images on all ranks; one may have an image more
+    whole = min(optim.batch_size, len(run.train) - done)  # images on all ranks, which may differ by one image
     count = max(1, min(optim.accumulate, whole // replicas))
     pairs = zip(inputs.tensor_split(count), targets.tensor_split(count), strict=True)
     return [(part, part_targets, len(part) * replicas / whole) for part, part_targets in pairs]
 
 
 def _seeded(run: Run, part: int) -> Context:
-    """Context of a block's forward pass: its own seed, and autocast, whose casts of the weights end with the block."""
+    """Context of each block's forward pass: its own seed, and an autocast that frees the block's weight casts."""
     seed = _step_seed(run, part)
 
     @contextlib.contextmanager
@@ -131,7 +131,7 @@ def _step_seed(run: Run, part: int) -> int:
 
 
 def recorded_update(run: Run) -> Update:
-    """The same as CUDA graphs, with one seed a step; the learning rate must be a tensor on the device."""
+    """`plain_update` replayed as CUDA graphs, with one seed per step. Learning rates must be tensors on the device."""
     graphed = GraphedStep(partial(plain_update, run, seeded=False))
 
     def update(inputs: Tensor, targets: Tensor, features: Tensor | None = None) -> tuple[Tensor, Tensor]:

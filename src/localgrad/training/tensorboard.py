@@ -1,4 +1,4 @@
-"""Metrics for TensorBoard."""
+"""Write the metrics of a run for TensorBoard."""
 
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -10,12 +10,12 @@ from localgrad.errors import LocalGradError
 
 @dataclass(frozen=True)
 class Board:
-    """Writes lines of metrics for TensorBoard."""
+    """Writes lines of metrics for TensorBoard, with a `SummaryWriter`."""
 
     writer: Any
 
     def write(self, line: dict[str, Any]) -> None:
-        """Writes every number of a line, with one curve a block where there is one number a block."""
+        """Write every number of an epoch's line; a list of numbers, one per block, becomes one curve per block."""
         for name, value in line.items():
             values = (
                 {f"{name}/block{number}": part for number, part in enumerate(value, start=1)}
@@ -29,13 +29,17 @@ class Board:
 
 
 def check_tensorboard() -> None:
-    """Refuses, before anything is written, to go on without TensorBoard."""
+    """Check, before anything is written, that TensorBoard is installed.
+
+    Raises:
+        LocalGradError: it is not installed.
+    """
     if find_spec("tensorboard") is None:
         raise LocalGradError("--tensorboard needs TensorBoard: pip install 'localgrad[tensorboard]'")
 
 
 def open_board(folder: Path, epoch: int) -> Board:
-    """A TensorBoard writer in a run's folder, which overrides what an interrupted run wrote from `epoch` on.
+    """Open a TensorBoard writer in a run folder, which discards what an interrupted run wrote from `epoch` on.
 
     Raises:
         LocalGradError: TensorBoard is not installed.

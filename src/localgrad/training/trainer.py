@@ -1,4 +1,4 @@
-"""Training a config in a run folder: build the run, open its folder, train, finish. It reads from top to bottom."""
+"""Train a config in a run folder: build the run, open its folder, train epochs, write the result."""
 
 import sys
 import time
@@ -51,25 +51,25 @@ def fit(
     quiet: bool = False,
     images: tuple[ImageSet, ImageSet] | None = None,
 ) -> Result:
-    """Trains a config to its last epoch and leaves weights, metrics and result in the run folder.
+    """Train a config to its last epoch, with weights, metrics and result in the run folder.
 
-    The same config and seed give the same weights bit for bit on a CPU (with one number of threads), also when the
-    run was interrupted and resumed, in the middle of an epoch too.
+    On a CPU, the same config, seed and number of threads give the same weights bit for bit, also if the run was
+    interrupted and resumed, even in the middle of an epoch.
 
     Args:
-        config: the complete run, as a recipe gives it.
-        run_dir: folder for its files; made if it is not there.
-        resume: continue the unfinished run of that folder; done without asking where torchrun has restarted it.
+        config: the complete config of the run, such as `recipe(NAME).config`.
+        run_dir: folder for the files of the run; created if it does not exist.
+        resume: continue the run in the folder; also on if torchrun has restarted the processes.
         quiet: print nothing.
-        images: sets to train and to test on, as `load_images(config.data)` gives them; loaded unless given.
+        images: training and test set; by default `load_images(config.data)`.
 
     Returns:
-        The result, as `result.json` has it.
+        The result, which is also in `result.json`.
 
     Raises:
-        LocalGradError: the config or the folder cannot be used, a loss or gradient is not finite, a block does not
-            fit into the device's memory, or another process ended.
-        KeyboardInterrupt: interrupted; a checkpoint was saved after the last whole step.
+        LocalGradError: the config or the folder cannot be used, a loss or gradient is not finite, a step does not fit
+            into the device's memory, or another process ended.
+        KeyboardInterrupt: the run was interrupted; a checkpoint was saved after the last finished step.
     """
     folder = RunFolder(Path(run_dir))
     resume = resume or (restarted() and folder.is_started)
@@ -79,7 +79,7 @@ def fit(
         if config.tensorboard:
             check_tensorboard()
         if fabric.is_global_zero:
-            folder.check(config, resume)  # before anything takes long
+            folder.check(config, resume)  # before anything slow
         with fast_kernels(fabric.device):
             say = untold if quiet else partial(print, file=sys.stderr, flush=True)
             fresh = not (resume and folder.has_checkpoint)
@@ -87,7 +87,7 @@ def fit(
 
 
 def train(run: Run, folder: RunFolder, *, resume: bool = False, quiet: bool = False) -> Result:
-    """Trains a run that has been built to its last epoch, in its folder; see `fit`."""
+    """Train a run from `build_run` to its last epoch, in its folder; see `fit`."""
     quiet = quiet or not run.fabric.is_global_zero
     with open_folder(run, folder, resume) as board, Display(quiet=quiet) as display:
         with noted_interrupts() as interrupted, _memory_errors(run):
@@ -114,13 +114,13 @@ def train(run: Run, folder: RunFolder, *, resume: bool = False, quiet: bool = Fa
 
 
 def is_out_of_patience(run: Run) -> bool:
-    """Whether the evaluated error has not become smaller for as many epochs as the config has patience."""
+    """Whether the error that chooses the best epoch has not fallen for `patience` epochs; False if it is None."""
     state, patience = run.state, run.config.patience
     return patience is not None and state.best_epoch > 0 and state.epoch - 1 - state.best_epoch >= patience
 
 
 def _save_best(run: Run, folder: RunFolder) -> None:
-    """The weights of the epoch that has just ended, which is the best one so far."""
+    """Save the weights of the epoch that has just ended, which is the best one so far."""
     with run.placement.evaluating():
         weights = gathered_state(run.model.state_dict())
     if run.fabric.is_global_zero:
@@ -128,12 +128,12 @@ def _save_best(run: Run, folder: RunFolder) -> None:
 
 
 def _chosen_on(run: Run) -> str:
-    """The images that the best epoch is chosen on."""
+    """The images on which the best epoch is chosen: "test" or "validation"."""
     return "test" if run.validation is None else "validation"
 
 
 def _schedule(run: Run) -> str:
-    """What a resumed run does from here, in words."""
+    """A sentence on the remaining epochs and learning rates of a resumed run."""
     optim, epoch = run.config.optim, run.state.epoch
     if epoch > optim.epochs:
         return "all epochs are trained; what was left to do is done"
@@ -144,10 +144,10 @@ def _schedule(run: Run) -> str:
 
 
 def train_epoch(run: Run, folder: RunFolder, display: Display, interrupted: Interrupts) -> None:
-    """Trains the batches of the epoch that are not done yet, saving in between where that is asked for.
+    """Train the remaining batches of the current epoch, and save checkpoints every `checkpoint_every` steps.
 
     Raises:
-        InterruptedRun: after the step during which it was interrupted, once everything is saved.
+        InterruptedRun: the run was interrupted. It is raised after the current step, once a checkpoint is saved.
     """
     state, every = run.state, run.config.checkpoint_every
     set_learning_rate(run.optimizers, run.learning_rate, run.rate)
@@ -155,7 +155,7 @@ def train_epoch(run: Run, folder: RunFolder, display: Display, interrupted: Inte
     run.seconds.clear()
     begin = time.perf_counter()
     for batch in epoch_batches(run, interrupted.is_set):
-        # the first step also makes the optimizers' state, so the second is measured too; neither is timed
+        # the peak of the second step is measured too, since the first allocates optimizer states; neither is timed
         measured = state.step < 2
         losses = _measured_step(run, *batch) if measured else train_step(run, *batch)
         sums += run.check.if_allowed(torch.cat([losses, losses.new_ones(1)]) * len(batch[0]))
@@ -181,11 +181,12 @@ def train_epoch(run: Run, folder: RunFolder, display: Display, interrupted: Inte
 
 
 def epoch_batches(run: Run, stop: Stop = lambda: False) -> Batches:
-    """The batches of the epoch that are not done yet, as this rank gets them.
+    """The remaining batches of the current epoch on this rank.
 
     Args:
         run: the run.
-        stop: with blocks on several ranks, asked on the first of them before each batch (see `Stage.batches`).
+        stop: function that says whether to stop; with blocks on several ranks, the first rank calls it before each
+            batch (see `Stage.batches`).
 
     Returns:
         Iterator of inputs, targets and, with blocks on several ranks, the features of this rank's first block.
@@ -223,12 +224,12 @@ def _steps_per_epoch(run: Run) -> int:
 
 
 def _epochs_left(run: Run) -> float:
-    """To the end of the run, the rest of this epoch included."""
+    """Number of epochs to the end of the run, with the rest of this epoch as a fraction."""
     return run.config.optim.epochs + 1 - run.state.epoch - run.state.batch / _steps_per_epoch(run)
 
 
 def _predict(run: Run, display: Display) -> None:
-    """Says once how long the rest takes, unless that is soon."""
+    """Report the remaining time of the run once, unless it is short."""
     run.predicted = True
     seconds, steps, epochs = run.seconds_per_step or 0.0, _steps_per_epoch(run), _epochs_left(run)
     if seconds * steps * epochs >= WORTH_SAYING:
@@ -236,7 +237,7 @@ def _predict(run: Run, display: Display) -> None:
 
 
 def finish_epoch(run: Run, folder: RunFolder, board: Board | None, display: Display) -> None:
-    """Evaluates, writes the epoch's line of metrics, and moves the state to the next epoch."""
+    """Evaluate, write the epoch's line of metrics, and move the state to the next epoch."""
     state, config = run.state, run.config
     evaluated = state.epoch % config.evaluate_every == 0 or state.epoch == config.optim.epochs
     if evaluated:
@@ -267,7 +268,7 @@ def finish_epoch(run: Run, folder: RunFolder, board: Board | None, display: Disp
 
 
 def evaluate_epoch(run: Run) -> None:
-    """Puts test error, local heads' errors (where the config asks for them) and the best epoch into the state."""
+    """Evaluate the test error, errors of local heads (if `local_heads` is on) and the best epoch into the state."""
     state, config = run.state, run.config
     with run.placement.evaluating():
         state.test_error, state.local_errors = error_rates(
@@ -297,11 +298,11 @@ def _validation_error(run: Run, images: ImageSet) -> float:
 
 @contextmanager
 def _memory_errors(run: Run) -> Iterator[None]:
-    """Adds what `plan` would do to an out-of-memory error."""
+    """Context: an out-of-memory error becomes a LocalGradError with the cuts that `plan` proposes."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        from localgrad.training.memory_advice import memory_advice  # late: planning takes long to import
+        from localgrad.training.memory_advice import memory_advice  # imported here because planning is slow to import
 
         device = run.fabric.device
         capacity = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
