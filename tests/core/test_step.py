@@ -133,7 +133,7 @@ def test_what_does_not_fit_is_explained() -> None:
         local_step(blocks, optimizers_of(blocks), inputs, torch.full((6,), 7) * (torch.arange(6) > 0))
     with pytest.raises(LocalGradError, match=r"a batch of 1 leaves a batch norm of block 0 one value a channel"):
         local_step(blocks, optimizers_of(blocks), inputs[:1], targets[:1])
-    with pytest.raises(LocalGradError, match=r"targets \(3,\): give one target a sample"):
+    with pytest.raises(LocalGradError, match=r"targets \(3,\)"):
         local_step(blocks, optimizers_of(blocks), inputs, targets[:3])
 
 
@@ -232,11 +232,11 @@ def test_a_batch_that_fails_in_the_middle_has_stepped_the_blocks_before_it() -> 
             criterion=fits_only_small_classes,
         )
         before = [next(block.parameters()).clone() for block in blocks]
-        with pytest.raises(LocalGradError, match="not among the classes of block 1"):
+        with pytest.raises(LocalGradError, match="block 1"):
             local_step(blocks, optimizers_of(blocks), *batch(), step_each_block=step_each_block)
         changed = [not torch.equal(next(b.parameters()), w) for b, w in zip(blocks, before, strict=True)]
         assert changed == [step_each_block, False]
-    with pytest.raises(LocalGradError, match=r"1 optimizers for 2 blocks"):
+    with pytest.raises(LocalGradError, match=r"^1 .* 2 blocks"):
         local_step(blocks, optimizers_of(blocks)[:1], *batch(), step_each_block=True)
 
 
@@ -279,9 +279,9 @@ def test_batches_that_do_not_fit_an_objective_are_explained() -> None:
     blocks = split(
         cifar_resnet(8), torch.empty(2, 3, 32, 32), cuts=["layer1"], objective=localgrad.predsim(10, max_features=64)
     )
-    with pytest.raises(LocalGradError, match=r"\(4, 3, 48, 48\) and the model was split for \(N, 3, 32, 32\): block 0"):
+    with pytest.raises(LocalGradError, match=r"\(4, 3, 48, 48\) .*\(N, 3, 32, 32\): block 0"):
         local_step(blocks, optimizers_of(blocks), torch.randn(4, 3, 48, 48), torch.arange(4))
-    with pytest.raises(LocalGradError, match="one class a sample"):
+    with pytest.raises(LocalGradError, match="BCEWithLogitsLoss"):
         local_step(blocks, optimizers_of(blocks), torch.randn(4, 3, 32, 32), torch.rand(4, 10))
 
 
@@ -305,7 +305,7 @@ def test_a_batch_that_failed_leaves_nothing_for_the_next_one(step_each_block: bo
         optimizers = optimizers_of(blocks)
         inputs, targets = batch()
         if fails:
-            with pytest.raises(LocalGradError, match="targets hold classes"):
+            with pytest.raises(LocalGradError, match=rf"targets .* {NUM_CLASSES} "):
                 local_gradients(blocks, inputs, torch.full_like(targets, NUM_CLASSES))
             assert all(parameter.grad is None for parameter in blocks[0].parameters())
         local_step(blocks, optimizers, inputs, targets, step_each_block=step_each_block)
@@ -318,7 +318,7 @@ def test_auxiliary_networks_in_evaluation_mode_are_refused() -> None:
     for part in (blocks[0].objective, blocks[1].momentum):
         assert part is not None
         part.eval()
-        with pytest.raises(LocalGradError, match=r"is in evaluation mode .*: call block.train\(\) for every block"):
+        with pytest.raises(LocalGradError, match=r"block\.train\(\)"):
             local_step(blocks, optimizers_of(blocks), *batch())
         part.train()
     local_step(blocks, optimizers_of(blocks), *batch())

@@ -91,8 +91,8 @@ class NeedsClosure(torch.optim.SGD):
     ("make", "message"),
     [
         (lambda p: [torch.optim.SGD(p, 0.1), torch.optim.SGD(p[:1], 0.1)], "share a parameter"),
-        (lambda p: [torch.optim.SGD(p[1:], 0.1)], "lacks 1 that are"),
-        (lambda p: None, "optimizer 0 is None, which has 0 parameters .* and lacks"),
+        (lambda p: [torch.optim.SGD(p[1:], 0.1)], "optimizer 0 .* 1 "),
+        (lambda p: None, "optimizer 0 is None"),
         (lambda p: [], "optimizer 0 is None"),
         (lambda p: torch.optim.LBFGS(p), "LBFGS, whose step takes a closure .* as SGD or AdamW"),
         (lambda p: NeedsClosure(p, 0.1), "NeedsClosure failed .*without a closure"),
@@ -127,14 +127,14 @@ def test_what_changes_after_the_first_step_is_noticed() -> None:
     local_step(blocks, optimizers, *batch())
     head: Any = blocks[0].objective
     head.classifier[-1] = nn.Linear(head.classifier[-1].in_features, NUM_CLASSES)
-    with pytest.raises(LocalGradError, match="has 2 parameters that are not of block 0 and lacks 2"):
+    with pytest.raises(LocalGradError, match=r"^optimizer 0 .* 2 .*block 0 .* 2 "):
         local_step(blocks, optimizers, *batch())
     optimizers = sgd(blocks)
     local_step(blocks, optimizers, *batch())
     blocks[1].body[0].conv1.weight.requires_grad_(False)
     local_step(blocks, optimizers, *batch())
     optimizers[1].param_groups[0]["params"].pop()
-    with pytest.raises(LocalGradError, match="lacks 1 that are"):
+    with pytest.raises(LocalGradError, match=r"^optimizer 1 .* 0 .* 1 "):
         local_step(blocks, optimizers, *batch())
 
 

@@ -68,7 +68,7 @@ def test_a_number_in_a_config_counts_too_and_one_without_effect_does_not() -> No
     model.steps = 7  # read, but the branch is the same
     step(model, blocks)
     model.config.scale = 2.0
-    with pytest.raises(LocalGradError, match=r"Chain.config.scale was 1.0"):
+    with pytest.raises(LocalGradError, match=r"Chain\.config\.scale "):
         step(model, blocks)
 
 
@@ -383,9 +383,7 @@ def test_a_size_is_no_live_value_and_inputs_of_another_size_are_refused() -> Non
     found = units(model, torch.empty(2, 3, 16, 16))
     assert [unit.name for unit in found] == ["a", "b", "c"]
     assert torch.equal(composed(found, inputs), model(inputs))
-    with pytest.raises(
-        LocalGradError, match=r"inputs are \(2, 3, 20, 20\), and the model was split for \(2, 3, 16, 16\)"
-    ):
+    with pytest.raises(LocalGradError, match=r"inputs .*\(2, 3, 20, 20\).*\(2, 3, 16, 16\)"):
         composed(found, torch.randn(2, 3, 20, 20))
 
 

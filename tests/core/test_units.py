@@ -369,7 +369,7 @@ def _count(model: nn.Module, features: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("what", [_count, lambda self, features: features + torch.randn(1)], ids=["counter", "noise"])
 def test_what_tracing_would_freeze_is_refused_and_nothing_is_changed(what) -> None:
     model = Stochastic(what)
-    with pytest.raises(LocalGradError, match=r"Stochastic, cut into units, does not compute.* in training"):
+    with pytest.raises(LocalGradError, match=r"^Stochastic"):
         units(model, torch.empty(4, 3, 16, 16))
     assert model.seen == 0
 
@@ -423,7 +423,7 @@ def test_wrappers_are_in_the_mode_of_the_model() -> None:
 def test_named_units_need_no_data() -> None:
     model = cifar_resnet(8).to("meta")
     names = ["conv1", "bn1", "relu", "layer1", "layer2", "layer3", "avgpool"]
-    wanted = "do not give what CifarResNet gives"
+    wanted = "CifarResNet"
     with pytest.raises(LocalGradError, match=wanted):
         units(model, torch.empty(2, 3, 16, 16, device="meta"), names=names)
     chain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5)).to("meta")
@@ -502,7 +502,7 @@ def test_named_units_are_compared_in_training_too() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.c(self.b(nn.functional.dropout(self.a(x), 0.5, self.training)))
 
-    with pytest.raises(LocalGradError, match="does not compute what it did in training"):
+    with pytest.raises(LocalGradError, match=r"^Dropped"):
         units(Dropped(), torch.empty(2, 3, 4, 4), names=["a", "b", "c"])
 
 

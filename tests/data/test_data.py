@@ -224,9 +224,9 @@ def test_digits_limits_size_and_classes() -> None:
     train, test = load(DataConfig(image_size=16, train_limit=50, test_limit=20))
     assert train.labels.bincount().tolist() == [5] * 10 and test.labels.bincount().tolist() == [2] * 10
     assert next(train.batches(4, train=True))[0].shape == (4, 3, 16, 16)
-    with pytest.raises(LocalGradError, match=r"digits image 3 has label 3: .* num_classes - 1 = 2"):
+    with pytest.raises(LocalGradError, match=r"digits image 3 .* 3: .* = 2 \(1260 of 1797"):
         load(DataConfig(num_classes=3))
-    with pytest.raises(LocalGradError, match=r"--data\.train-limit 1438: the set has 1437"):
+    with pytest.raises(LocalGradError, match=r"--data\.train-limit 1438: .*1437"):
         load(DataConfig(train_limit=1438))
 
 
@@ -318,7 +318,7 @@ def test_pixels_of_32_bits_are_refused(tmp_path: Path, kind: type) -> None:
     row = encoded(np.linspace(0, 1, 64).reshape(8, 8).astype(kind), "TIFF")
     for split in ("train", "test"):
         write(tmp_path, split, {"image": [row], "label": [0]})
-    with pytest.raises(LocalGradError, match=r"1 of 1 train images .*\n  image 0 \(pixels of 32 bits \(mode [FI]\)"):
+    with pytest.raises(LocalGradError, match=r"image 0 \(pixels of 32 bits \(mode [FI]\)"):
         load(replace(PLAIN, source=str(tmp_path)))
 
 
@@ -354,7 +354,7 @@ def test_linked_class_folders_are_read(tmp_path: Path) -> None:
 def test_classes_alone_cannot_be_sliced_into_other_classes(tmp_path: Path) -> None:
     _class_folders(tmp_path, ("dev_board", "test_bench", "train_station"), 4)
     config = replace(PLAIN, source=str(tmp_path), train_split="train[:60%]", test_split="train[60%:]")
-    with pytest.raises(LocalGradError, match=r"train\[:60%\] has images of 2 of 3 classes, .* sorted by class"):
+    with pytest.raises(LocalGradError, match=r"train\[:60%\] .* 2 of 3 "):
         load(config)
     train, _ = load(replace(config, train_split="train", test_split="train"))
     assert train.labels.bincount().tolist() == [4, 4, 4]
@@ -571,7 +571,7 @@ def test_wrong_batches(wrong: dict[str, Any], message: str) -> None:
 
 def test_nothing_is_left_at_the_end_of_an_epoch() -> None:
     assert list(memory(10).batches(4, train=True, start=3)) == []
-    with pytest.raises(LocalGradError, match="training on 1 images"):
+    with pytest.raises(LocalGradError, match=r"\b1 images"):
         memory(1).batches(4, train=True)
 
 
@@ -668,7 +668,7 @@ def test_balanced_takes_the_first_of_each_class() -> None:
     assert balanced(labels, 5).tolist() == [0, 1, 4, 5, 6]  # the fourth and fifth: second images, first in the file
     assert balanced(labels, 9).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 9]  # class 1 has only two
     assert balanced(labels, None).tolist() == balanced(labels, 10).tolist() == list(range(10))
-    with pytest.raises(LocalGradError, match="limit 11: the set has 10 images"):
+    with pytest.raises(LocalGradError, match=r"limit 11: .* 10 "):
         balanced(labels, 11)
 
 
@@ -697,9 +697,7 @@ def test_limits_decode_only_what_is_kept(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_not_there(small: Path) -> None:
-    with pytest.raises(
-        LocalGradError, match=rf"absent' is not a folder; {small.parent} has the folders .*'{small.name}'"
-    ):
+    with pytest.raises(LocalGradError, match=rf"absent' .*{small.parent} .*'{small.name}'"):
         load(replace(PLAIN, source=str(small.parent / "absent")))
     with pytest.raises(LocalGradError, match="absent"):
         load(replace(PLAIN, source="./absent"))
@@ -754,7 +752,7 @@ def test_splits_with_different_columns(tmp_path: Path) -> None:
     rows = [encoded(p) for p in pictures(3)]
     write(tmp_path, "train", {"image": rows, "label": [0, 1, 2]})
     write(tmp_path, "test", {"image": rows})
-    with pytest.raises(LocalGradError, match="test image 0 has no label in column 'label'"):
+    with pytest.raises(LocalGradError, match=r"test image 0 .*'label'"):
         load(replace(PLAIN, source=str(tmp_path)))
 
 
@@ -798,7 +796,7 @@ def test_a_file_that_is_no_image(tmp_path: Path) -> None:
         rows = [encoded(pictures(1)[0]), {"bytes": content, "path": None} if content else None]
         for split in ("train", "test"):
             write(tmp_path / name, split, {"image": rows, "label": [0, 1]})
-        with pytest.raises(LocalGradError, match=r"1 of 2 train images .*\n  image 1 \("):
+        with pytest.raises(LocalGradError, match=r"^1 of 2 .*\n  image 1 \("):
             load(replace(PLAIN, source=str(tmp_path / name)))
 
 
@@ -812,9 +810,7 @@ def unreachable(*_: Any, **__: Any) -> None:
 def test_no_network_and_not_cached_fails_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", unreachable)
     started = time.perf_counter()
-    with pytest.raises(
-        LocalGradError, match=r"ufldl-stanford/svhn: no such folder here, not in the cache, and .* cannot be reached"
-    ) as error:
+    with pytest.raises(LocalGradError, match=r"^--data ufldl-stanford/svhn") as error:
         load(data.svhn())
     assert time.perf_counter() - started < 5 and "\n" not in str(error.value)
     assert not settings.HF_HUB_OFFLINE

@@ -283,7 +283,7 @@ def test_what_is_impossible_is_refused_with_what_would_fit() -> None:
     enough = re.search(r"give (\d+\.\d\d) MiB or a smaller batch", str(refused.value))
     assert enough
     assert any(row.fits for row in plan(model, example, objective=dgl, budget=round(float(enough[1]) * 2**20)))
-    with pytest.raises(LocalGradError, match="num_blocks is 9: the model has 5 units"):
+    with pytest.raises(LocalGradError, match="num_blocks is 9"):
         plan(model, example, objective=dgl, num_blocks=[2, 9])
     message = (
         r"num_blocks is 5: momentum and objective cannot sit after layer3\.0, which leaves 1 to 4 blocks; .* \(infopro "

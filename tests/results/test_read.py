@@ -36,18 +36,18 @@ def _damaged(folder: Path) -> dict[str, str]:
         (folder / name).write_text(text)
     (folder / "bytes.json").write_bytes(b"\xff\xfe{}")
     return {
-        "cut.json": "is not readable as JSON",
+        "cut.json": "JSON",
         "nan.json": "NaN is no number of JSON",
         "text.json": "test_error is '4.0'",
         "lacks.json": "it has no 'device'",
         "list.json": "config is [1]",
-        "probe.json": "accuracies must be a list of 4",
+        "probe.json": "accuracies",
         "kind.json": "has the kind 'umap'",
         "plan.json": "rows.0.peak is None",
         "times.json": "rows.0: a row with a config has no 'num_blocks'",
-        "bytes.json": "is not readable as JSON",
+        "bytes.json": "JSON",
         "large.json": "test_error is 1",
-        "heads.json": "local_errors must be a list of 1",
+        "heads.json": "local_errors",
     }
 
 

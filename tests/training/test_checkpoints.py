@@ -328,7 +328,7 @@ def test_a_checkpoint_that_finds_no_room_is_an_error_and_the_run_goes_on_later(
     straight: Path, tmp_path: Path, small_files: Callable[[int], None]
 ) -> None:
     limit = (straight / "checkpoint.pt").stat().st_size - 100
-    with pytest.raises(LocalGradError, match=r"checkpoint\.pt could not be written \(File too large\); what it"):
+    with pytest.raises(LocalGradError, match=r"checkpoint\.pt .*\(File too large\)"):
         fit(CONFIG, tmp_path, quiet=True, images=eventful(CONFIG, {5: lambda inputs: small_files(limit)}))
     small_files(resource.RLIM_INFINITY)
     assert [torch.load(path)["state"]["step"] for path in versions(tmp_path / "checkpoint.pt").values()] == [4, 3]
@@ -348,7 +348,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
         folder.start(CONFIG, lines=0)
         folder.save_checkpoint({"step": 1, "weights": torch.zeros(10_000)}, keep=2)
         folder.save_checkpoint({"step": 2, "weights": torch.zeros(10_000)}, keep=2)
-        with pytest.raises(LocalGradError, match=r"could not be written \(No space left on device\); what it held"):
+        with pytest.raises(LocalGradError, match=r"checkpoint\.pt .*\(No space left on device\)"):
             folder.save_checkpoint({"step": 3, "weights": torch.zeros(100_000)}, keep=2)
         assert [torch.load(path)["step"] for path in versions(folder.checkpoint).values()] == [2, 1]
         assert not list(folder.path.glob(".*"))
@@ -384,7 +384,7 @@ def test_code_in_the_data_folder_of_a_config_is_not_run(straight: Path, tmp_path
     config = json.loads((run_dir / "config.json").read_text())
     config["data"]["source"] = str(images)
     (run_dir / "config.json").write_text(json.dumps(config))
-    with pytest.raises(LocalGradError, match="has no images or tables that we read"):
+    with pytest.raises(LocalGradError, match=re.escape(str(images))):
         evaluation.evaluate(run_dir, accelerator="cpu")
     assert not (tmp_path / "attacked").exists()
 
@@ -514,7 +514,7 @@ def test_a_state_of_wrong_types_is_refused(straight: Path, tmp_path: Path, field
     saved = torch.load(tmp_path / "checkpoint.pt")
     saved["state"][field] = value
     torch.save(saved, tmp_path / "checkpoint.pt")
-    with pytest.raises(LocalGradError, match="not a checkpoint of this version"):
+    with pytest.raises(LocalGradError, match=r"checkpoint\.pt .*state"):
         fit(CONFIG, tmp_path, resume=True, quiet=True)
 
 

@@ -112,7 +112,7 @@ def test_a_finished_run_goes_on_with_more_epochs(tmp_path: Path, capsys: pytest.
     assert [line["epoch"] for line in lines] == [1, 2, 3] and lines[1]["lr"] == pytest.approx(0.025)
     assert json.loads((run / "result.json").read_text())["config"]["optim"]["epochs"] == 3
     assert main(["train", str(run), "--resume", "--epochs", "4", "--lr", "0.5"]) == 2
-    assert "holds a different run (saved -> asked for: optim.lr: 0.1 -> 0.5)" in capsys.readouterr().err
+    assert "optim.lr: 0.1 -> 0.5" in capsys.readouterr().err
 
 
 def test_a_hint_is_a_command_that_can_be_pasted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -166,7 +166,7 @@ def test_out_of_memory_names_the_block_and_is_torchs_error_too() -> None:
 def test_a_run_out_of_memory_says_what_plan_would_do(tmp_path: Path) -> None:
     config = replace(LOCAL, cuts=("layer2.0", "layer3.0"), momentum=replace(LOCAL.momentum, name="none"))
     message = (
-        r"^block 2 of 3 \(layer3\.0 to layer3\.0\) does not fit into memory with 16 samples .*"
+        r"^block 2 of 3 \(layer3\.0 to layer3\.0\) .* 16 samples .*"
         r"`localgrad plan` predicts [\d.]+ MiB for a float32 step of 3 block\(s\) and 16 images, "
         r"[\d.]+ MiB with \d blocks: "
         r"--cuts layer1\.0[^;]*; fewer images at once, as --optim\.accumulate 2, would take less too$"

@@ -147,7 +147,7 @@ def test_the_backbone_starts_the_same_under_every_method(tmp_path: Path) -> None
 @pytest.mark.parametrize("step", [1, 2, 4, 7, 8])
 def test_an_interrupted_run_resumes_to_the_same_bits(straight: Path, tmp_path: Path, step: int) -> None:
     handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt, match=f"after step {step}; everything is saved"):
+    with pytest.raises(KeyboardInterrupt, match=f"epoch [12] .* {step};"):
         fit(LOCAL, tmp_path, quiet=True, images=eventful(LOCAL, {step: interrupt}))
     assert signal.getsignal(signal.SIGINT) is handler
     assert not (tmp_path / "result.json").exists()
@@ -302,7 +302,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> No
     inputs, targets = next(iter(epoch_batches(run)))
     nn.init.constant_(run.blocks[1].trainable_parameters()[0], float("inf"))
     before = {name: value.clone() for name, value in run.model.named_parameters()}
-    message = r"loss of block 2 of 3 \(layer2\.0 to layer2\.0\) is nan at epoch 1, step 1, learning rate 0\.01"
+    message = r"loss .*block 2 of 3 \(layer2\.0 to layer2\.0\) .*nan .* 0\.01"
     with pytest.raises(LocalGradError, match=message):
         train_step(run, inputs, targets)
     for name, parameter in run.model.named_parameters():
@@ -315,7 +315,7 @@ def test_stepping_each_block_at_once_stops_at_the_block_whose_loss_is_not_finite
     inputs, targets = next(iter(epoch_batches(run)))
     nn.init.constant_(run.blocks[1].trainable_parameters()[0], float("inf"))
     before = [[p.clone() for p in block.trainable_parameters()] for block in run.blocks]
-    message = r"block 2 of 3 .* is nan .* its weights were left as they were.*, those of the blocks before it were not"
+    message = r"block 2 of 3 .* nan .* its weights were left as they were.*, those of the blocks before it were not"
     with pytest.raises(LocalGradError, match=message):
         train_step(run, inputs, targets)
     same = [all(map(torch.equal, b.trainable_parameters(), w)) for b, w in zip(run.blocks, before, strict=True)]
@@ -384,7 +384,7 @@ def test_a_block_without_a_class_head_has_no_error(tmp_path: Path) -> None:
 def test_an_unfinished_run_cannot_be_evaluated(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         fit(LOCAL, tmp_path / "run", quiet=True, images=eventful(LOCAL, {2: interrupt}))
-    with pytest.raises(LocalGradError, match=r"has no model\.safetensors"):
+    with pytest.raises(LocalGradError, match=r"model\.safetensors"):
         evaluation.evaluate(tmp_path / "run", accelerator="cpu")
 
 
