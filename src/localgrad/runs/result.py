@@ -51,7 +51,8 @@ def from_file(content: type[Content], values: Any, path: Path) -> Content:
         path: the file, for the message.
 
     Raises:
-        LocalGradError: the schema is of a later version, or a field is missing, unknown or of another type.
+        LocalGradError: the schema is of a later version, a field is missing or of another type, or the config has an
+            unknown field. Other unknown fields are ignored.
     """
     values = fields_of(values, path)
     try:
