@@ -44,7 +44,7 @@ def check_rules(what: str, rules: list[tuple[str, bool]]) -> None:
 
     Args:
         what: what is checked, the subject of the message.
-        rules: pairs of a problem, in words, and whether the value is free of it.
+        rules: pairs of a problem in words, and True if there is no such problem.
     """
     problems = [problem for problem, holds in rules if not holds]
     if problems:

@@ -79,7 +79,8 @@ class MomentumConfig:
     decay: float | None = None
     """Share of the moving average kept at each step; 0 uses the next unit's weights directly."""
     form: str | None = None
-    """`sum` (two branches, as in the papers' code) or `fused` (one branch and an additive bias, as in the text)."""
+    """`sum` (two branches, the papers' code), `residual` (their sum minus the input, so that a residual path counts
+    once) or `fused` (one branch and an additive bias, the MAN paper's text)."""
     bias: bool | None = None
     """Whether to have the trained branch; with the form `fused`, the additive bias."""
     ema: bool | None = None

@@ -24,7 +24,7 @@ REMARKS = {
     "frames": "with several frames, of which the first is taken",
     "dark": "of 16 bits without a value above 4095, nearly black (of 12 bits? TIFF's MaxSampleValue can say so)",
 }
-"""Notes about images that are used with a loss, by key: the words for messages."""
+"""Remarks on images of which something is left out or in doubt, by key: the words for messages."""
 MOST_NAMED = 10
 _MAX_SAMPLE, _S_MIN_SAMPLE, _S_MAX_SAMPLE = 281, 340, 341  # TIFF 6.0, sections 8 and 19
 _PAPER = 255

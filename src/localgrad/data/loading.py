@@ -146,7 +146,7 @@ def _parts(config: DataConfig, source: Source, say: Say) -> tuple[_Part, _Part, 
 
 
 def _specifications(config: DataConfig, there: Sequence[str], say: Say) -> tuple[str, str | None]:
-    """The training and the test split (or slices) by existing names; test None means to hold out `test_fraction`."""
+    """The training and the test split (or slices) by existing names; test is None if `test_fraction` is held out."""
     train, test = named(config.train_split, there), named(config.test_split, there)
     alone = config.train_split == config.test_split and _is_usual(config.test_split) and len(there) == 1
     if alone and test is None:

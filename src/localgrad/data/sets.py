@@ -289,7 +289,7 @@ def decode_all(
         indices: positions of the rows to decode, (N,) int64.
         config: `image_size` and `resize` decide the size.
         split: name of the split in messages.
-        say: function that is called with sentences about the progress, and about images used with a loss.
+        say: function that is called with sentences about the progress, and with the `REMARKS` that apply to images.
 
     Raises:
         LocalGradError: images cannot be used; the message names the first ten and counts the rest.

@@ -62,7 +62,7 @@ def rows_of(spec: str, read: Callable[[str], datasets.Dataset], field: str) -> t
 def held_back(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     """Stratified random split into training and test positions, both ascending.
 
-    A class with two images or more has at least one on each side. The image of a class with one is for training.
+    A class with two images or more has at least one on each side. A class with a single image has it for training.
 
     Args:
         labels: class indices, (N,) int64.

@@ -17,7 +17,7 @@ def atomic_write(path: Path, keep: int = 1) -> Iterator[BinaryIO]:
     """Context: a temporary file that is flushed to disk and renamed to `path` at the end.
 
     With `keep` above 1 the previous content becomes `path.1`, the one before it `path.2`, and so on, `keep` versions in
-    all. If the process is killed at any point, no intact version is lost.
+    all. If the process is killed at any point, there are at least as many intact versions as before the call.
 
     Symbolic links are followed. A path that is no regular file, such as /dev/stdout, is written directly.
 

@@ -27,7 +27,8 @@ class AnyRank:
 
     Args:
         device: the device of this rank.
-        late: return the result of the previous call, so that the host need not wait for the device.
+        late: return the result of the previous call (False at the first), so that the host need not wait for the
+            device.
     """
 
     def __init__(self, device: torch.device, late: bool) -> None:

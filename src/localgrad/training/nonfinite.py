@@ -113,7 +113,7 @@ class Skips:
         alone = config.step_each_block or len(self.placement.own) < len(self.blocks)
         before = ", those of the blocks before it were not" if config.step_each_block and index else ""
         remedies = ["a lower --optim.lr", "--optim.clip-norm 1"]
-        if config.on_nonfinite == "stop" and not alone:  # with these settings no batch can be skipped
+        if config.on_nonfinite == "stop" and not alone:  # blocks that decide alone cannot skip a batch
             remedies.append("--on-nonfinite skip for a rare bad batch")
         return (
             f"the {what} of block {index + 1} of {len(self.blocks)} ({names[0]} to {names[-1]}) is "

@@ -51,7 +51,7 @@ def fit(
     quiet: bool = False,
     images: tuple[ImageSet, ImageSet] | None = None,
 ) -> Result:
-    """Train a config to its last epoch, with weights, metrics and result in the run folder.
+    """Train a config to its last epoch, or until its patience ends; write weights, metrics and result to a run folder.
 
     On a CPU, the same config, seed and number of threads give the same weights bit for bit, also if the run was
     interrupted and resumed, even in the middle of an epoch.
