@@ -45,6 +45,7 @@ def test_rows_come_in_the_order_of_the_papers(folder: Path) -> None:
         ({"ema": False}, "DGL + MAN (bias only)"),
         ({"bias": False}, "DGL + MAN (EMA only)"),
         ({"bias": False, "decay": 0.0}, "DGL + MAN (EMA only, direct use)"),
+        ({"form": "residual"}, "DGL + MAN (residual)"),
         ({"form": "fused", "initial": "random", "depth": 2}, "DGL + MAN (fused, random start, depth 2)"),
     ],
 )

@@ -122,7 +122,7 @@ def method_label(config: TrainConfig) -> str:
     details = [
         "bias only" if momentum.ema is False else "",
         "EMA only" if momentum.bias is False else "",
-        "fused" if momentum.form == "fused" else "",
+        momentum.form if momentum.form in ("fused", "residual") else "",
         "direct use" if decay == 0 else "" if decay in (None, 0.995) else f"decay {decay:g}",
         "random start" if momentum.initial == "random" else "",
         f"depth {momentum.depth}" if (momentum.depth or 1) > 1 else "",
