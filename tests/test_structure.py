@@ -246,6 +246,20 @@ def test_a_function_fits_a_screen() -> None:
     assert len(lengths) > 500 and not {name: lines for name, lines in lengths.items() if lines > LONGEST}
 
 
+def test_no_test_patches_a_name_of_the_library() -> None:
+    """A test gives what it needs: images, a network, a signal, a clock. `find_spec` looks at what is installed."""
+    found: set[str] = set()
+    for path in Path(__file__).parent.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        own = {a.asname or a.name for node in imports if str(node.module).startswith("localgrad") for a in node.names}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "setattr":
+                owner, name = map(ast.unparse, node.args[:2])
+                found |= {f"{owner}.{name}"} if owner.strip("'").split(".")[0] in {*own, "localgrad"} else set()
+    assert found == {"tensorboard.'find_spec'"}
+
+
 def test_no_test_imports_a_test() -> None:
     """What tests share is in `helpers/`."""
     files = [*Path(__file__).parent.rglob("*.py")]

@@ -292,7 +292,7 @@ def test_what_is_impossible_is_refused_with_what_would_fit() -> None:
         plan(model, example, objective=OBJECTIVES["infopro"], momentum=localgrad.man(), num_blocks=[5])
     with pytest.raises(LocalGradError, match="precision is 'bf16': it is one of '32-true', 'bf16-mixed'"):
         plan(model, example, objective=dgl, precision="bf16")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(LocalGradError, match="_Branching does not run without data"):
+    with pytest.raises(LocalGradError, match=r"_Branching .*without data"):
         plan(_Branching(), torch.empty(2, 4), objective=localgrad.classifier(3))
     for precision in ("32-true", "bf16-mixed"):
         with pytest.raises(LocalGradError, match="the objective after 'conv1' cannot be profiled without data"):

@@ -18,7 +18,6 @@ from localgrad.commands.main import main
 from localgrad.config.checks import validate
 from localgrad.config.schema import TrainConfig
 from localgrad.errors import LocalGradError
-from localgrad.training import cuda_graphs as graphs
 from localgrad.training.build import build_run
 from localgrad.training.cuda_graphs import GraphedStep
 from localgrad.training.schedule import set_learning_rate
@@ -86,9 +85,9 @@ def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
             yield
         graph.put_back()
 
-    monkeypatch.setattr(graphs.torch.cuda, "CUDAGraph", tape)
-    monkeypatch.setattr(graphs.torch.cuda, "graph", recording)
-    monkeypatch.setattr(graphs.torch.cuda, "graph_pool_handle", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", tape)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 1)
     return made
 
 
