@@ -1,7 +1,7 @@
-"""Error against operations, peak memory and seconds, from `results/`; `documents.py` writes the tables.
+"""Tables of error, operations, peak memory and seconds from `results/`; `documents.py` writes them.
 
-A row is a recipe of ResNet-32 on CIFAR-10, by its name without the network's. Its errors are those of a schedule of ten
-epochs: on a processor to the end, on a GPU as far as the run got before it was cut off.
+A row is a recipe of ResNet-32 on CIFAR-10, named without the prefix of data set and network. Its errors are those of a
+schedule of ten epochs. Runs on a CPU are complete; runs on a GPU may have been cut off.
 """
 
 import json
@@ -15,22 +15,22 @@ from localgrad.results.tables import mean_std
 
 NETWORK = "cifar10-resnet32-"
 EPOCHS = 10
-"""Of the schedule; runs are compared at equal epochs of it."""
+"""Length of the schedule in epochs."""
 COMPARED = 8
-"""The last epoch that most of the runs that were cut off have reached."""
+"""The epoch at which rows are compared: the last that most of the runs on the GPU reached."""
 
 
 @dataclass
 class Row:
-    """What a row costs, beside end-to-end, and its test errors by epoch.
+    """Costs of a row, and its test errors by epoch.
 
     Attributes:
-        operations: of a step's forward and backward passes, to end-to-end's.
-        peak: memory of a float32 step of 128 images, to end-to-end's.
-        milliseconds: of a step on the GPU, by CUDA graph.
-        seconds: of a step on the processor, to end-to-end's.
-        processor: errors in percent after each epoch, a list a seed.
-        gpu: the same of the longest run on a GPU.
+        operations: operations of the forward and backward passes of a step, relative to end-to-end.
+        peak: peak memory of a float32 step of 128 images, relative to end-to-end.
+        milliseconds: milliseconds of a step on the GPU, with a CUDA graph.
+        seconds: time of a step on a CPU, relative to end-to-end.
+        processor: test errors in percent after each epoch on a CPU, one list per seed.
+        gpu: test errors in percent after each epoch of the longest run on a GPU.
     """
 
     name: str
@@ -44,23 +44,23 @@ class Row:
 
     @property
     def reach(self) -> int:
-        """How many blocks a local loss trains."""
+        """Number of blocks that each local loss trains."""
         before, _, number = self.name.partition("reach")
         return int(number) if before != self.name else 1
 
     def errors(self, epoch: int) -> list[float]:
-        """After so many epochs on the processor, a seed each."""
+        """Errors after this epoch on a CPU, one per seed."""
         return [errors[epoch - 1] for errors in self.processor]
 
     def error(self, epoch: int) -> float | None:
-        """The mean on the processor, or else what the GPU gave."""
+        """Mean error after this epoch on a CPU; without runs there, the error on the GPU."""
         if self.processor:
             return statistics.mean(self.errors(epoch))
         return self.gpu[epoch - 1] if len(self.gpu) >= epoch else None
 
 
 def rows(root: Path) -> list[Row]:
-    """Every row whose operations are counted, those with the smallest error first and those without any last."""
+    """All rows with counted operations, the smallest error first; rows that were not trained come last."""
     found = {
         row["row"]: Row(row["row"], row["blocks"], row["operations_to_e2e"], row["peak_to_e2e"])
         for row in _read(root / "results" / "operations.json")["rows"]
@@ -81,7 +81,7 @@ def rows(root: Path) -> list[Row]:
 
 
 def cut_off(root: Path, epochs: int) -> list[dict[str, Any]]:
-    """The runs on a GPU that were planned for so many epochs."""
+    """The runs on a GPU that were planned for this number of epochs."""
     runs = _read(root / "results" / "gpu" / "trainings.json")["rows"]
     return [run for run in runs if run["epochs_planned"] == epochs]
 
@@ -91,18 +91,18 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _name(config: dict[str, Any]) -> str:
-    """Of the row; a recipe with `--recompute` is the row that is checkpointed."""
+    """Name of the row; a recipe with `--recompute` gets the suffix `-checkpointed`."""
     return config["name"].removeprefix(NETWORK) + ("-checkpointed" if config.get("recompute") else "")
 
 
 def _order(row: Row) -> tuple[bool, float, float]:
-    """By error; a row that was not trained so far by operations, behind."""
+    """Sort key: the error; rows that were not trained follow, by operations."""
     error = row.error(COMPARED)
     return not (row.processor or row.gpu), 100.0 if error is None else error, row.operations
 
 
 def front(every: Sequence[Row], cost: Callable[[Row], float]) -> list[Row]:
-    """The rows that no other has a smaller error and cost than, or the same of one and a smaller other."""
+    """The Pareto front: rows for which no other row is at least as good in error and cost, and better in one."""
     points = [(error, cost(row), row) for row in every if (error := row.error(COMPARED)) is not None]
     return [
         row
@@ -112,7 +112,7 @@ def front(every: Sequence[Row], cost: Callable[[Row], float]) -> list[Row]:
 
 
 def accuracy_table(root: Path) -> str:
-    """Costs and errors of the rows that were trained, and costs of the rivals that were not."""
+    """Costs and errors of the trained rows, and costs of end-to-end rows that were not trained."""
     every = [row for row in rows(root) if row.processor or row.gpu or row.name.startswith("e2e")]
     fronts = {"peak": front(every, lambda row: row.peak), "operations": front(every, lambda row: row.operations)}
     lines = [
@@ -131,14 +131,14 @@ def accuracy_table(root: Path) -> str:
 
 
 def _costs(row: Row) -> list[str]:
-    """The first cells of a row."""
+    """The cells with name and costs of a row."""
     milliseconds = "" if row.milliseconds is None else f"{row.milliseconds:.1f}"
     shares = f"{row.operations:.2f}", f"{row.peak:.2f}"
     return [f"`{row.name}`", str(row.blocks), str(row.reach), *shares, milliseconds]
 
 
 def epochs_table(root: Path) -> str:
-    """Errors by epoch on both devices, of the rows that ran on the GPU."""
+    """Errors by epoch on both devices, for the rows that ran on the GPU."""
     epochs = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10)
     lines = [f"| row | on | n | {' | '.join(map(str, epochs))} |", f"|---|---|--:|{'--:|' * len(epochs)}"]
     for row in (row for row in rows(root) if row.gpu):
@@ -152,7 +152,7 @@ def epochs_table(root: Path) -> str:
 
 
 def costs_table(root: Path) -> str:
-    """Costs of the rows that were not trained yet."""
+    """Costs of the rows that have not been trained."""
     lines = ["| row | blocks | reach | operations | peak | GPU, ms |", "|---|--:|--:|--:|--:|--:|"]
     for row in rows(root):
         if not (row.processor or row.gpu or row.name.startswith("e2e")):
@@ -161,7 +161,7 @@ def costs_table(root: Path) -> str:
 
 
 def thirty_table(root: Path) -> str:
-    """Errors of the runs of thirty epochs, as far as they got."""
+    """Errors of the runs of thirty epochs, up to the epoch where they were cut off."""
     epochs = (2, 4, 6, 8)
     heads = [f"after {number}" for number in epochs]
     lines = [f"| row | blocks | epochs | {' | '.join(heads)} | last |", f"|---|{'--:|' * (len(epochs) + 3)}"]
@@ -174,7 +174,7 @@ def thirty_table(root: Path) -> str:
 
 
 def tables(root: Path) -> dict[str, Callable[[], str]]:
-    """By the name of their marks in the documents."""
+    """Functions that make the tables, by the name of their marks in the documents."""
     return {
         "accuracy": lambda: accuracy_table(root),
         "epochs": lambda: epochs_table(root),

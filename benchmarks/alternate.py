@@ -1,10 +1,11 @@
-"""Local losses of alternate blocks in alternate steps: half of the heads' work and of the backward passes.
+"""Train every other local block in each step, which halves the work of the heads and of the backward passes.
 
-    python benchmarks/alternate.py cifar10-resnet32-k16-dgl-man --data path/to/cifar10 --epochs 5 --run-dir runs/alternate
+    python benchmarks/alternate.py cifar10-resnet32-k16-dgl-man --data path/to/cifar10 --epochs 5 \\
+        --run-dir runs/alternate
 
-Takes the arguments of `localgrad train`. In even steps blocks 1, 3, ... train, in odd steps blocks 2, 4, ...; the last
-block always trains. A block that does not train runs forward without a graph and has no loss; its averages move on.
-The library has no such setting: the result is in `docs/accuracy.md`.
+Takes the arguments of `localgrad train`. In even steps blocks 1, 3, ... train, in odd steps blocks 2, 4, ... The last
+block always trains. A block that does not train runs its forward pass without a graph and has no loss. Its running
+statistics and EMA are still updated. The library has no such setting: the result is in `docs/accuracy.md`.
 """
 
 import sys
@@ -20,11 +21,11 @@ from localgrad.core.block import Block
 
 forward, check_loss = Block.forward, step._check_loss
 calls: dict[int, int] = {}
-"""Training steps of each block so far, and its place."""
+"""Forward passes of each block in training so far, plus its index, by id of the block."""
 
 
 def alternating(self: Block, features: Tensor, targets: Any, inputs: Tensor, **options: Any) -> Any:
-    """The block's forward pass, in every other step without a graph and with a loss of 0."""
+    """The forward pass of a block; in every other step without a graph and with a loss of 0."""
     if not self.training or self.objective is None:
         return forward(self, features, targets, inputs, **options)
     calls[id(self)] = calls.get(id(self), len(calls)) + 1  # the first step of block j is number j
@@ -37,7 +38,7 @@ def alternating(self: Block, features: Tensor, targets: Any, inputs: Tensor, **o
 
 
 def unless_zero(loss: Tensor, block: Block) -> None:
-    """The check of a block's loss, for blocks that train."""
+    """Check the loss of a block only if the block trains in this step."""
     if loss.requires_grad:
         check_loss(loss, block)
 

@@ -1,6 +1,6 @@
-"""What the papers claim, beside what was measured: the figures come from `results/`, the verdicts are by hand.
+"""Tables of the papers' claims and our measurements: figures come from `results/`, verdicts are written by hand.
 
-`documents.py` writes the tables. A verdict is for the figures beside it: read both again where a figure changes.
+`documents.py` writes the tables. A verdict belongs to the figures beside it: check it again when a figure changes.
 """
 
 import json
@@ -22,7 +22,7 @@ PROBES = "the ten-epoch networks of CIFAR-10"
 TEXT = "characters of Shakespeare, three blocks, H200"
 PIXELS = "CamVid, FCN on ResNet-18, four blocks, H200"
 Claim = tuple[str, str, str, str, str]
-"""What it says; what was measured, with names of figures in braces; on what; n; verdict."""
+"""Claim; measurement, with names of figures in braces; network and data; number of seeds; verdict."""
 
 MAN: list[Claim] = [
     (
@@ -255,7 +255,7 @@ OTHERS: list[Claim] = [
 
 
 def figures(root: Path) -> dict[str, Any]:
-    """Everything that the claims' braces name."""
+    """The values of all names in braces."""
     return {**_cifar10(root), **_imagenette(root), **_memory(root), **_features(root), **_tasks(root)}
 
 
@@ -303,7 +303,7 @@ def _imagenette(root: Path) -> dict[str, Any]:
 
 
 def _memory(root: Path) -> dict[str, float]:
-    """GiB of ResNet-50 on the GPU, and throughput on two ranks."""
+    """GiB of ResNet-50 on the GPU and of ResNet-101 as planned, and throughput on two ranks."""
     named = {
         "e2e": "end-to-end",
         "checkpointed": "end-to-end, checkpointed",
@@ -343,7 +343,7 @@ def _features(root: Path) -> dict[str, Any]:
 
 
 def _tasks(root: Path) -> dict[str, float]:
-    """Text and pixels, seed 0."""
+    """Losses of the language model and IoU of the segmentation, seed 0."""
     language, pixels = root / "results" / "tasks" / "language", root / "results" / "tasks" / "segmentation"
     names = {"text_e2e": "e2e", "text": "k3-readout", "text_ema": "k3-ema", "text_man": "k3-man", "text6": "k6-readout"}
     values = {name: _read(language / f"large-{row}-seed0.json")["validation_loss"] for name, row in names.items()}
@@ -355,7 +355,7 @@ def _tasks(root: Path) -> dict[str, float]:
 
 
 def claims_table(claims: list[Claim], root: Path) -> str:
-    """A row a claim."""
+    """Markdown table with one row per claim."""
     known = figures(root)
     lines = ["| claim | measured | on | n | verdict |", "|---|---|---|---|---|"]
     lines += [f"| {' | '.join(cell.format(**known) for cell in claim)} |" for claim in claims]
@@ -363,5 +363,5 @@ def claims_table(claims: list[Claim], root: Path) -> str:
 
 
 def tables(root: Path) -> dict[str, Callable[[], str]]:
-    """By the name of their marks in the documents."""
+    """Functions that make the tables, by the name of their marks in the documents."""
     return {"claims-man": lambda: claims_table(MAN, root), "claims-others": lambda: claims_table(OTHERS, root)}

@@ -1,4 +1,4 @@
-"""Write the figures of the documents from the files in `results/`; a test fails where they disagree.
+"""Write the tables of the documents from the files in `results/`; a test fails if they disagree.
 
 python benchmarks/documents.py
 """
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def plan_table(path: Path) -> str:
-    """The peaks of `plan.json` as a Markdown table, the whole batch at once."""
+    """Markdown table of the peaks in `plan.json`, without gradient accumulation."""
     rows = [row for row in json.loads(path.read_text())["rows"] if row["parts"] == 1]
     labels = list(dict.fromkeys(row["training"] for row in rows))
     titles = {"no momentum": "DGL", "man": "DGL+MAN", "man, recomputed": "DGL+MAN, recomputed"}
@@ -39,7 +39,7 @@ def plan_table(path: Path) -> str:
 
 
 def plan_rivals_table(path: Path) -> str:
-    """Peaks and operations of some rows of `plan.json` as a Markdown table, the largest peak first."""
+    """Markdown table of peaks and operations of selected rows of `plan.json`, the largest peak first."""
     rows = pictures.planned(path)
     whole = max(row["peak"] for _, row in rows)
     lines = ["| ResNet-101 | peak, GiB | to end-to-end | operations |", "|---|--:|--:|--:|"]
@@ -51,7 +51,7 @@ def plan_rivals_table(path: Path) -> str:
 
 
 def speed_table(path: Path) -> str:
-    """Seconds a step of `speed.json`, and what they and its operations are to end-to-end's, as a Markdown table."""
+    """Markdown table of the seconds per step in `speed.json`, with time and operations relative to end-to-end."""
     rows = json.loads(path.read_text())["rows"]
     ratios = ("ratio_to_float32_nchw", "ratio_to_same_precision_and_layout", "ratio_of_operations")
     lines = [
@@ -66,7 +66,7 @@ def speed_table(path: Path) -> str:
 
 
 def lean_table(path: Path) -> str:
-    """Time, operations and peak memory of `speed-resnet50.json` as a Markdown table."""
+    """Markdown table of time, operations and peak memory in `speed-resnet50.json`."""
     rows = json.loads(path.read_text())["rows"]
     lines = ["| step | seconds | to end-to-end | operations | peak memory of a step |", "|---|--:|--:|--:|--:|"]
     lines += [
@@ -78,7 +78,7 @@ def lean_table(path: Path) -> str:
 
 
 def tried_table(path: Path) -> str:
-    """The two ways of each row of `tried.json` as a Markdown table."""
+    """Markdown table of the two alternatives of each row of `tried.json`."""
     lines = ["| first or second | first, ms | second, ms | second to first | kept |", "|---|--:|--:|--:|---|"]
     lines += [
         f"| {r['row']} | {r['first_ms']:.1f} | {r['second_ms']:.1f} | {r['second_to_first']:.2f} | {r['kept']} |"
@@ -88,7 +88,7 @@ def tried_table(path: Path) -> str:
 
 
 def block_table(path: Path) -> str:
-    """What a block adds to a step, by `scaling.json`, as a Markdown table."""
+    """Markdown table of the time and operations that one more block adds to a step, from `scaling.json`."""
     result = json.loads(path.read_text())
     squares = {fit["row"]: fit["r_squared"] for fit in result["fits"]}
     lines = [
@@ -104,7 +104,7 @@ def block_table(path: Path) -> str:
 
 
 def ranks_table(path: Path) -> str:
-    """Images a second of `pipeline.json` on two ranks as a Markdown table."""
+    """Markdown table of images per second on two ranks, from `pipeline.json`."""
     rows = json.loads(path.read_text())["measured"][0]["rows"]
     lines = ["| two ranks of one thread | images a second | to one rank |", "|---|--:|--:|"]
     lines += [f"| {r['row']} | {r['images_per_second']:.0f} | {r['times_one_rank']:.2f} |" for r in rows]
@@ -112,9 +112,9 @@ def ranks_table(path: Path) -> str:
 
 
 def runs_table(folders: list[Path]) -> str:
-    """Test errors at several budgets, a column each, as mean and deviation over seeds: a Markdown table.
+    """Markdown table of test errors, one column per folder (budget), as mean ± standard deviation over seeds.
 
-    Memory is that of the first seed's run, and seconds a step are those of the last folder's `step-times.json`.
+    Memory is that of the first seed's run. Seconds per step are those of the last folder's `step-times.json`.
     """
     budgets: list[dict[str, list[dict[str, Any]]]] = []
     for folder in folders:
@@ -137,7 +137,7 @@ def runs_table(folders: list[Path]) -> str:
 
 
 def _command_name(config: dict[str, Any]) -> str:
-    """The recipe, with the flag of a row that is checkpointed."""
+    """Name of the recipe, followed by `--recompute` if the run used activation checkpointing."""
     return config["name"] + (" --recompute" if config.get("recompute") else "")
 
 
@@ -152,7 +152,7 @@ def _errors(seeds: list[dict[str, Any]]) -> str:
 
 
 def features_table(folder: Path) -> str:
-    """Linear probes after some units, and CKA with the end-to-end network, of the analyses in a folder."""
+    """Markdown table of linear probes after some units, and of CKA with the end-to-end network."""
     units = ("layer1.0", "layer1.4", "layer2.4", "layer3.4")
     lines = [f"| training | {' | '.join(units)} | CKA |", f"|---|{'--:|' * (len(units) + 1)}"]
     for name, label in (("e2e", "end-to-end"), ("k16-dgl", "DGL"), ("k16-dgl-man", "DGL+MAN")):
@@ -165,7 +165,7 @@ def features_table(folder: Path) -> str:
 
 
 def long_runs_table(folder: Path) -> str:
-    """Test errors of finished runs that others ran beside: no seconds and no memory."""
+    """Markdown table of test errors of runs that shared a GPU, and so have no comparable seconds and memory."""
     lines = ["| run | blocks | last error | best error |", "|---|--:|--:|--:|"]
     for path in sorted(folder.glob("*-seed*.json")):
         run = json.loads(path.read_text())
@@ -175,7 +175,7 @@ def long_runs_table(folder: Path) -> str:
 
 
 def gpu_trainings_table(path: Path) -> str:
-    """Errors by epoch of trainings that were cut off."""
+    """Markdown table of the errors by epoch of trainings that were cut off."""
     lines = ["| run | blocks | epochs planned | error by epoch |", "|---|--:|--:|---|"]
     for row in json.loads(path.read_text())["rows"]:
         if row["noted"].endswith("13 at a time"):
@@ -185,7 +185,7 @@ def gpu_trainings_table(path: Path) -> str:
 
 
 def gpu_memory_table(path: Path) -> str:
-    """Predicted peaks beside those of CUDA's allocator."""
+    """Markdown table of predicted peaks and those of CUDA's allocator."""
     lines = [
         "| network, method, precision | blocks | predicted GiB | allocator GiB | off by |",
         "|---|--:|--:|--:|--:|",
@@ -199,7 +199,7 @@ def gpu_memory_table(path: Path) -> str:
 
 
 def gpu_speed_table(path: Path) -> str:
-    """Milliseconds a step on a GPU, started kernel by kernel and replayed as a CUDA graph."""
+    """Markdown table of milliseconds per step on a GPU, without and with a CUDA graph."""
     rows = json.loads(path.read_text())["rows"]
     graphs = {row["row"]: row for row in rows if row["graph"]}
     eager = {row["row"]: 1000 * row["seconds_per_step"] for row in rows if not row["graph"]}
@@ -212,7 +212,7 @@ def gpu_speed_table(path: Path) -> str:
 
 
 def three_table(results: Path) -> str:
-    """Memory, time and error of four trainings: the README's three figures."""
+    """Markdown table of memory, time and error of four trainings: the three figures of the README."""
     plan = json.loads((results / "plan-resnet101" / "plan.json").read_text())["rows"]
     peaks = {
         (row["training"], row["num_blocks"], row["recompute"]): row["peak"] / 2**30
@@ -263,7 +263,7 @@ RIVALS = {
 
 
 def rivals_table(path: Path) -> str:
-    """Operations and peaks of `operations.json`, beside those of end-to-end training."""
+    """Markdown table of operations and peaks in `operations.json`, relative to end-to-end training."""
     rows = {row["row"]: row for row in json.loads(path.read_text())["rows"]}
     lines = ["| training | blocks | operations | peak memory |", "|---|--:|--:|--:|"]
     for name, label in RIVALS.items():
@@ -273,7 +273,7 @@ def rivals_table(path: Path) -> str:
 
 
 def rivals_vit_table(path: Path) -> str:
-    """Peaks and operations of a plan with rows in parts."""
+    """Markdown table of peaks and operations of a plan, with and without gradient accumulation."""
     lines = ["| training | kept, MiB | operations | checkpointed, MiB | operations |", "|---|--:|--:|--:|--:|"]
     rows = json.loads(path.read_text())["rows"]
     for count, parts in ((1, 1), (1, 4), (4, 1), (4, 4)):
@@ -288,7 +288,7 @@ def rivals_vit_table(path: Path) -> str:
 
 
 def rivals_language_table(path: Path) -> str:
-    """Peaks of `language_memory.json`."""
+    """Markdown table of the peaks in `language_memory.json`."""
     lines = ["| training | blocks | peak of a step, GiB |", "|---|--:|--:|"]
     lines += [f"| {r['row']} | {r['blocks']} | {r['peak_gib']:.1f} |" for r in json.loads(path.read_text())["rows"]]
     return "\n".join(lines)
@@ -322,7 +322,7 @@ TABLES = {
 
 
 def filled(text: str) -> str:
-    """A document with every table between its two marks written anew."""
+    """The document with every table between two marks replaced by the current one."""
     for name, table in TABLES.items():
         marks = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
         text = re.sub(

@@ -1,10 +1,10 @@
-"""Error at equal wall-clock: the commands that train each row for as long as end-to-end trains for its epochs.
+"""Print the commands that train each row for the wall-clock time that end-to-end training needs for its epochs.
 
     python benchmarks/equal_time.py results/cifar10-ten-epochs/step-times.json --data path/to/cifar10 --seeds 0
 
-prints one `localgrad train` a row and seed. A row gets `epochs = round(E * s_end-to-end / s_row)`, at least 1, of the
-seconds s of a step that `localgrad time` measured in turns; its schedule ends with them. The share of end-to-end's time
-that whole epochs come to is printed behind each command.
+prints one `localgrad train` command per row and seed. A row gets `epochs = round(E * s_end-to-end / s_row)`, at least
+1, where E is end-to-end's number of epochs and s the seconds per step from `localgrad time`. The row's schedule has
+this length. A comment after each command gives the row's training time relative to end-to-end's.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from typing import Any
 
 
 def budgets(rows: Sequence[dict[str, Any]], epochs: int) -> Iterator[tuple[str, int, float]]:
-    """Name of each recipe, the whole epochs nearest to end-to-end's time, and the share of it that they take."""
+    """Name of each recipe, its number of epochs, and its training time relative to end-to-end's."""
     whole = next((row for row in rows if row["num_blocks"] == 1), None)
     if whole is None:
         raise SystemExit("the step times have no row of one block, which end-to-end training is")

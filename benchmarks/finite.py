@@ -1,8 +1,8 @@
-"""What the check of the gradients adds to a step: the same step with and without their norms, in turns.
+"""Measure the time of the check for non-finite gradients: the same step with and without gradient norms, in turns.
 
     python benchmarks/finite.py --rounds 30 -o results/finite.json
 
-ResNet-32 in 15 blocks, DGL+MAN, on random images; the ratio is the median over the rounds.
+ResNet-32 in 15 blocks with DGL+MAN, on random images. The ratio is the median over the rounds.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from report import environment, print_table, write
 
 
 def measure(batch_size: int, rounds: int) -> dict[str, Any]:
-    """Median seconds of a step with and without the gradients' norms, and of the norms alone."""
+    """Median seconds of a step with and without the gradient norms, and of the norms alone."""
     config = recipe("cifar10-resnet32-k16-dgl-man").config
     config = replace(
         config, data=data.digits(), optim=replace(config.optim, batch_size=batch_size), precision="32-true"

@@ -1,10 +1,11 @@
-"""The first seconds of each command: its first byte of output, Ctrl-C, and a hub's name without network.
+"""Measure the first seconds of each command: the first byte of output, Ctrl-C, and a hub name without a network.
 
     python benchmarks/first_sign.py --output results/first_sign.json
 
-Each command runs in a process of its own and is ended at its first byte. Files are in the page cache: a first round
-warms it and does not count. The bar is two seconds. Ctrl-C is pressed at several moments; a good end is one line and
-exit code 130. For some 0.04 s Python itself starts and none of our code can say anything: that is in the file too.
+Each command runs in its own process, which is terminated at its first byte of output. A first round fills the page
+cache and does not count. The goal is a first byte within two seconds. Ctrl-C is sent after several delays; the goal is
+one line and exit code 130. During the first 0.04 s or so Python itself starts, and none of our code can handle Ctrl-C;
+the file has these results too.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from report import environment, print_table, write
 BAR = 2.0
 HUB_BAR = 10.0
 MOMENTS = (0.01, 0.02, 0.03, 0.04, 0.05, 0.1, 0.15, 0.3, 1.0, 3.0)
-"""Seconds after the start at which Ctrl-C is pressed."""
+"""Seconds after the start at which Ctrl-C is sent."""
 INTERRUPTED = ("train digits-dgl-man --run-dir {folder}/ctrl-c", "demo --run-dir {folder}/demo-c")
 INTERRUPTED += ("report {results} --output {folder}/report.html", "recipes", "predict {run} {images}")
 COMMANDS = (
@@ -54,7 +55,7 @@ HUB = (
 
 
 def first_byte(words: list[str], variables: dict[str, str]) -> float:
-    """Seconds to the first byte on stdout or stderr, after which the process is ended."""
+    """Seconds to the first byte on stdout or stderr; then terminates the process."""
     begin = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-m", "localgrad", *words],
@@ -75,7 +76,7 @@ def first_byte(words: list[str], variables: dict[str, str]) -> float:
 
 
 def failure(words: list[str], variables: dict[str, str]) -> dict[str, Any]:
-    """Seconds until a command fails, its exit code and what it said of it."""
+    """Seconds until a command fails, its exit code and its error message."""
     begin = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-m", "localgrad", *words], capture_output=True, text=True, env=variables, check=False
@@ -85,7 +86,7 @@ def failure(words: list[str], variables: dict[str, str]) -> dict[str, Any]:
 
 
 def pressed(words: list[str], moment: float) -> str:
-    """How a command ends at Ctrl-C: `one line`, `traceback`, `ended before`, or `silent`, by the signal itself."""
+    """How a command ends after Ctrl-C: `one line`, `traceback`, `ended before`, or `silent` (killed by the signal)."""
     process = subprocess.Popen(
         [sys.executable, "-m", "localgrad", *words],
         stdout=subprocess.DEVNULL,
@@ -116,7 +117,7 @@ def make_images(folder: Path) -> None:
 
 
 def measure(rounds: int, results: Path) -> dict[str, Any]:
-    """All commands, `rounds` times each after one that does not count."""
+    """Measure all commands, `rounds` times each after one round that does not count."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         places = {"folder": folder, "images": folder / "images", "run": folder / "run", "results": results}

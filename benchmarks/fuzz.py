@@ -1,4 +1,4 @@
-"""Run the property tests for long, on new random inputs, and report what is no `LocalGradError`.
+"""Run the property tests for a long time on new random inputs, and report every failure.
 
 python benchmarks/fuzz.py --minutes 10
 """
@@ -21,7 +21,7 @@ from report import environment, write
 
 MODULES = {"test_properties": "core", "test_parsers": "config"}
 LENGTH = 16384
-"""Random bytes that an input is made from."""
+"""Number of random bytes from which an input is made."""
 
 
 def tests() -> dict[str, Any]:
@@ -34,11 +34,10 @@ def tests() -> dict[str, Any]:
 
 
 def fuzz(minutes: float, seed: int) -> dict[str, Any]:
-    """Feeds random bytes to the strategies of all tests in turns, until the time is over.
+    """Runs all tests in turn on inputs from random bytes, until the time is over.
 
     Returns:
-        The number of inputs that each test ran on, and of each test that failed the first error, with the seed of its
-        input.
+        The number of inputs of each test, and for each test that failed the first error and the seed of its input.
     """
     chosen, end = tests(), time.monotonic() + 60 * minutes
     ran: Counter[str] = Counter()
@@ -47,8 +46,8 @@ def fuzz(minutes: float, seed: int) -> dict[str, Any]:
         for name, test in chosen.items():
             buffer = random.Random(seed).randbytes(LENGTH)
             try:
-                ran[name] += test.hypothesis.fuzz_one_input(buffer) is not None  # None where the bytes make no input
-            except Exception:  # whatever it is, it is what is looked for
+                ran[name] += test.hypothesis.fuzz_one_input(buffer) is not None  # None if the bytes give no input
+            except Exception:  # any exception is a finding
                 failures.setdefault(name, {"seed": seed, "error": traceback.format_exc()})
             seed += 1
     return {"minutes": minutes, "inputs": ran.total(), "inputs_by_test": dict(ran), "failures": failures}

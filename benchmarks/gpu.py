@@ -1,15 +1,16 @@
-"""Everything that needs a GPU, in one call that ends in time and goes on where it stopped.
+"""Run everything that needs a GPU, within a time limit; the same command continues where it stopped.
 
     python benchmarks/gpu.py --data path/to/folders --minutes 9 -o results/gpu --pack results/gpu.tar.gz
 
-- speed: seconds a step of the rows of `gpu_jobs.TIMED`, each alone on the GPU, as a CUDA graph and some without.
-- tests: the suite's tests that need a GPU.
-- memory: the allocator's peak of a step beside the planner's prediction, in float32 and under bf16 autocast.
-- train: `gpu_jobs.TRAININGS`, several at a time (under NVIDIA's MPS where it can be started), a JSON each.
-- tasks: `task_jobs.jobs`, the examples' command lines, likewise; only where --parts names it.
+- speed: seconds per step of the rows of `gpu_jobs.TIMED`, each alone on the GPU, with CUDA graphs and for some rows
+  also without.
+- tests: the tests of the suite that need a GPU.
+- memory: the predicted peak of a step and that of the allocator, in float32 and under bf16 autocast.
+- train: `gpu_jobs.TRAININGS`, several at the same time (with NVIDIA's MPS if it can be started). Each writes a JSON.
+- tasks: the command lines of the examples (`task_jobs.jobs`), in the same way; only if --parts names it.
 
-What is there is not done again. `--data` holds a folder for each set of images (`gpu_data.py` packs them). With
-`--device cpu --tiny` every part runs on small networks and random images.
+Finished work is not repeated. `--data` has a folder for each data set (`gpu_data.py` packs them). With `--device cpu
+--tiny` every part runs on small networks and random images.
 """
 
 import argparse
@@ -47,13 +48,13 @@ HALF = (0.5, 0.5, 0.5)
 PARTS = ("speed", "tests", "memory", "train")
 ALL_PARTS = (*PARTS, "tasks")
 SPARE_SECONDS = 12.0
-"""Kept for ending and packing."""
+"""Seconds before the time limit that are kept for stopping the processes and packing the results."""
 MPS_FOLDER = Path("/tmp/localgrad-mps")
 
 
 @dataclass(frozen=True)
 class Network:
-    """What is measured: a model by name, its batch, and the number of blocks."""
+    """A network to measure: model by name, batch and number of blocks."""
 
     name: str
     depth: int
@@ -69,7 +70,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Method:
-    """How a network is trained."""
+    """A training method: objective, momentum and checkpointing."""
 
     objective: str | None
     momentum: Any
@@ -109,7 +110,7 @@ class Job:
 
     @property
     def method(self) -> Method:
-        """How it is trained."""
+        """The training method with this name."""
         return METHODS[self.name]
 
     def model(self) -> torch.nn.Module:
@@ -131,7 +132,7 @@ class Job:
         return localgrad.dgl(self.network.classes, head="light" if large else "compact")
 
     def plan(self) -> tuple[list[str], float]:
-        """The best cuts for the number of blocks, and the peak that is predicted for them."""
+        """The best cuts for the number of blocks, and their predicted peak in bytes."""
         example = self.example()
         found = units(self.model(), example[:2])
         profiled = profile(
@@ -147,7 +148,7 @@ class Job:
         return [found[cut].name for cut in cuts], profiled.peak(cuts)
 
     def measured_peak(self) -> dict[str, Any]:
-        """GiB, predicted and measured."""
+        """Predicted and measured peak in GiB."""
         cuts, predicted = self.plan()
         measured = step_peak(
             self.model(),
@@ -167,7 +168,7 @@ class Job:
 
 
 def jobs(options: argparse.Namespace, precision: Precision) -> Iterator[tuple[str, Job]]:
-    """Every network by every method, under the names of their rows."""
+    """Every network with every method, each with the name of its row."""
     for network in TINY_NETWORKS if options.tiny else NETWORKS:
         for name in TINY_METHODS if options.tiny else METHODS:
             job = Job(network, name, torch.device(options.device), precision)
@@ -175,7 +176,7 @@ def jobs(options: argparse.Namespace, precision: Precision) -> Iterator[tuple[st
 
 
 def measure_memory(options: argparse.Namespace) -> None:
-    """Predicted and measured peaks; a row is written as soon as it is there."""
+    """Measure predicted and allocated peaks; writes the file after each row."""
     path = options.output / "memory.json"
     rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
     for precision in ("bf16-mixed", "32-true"):
@@ -186,7 +187,7 @@ def measure_memory(options: argparse.Namespace) -> None:
 
 
 def run_tests(options: argparse.Namespace) -> None:
-    """The suite's tests marked `gpu`; what pytest says goes to a file."""
+    """Run the tests marked `gpu`, and write the output of pytest to a file."""
     options_of_pytest = ["-m", "gpu", "-o", "addopts=", "-q", "-p", "no:cacheprovider", "-W", "default"]
     command = [sys.executable, "-m", "pytest", *options_of_pytest, "tests/training/test_cuda.py"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=200)
@@ -194,7 +195,7 @@ def run_tests(options: argparse.Namespace) -> None:
 
 
 def run_task(task: Task, log: Path) -> None:
-    """Become the command of a task, which ends with this process; what it prints goes to a file."""
+    """Replace this process by the command of a task, with its output in a file."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as file:
         for stream in (1, 2):
@@ -205,7 +206,7 @@ def run_task(task: Task, log: Path) -> None:
 
 
 def load_sets(options: argparse.Namespace) -> Sets:
-    """The images of the folders that are there, by name."""
+    """The data sets whose folders exist, by name."""
     if options.tiny:
         pixels = torch.randint(0, 256, (72, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         labels = torch.arange(72) % 10
@@ -228,7 +229,7 @@ def load_sets(options: argparse.Namespace) -> Sets:
 
 
 def start_mps() -> bool:
-    """Start NVIDIA's MPS, which lets kernels of several processes run at the same time, and see that it works."""
+    """Start NVIDIA's MPS, which runs kernels of several processes at the same time; returns whether it works."""
     control = shutil.which("nvidia-cuda-mps-control")
     if control is None:
         return False
@@ -250,18 +251,18 @@ def start_mps() -> bool:
 
 
 def stop_mps() -> None:
-    """End what `start_mps` started."""
+    """Stop the MPS that `start_mps` started."""
     subprocess.run(["nvidia-cuda-mps-control"], input=b"quit\n", capture_output=True, timeout=20, check=False)
 
 
 def wanted(options: argparse.Namespace, sets: Sets) -> list[Training]:
-    """The trainings that are asked for, can be done and are not done."""
+    """The requested trainings whose images exist and that are not finished."""
     chosen = [job for job in (TINY if options.tiny else TRAININGS) if not options.only or job.name in options.only]
     return [job for job in chosen if job.data in sets and not is_finished(job, options.output)]
 
 
 def do(options: argparse.Namespace, parts: Sequence[str], deadline: float) -> Queue:
-    """Every part, in order."""
+    """Run the parts in order until the deadline."""
     sets = load_sets(options) if {"speed", "train"} & {*parts} else {}
     if "speed" in parts:
         rows = TINY if options.tiny else [Training(f"cifar10-resnet32-{row}", "", TEN) for row in TIMED]

@@ -1,9 +1,9 @@
-"""Images for the runs on a GPU: packed small enough to travel, read without other libraries than PyArrow and Pillow.
+"""Images for the runs on a GPU: pack them into small files, and read them with only PyArrow and Pillow.
 
     python benchmarks/gpu_data.py --cifar10 path/to/cifar10 --imagenette path/to/imagenette -o .data
 
-writes two folders of about 60 MB, `part1` and `part2`, which together are `cifar10` as it is and `imagenette64`, the
-images of Imagenette at 64 px (lossy WebP, quality 80).
+writes two folders of about 60 MB, `part1` and `part2`. Together they contain `cifar10`, unchanged, and `imagenette64`:
+the images of Imagenette at 64 px (lossy WebP, quality 80).
 """
 
 import argparse
@@ -27,12 +27,13 @@ SIZE, QUALITY = 64, 80
 
 
 def load(folder: Path, config: DataConfig, processes: int) -> tuple[Images, Images]:
-    """The training and the test set of a folder of Parquet files, decoded by so many processes.
+    """The training and test set of a folder of Parquet files, decoded by several processes.
 
     Args:
-        folder: with `train-*.parquet`, and `test-*` or `validation-*`; a column of encoded images and `label`.
-        config: what is done with the images; its limits take the first of each class.
-        processes: how many decode at the same time.
+        folder: folder with `train-*.parquet`, and `test-*` or `validation-*`. They have a column of encoded images and
+            a column `label`.
+        config: how to prepare the images. Its limits take the first images of each class.
+        processes: number of processes that decode images.
     """
     sets = []
     for split, limit in (("train", config.train_limit), (config.test_split, config.test_limit)):
@@ -76,7 +77,7 @@ def _decoded(encoded: Sequence[bytes], size: int) -> np.ndarray[Any, Any]:
 
 
 def shrink(source: Path, target: Path, rows: slice = slice(None)) -> None:
-    """Write a Parquet file of square images again with `SIZE` pixels."""
+    """Write a copy of a Parquet file with its images resized to `SIZE` x `SIZE` pixels."""
     import pyarrow
     import pyarrow.parquet
     from PIL import Image

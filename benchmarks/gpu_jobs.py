@@ -1,4 +1,4 @@
-"""What is trained on a GPU, the most wanted first: a plain list."""
+"""The list of trainings for a GPU, by priority."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,13 +15,13 @@ THIRTY = {"epochs": 30, "warmup_epochs": 2, "batch_size": 128, "lr": 0.1}
 
 @dataclass(frozen=True)
 class Training:
-    """A recipe with another budget, and a seed."""
+    """A recipe with changed optimizer settings and a seed."""
 
     recipe: str
     folder: str
-    """Folder of its result, which names the budget."""
+    """Folder of its result, named after the budget."""
     optim: dict[str, Any] = field(default_factory=dict)
-    """What of the optimizer's settings is not as in the recipe."""
+    """Optimizer settings that differ from the recipe."""
     seed: int = 0
     data: str = "cifar10"
     """Folder of its images."""
@@ -31,7 +31,7 @@ class Training:
         return f"{self.folder}/{self.recipe}-seed{self.seed}"
 
     def config(self, **changes: Any) -> TrainConfig:
-        """The complete run."""
+        """The complete config."""
         config = recipe(self.recipe).config
         config = replace(config, seed=self.seed, optim=replace(config.optim, **self.optim), **changes)
         return with_defaults(validate(config))
@@ -87,12 +87,12 @@ TRAININGS: list[Training] = [
 ]
 
 TIMED = (*MAIN, *CHEAP, "k16-auglocal-d5-pool2-reach2", "k16-dgl-man-ema-only", "k16-dgl-man-reach2", "k8-dgl")
-"""Rows of `TRAININGS` at ten epochs whose seconds a step are measured, one after the other, nothing beside them."""
+"""Rows of `TRAININGS` at ten epochs whose seconds per step are measured, each alone on the GPU."""
 EAGER = ("e2e", "k16-dgl", "k16-dgl-man", "k16-auglocal-d2", "k16-dgl-reach2")
-"""Rows that are measured without CUDA graphs too."""
+"""Rows that are also measured without CUDA graphs."""
 
 TINY = [
     Training("cifar10-resnet32-e2e", "tiny", {"epochs": 2, "warmup_epochs": 0, "batch_size": 16}),
     Training("cifar10-resnet32-k16-auglocal-d2-reach2", "tiny", {"epochs": 2, "warmup_epochs": 0, "batch_size": 16}),
 ]
-"""What shows that everything runs."""
+"""Trainings of two epochs for `--tiny`, which tests that everything runs."""

@@ -1,9 +1,9 @@
-"""Trainings that share a GPU: a process each, several at a time, until a deadline.
+"""Trainings that share a GPU: one process each, several at the same time, until a deadline.
 
-The processes are forked from one that has the images and never touches CUDA. Each trains a config as `localgrad train`
-does (the same network, batches, rates and local step), replays the step as a CUDA graph, and writes its result after
-each epoch, so that a run that the time does not allow is seen as far as it went. What a run wrote says whether it is
-finished; only those that are not are trained again.
+The processes are forked from one that has loaded the images and never uses CUDA. Each trains a config as `localgrad
+train` does (with the same network, batches, learning rates and local step), replays the step as a CUDA graph, and
+writes its result after each epoch. So a run that is cut off at the deadline still has the results of its finished
+epochs. The result says whether the run is finished; only unfinished runs are trained again, from the start.
 """
 
 import json
@@ -37,12 +37,12 @@ FORK = multiprocessing.get_context("fork")
 
 
 class Loop:
-    """One network and what trains it, on one device.
+    """A network with its blocks and optimizers on one device.
 
     Args:
-        config: the run.
-        num_classes: of its images.
-        device: where it lives.
+        config: config of the run.
+        num_classes: number of classes of its images.
+        device: device of the network.
         graphed: replay the step as a CUDA graph.
     """
 
@@ -59,18 +59,18 @@ class Loop:
         self.graphed = graphed
 
     def set_rate(self, value: float) -> None:
-        """The learning rate, on the device where a graph reads it."""
+        """Set the learning rate, as a tensor on the device if a graph reads it."""
         self.rate.fill_(value)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.rate if self.graphed else value
 
     def autocast(self, index: int = 0) -> AbstractContextManager[Any]:
-        """bf16-mixed on CUDA, which is what `auto` is there; float32 elsewhere."""
+        """The precision of `auto`: bf16 autocast on CUDA, float32 elsewhere."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
     def step(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        """One local step; the mean loss of each block."""
+        """One local step; returns the mean loss of each block."""
         parts = min(self.config.optim.accumulate, len(inputs))
         total = inputs.new_zeros(len(self.blocks))
         for part, part_targets in zip(inputs.tensor_split(parts), targets.tensor_split(parts), strict=True):
@@ -84,7 +84,7 @@ class Loop:
 
     @torch.no_grad()
     def error(self, images: Images) -> float:
-        """Test error in percent of the model's own forward."""
+        """Test error in percent of the model's own forward pass."""
         modules: Sequence[nn.Module] = (self.model, *self.blocks)
         for module in modules:
             module.eval()
@@ -97,7 +97,7 @@ class Loop:
         return 100 * int(wrong) / len(images)
 
     def epoch(self, images: Images, epoch: int) -> list[float]:
-        """Trains an epoch; the mean loss of each block."""
+        """Train one epoch; returns the mean loss of each block."""
         optim = self.config.optim
         self.set_rate(
             learning_rate(
@@ -119,7 +119,7 @@ class Loop:
 
 
 def train(job: Training, sets: Sets, options: Any) -> None:
-    """Train a job and write what came of it after each epoch."""
+    """Train a job and write its result after each epoch."""
     torch.set_num_threads(1)
     device = torch.device(options.device)
     if device.type == "cuda":
@@ -160,7 +160,7 @@ def _train(job: Training, loop: Loop, images: Images, test: Images, path: Path, 
             "num_blocks": len(loop.blocks),
             "parameters": parameters(loop),
             "peak_memory_bytes": peak(loop.device),
-            "seconds_per_step": None,  # others run beside it
+            "seconds_per_step": None,  # not comparable: other processes share the GPU
             "wall_seconds": time.perf_counter() - begin,
             "precision": "bf16-mixed" if loop.device.type == "cuda" else "32-true",
             "skipped": 0,
@@ -179,7 +179,7 @@ def _train(job: Training, loop: Loop, images: Images, test: Images, path: Path, 
 
 
 def parameters(loop: Loop) -> dict[str, int]:
-    """Number of parameters, as a result has them."""
+    """Numbers of parameters, as in the result of a run."""
     backbone = sum(p.numel() for p in loop.model.parameters())
     every = {id(p): p for block in loop.blocks for p in block.parameters()}
     return {
@@ -190,12 +190,12 @@ def parameters(loop: Loop) -> dict[str, int]:
 
 
 def peak(device: torch.device) -> int:
-    """Most bytes that the allocator gave out, images and graphs included; 0 on a processor."""
+    """Peak of the allocator in bytes, including images and graphs; 0 on a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Device and versions, of a checkout that need not be installed."""
+    """Device and versions. Also works if localgrad is not installed."""
     import platform
 
     import torchvision
@@ -206,22 +206,24 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def save(path: Path, result: dict[str, Any]) -> None:
-    """Write JSON whole or not at all."""
+    """Write JSON atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text(json.dumps(result, indent=1) + "\n")
     part.replace(path)
 
 
-# Several at a time
+# Several at the same time
 
 
 @dataclass
 class Queue:
-    """Jobs by name with what does them, the most wanted first; `run` does them, so many at a time, until the deadline.
+    """Runs jobs by priority, each in its own process and at most `workers` at the same time, until the deadline.
 
     Attributes:
-        seconds: how long what is done took, or an epoch of a training, by kind of job.
+        running: processes that run, with their start times, by name of the job.
+        left: names of the jobs that did not finish before the deadline.
+        failed: names of the jobs that failed.
     """
 
     workers: int
@@ -232,7 +234,7 @@ class Queue:
     failed: list[str] = field(default_factory=list)
 
     def run(self, jobs: Sequence[tuple[str, Callable[[], None], Callable[[], float]]]) -> None:
-        """Do the jobs: a name, what does it in a process of its own, and how long it will take at least."""
+        """Run jobs: each has a name, a function to run in its own process, and a function for its predicted seconds."""
         waiting = list(jobs)
         try:
             while waiting or self.running:
@@ -280,7 +282,7 @@ class Queue:
 
 
 def _noted(name: str, work: Callable[[], None], output: Path) -> None:
-    """Do a job; an error goes to a file of its own."""
+    """Run a job; writes the traceback of an error to a file."""
     try:
         work()
     except BaseException:
@@ -288,11 +290,11 @@ def _noted(name: str, work: Callable[[], None], output: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(traceback.format_exc())
         os._exit(1)
-    os._exit(0)  # nothing that the parent has open is closed twice
+    os._exit(0)  # skips cleanup, which would close the files of the parent process
 
 
 def predicted(job: Training, output: Path) -> float:
-    """Seconds that a training takes: its epochs at the rate of others of its recipe, or the slowest that is known."""
+    """Predicted seconds of a training, from measured epochs of its recipe, or the slowest of its data set."""
     rates: dict[str, float] = {}
     for path in output.glob("*/*.json"):
         result = json.loads(path.read_text())
@@ -305,16 +307,16 @@ def predicted(job: Training, output: Path) -> float:
 
 
 def is_finished(job: Training, output: Path) -> bool:
-    """Whether the result of a training is there and whole."""
+    """Whether the result of a training exists and is finished."""
     path = output / f"{job.name}.json"
     return path.exists() and bool(json.loads(path.read_text())["finished"])
 
 
-# Seconds a step, one row after the other
+# Seconds per step, one row after the other
 
 
 def time_steps(rows: Sequence[tuple[Training, bool]], sets: Sets, options: Any) -> Iterator[None]:
-    """Measure rows: so many processes at a time get ready, and then take turns; the GPU does nothing else meanwhile."""
+    """Time the rows: several processes set up at the same time, then run one after the other, alone on the GPU."""
     at_once = options.workers
     for first in range(0, len(rows), at_once):
         group = rows[first : first + at_once]

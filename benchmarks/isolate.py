@@ -1,12 +1,12 @@
-"""Seconds and peak memory of a step: `isolate` beside `split`, ResNet-50 at 128 px, four blocks, DGL.
+"""Compare seconds and peak memory of a step of `isolate` and `split`: ResNet-50 at 128 px, four blocks, DGL.
 
     python benchmarks/isolate.py -o results/isolate.json
 
-Both train the same cuts on the same batch, SGD with momentum, one optimizer a block; the end-to-end loop is a third
-row. The rows take turns, a step each, on one thread, and a ratio is the median over the rounds of one time over the
-other of the same round. CPU seconds are those of the process, which other work on the machine disturbs less. Peak
-memory is that of the live tensors that a step makes. On a machine that others work on, `chrt -f 10 taskset -c 1` in
-front of the command gives it one core to itself; the committed file was measured so.
+Both use the same cuts and the same batch, and SGD with momentum with one optimizer per block. An end-to-end loop is the
+third row. The rows run one step each in turn on one thread. A ratio is the median over the rounds of the ratio of two
+times in the same round. CPU seconds are those of the process, which depend less on other work on the machine. Peak
+memory is that of the live tensors that a step creates. On a shared machine, put `chrt -f 10 taskset -c 1` before the
+command to give it one core; the committed file was measured in this way.
 """
 
 import argparse
@@ -30,7 +30,7 @@ CLASSES = 1000
 
 
 def steps(size: int, batch_size: int, momentum: Any, device: torch.device) -> dict[str, Callable[[], None]]:
-    """A step of each row, on networks of their own."""
+    """A function for one step of each row, each with its own network."""
     inputs = torch.randn(batch_size, 3, size, size, device=device)
     targets = torch.randint(0, CLASSES, (batch_size,), device=device)
 
@@ -69,7 +69,7 @@ def steps(size: int, batch_size: int, momentum: Any, device: torch.device) -> di
 
 def measure(rows: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> list[dict[str, Any]]:
     """Seconds and peak memory of each row, and the ratios to `split`."""
-    peaks = {name: measure_peak(step, device)[1] for name, step in rows.items()}  # warms up too
+    peaks = {name: measure_peak(step, device)[1] for name, step in rows.items()}  # this also warms up
     seconds: dict[str, list[float]] = {name: [] for name in rows}
     of_process: dict[str, list[float]] = {name: [] for name in rows}
     for _ in range(rounds):
@@ -97,7 +97,7 @@ def measure(rows: dict[str, Callable[[], None]], rounds: int, device: torch.devi
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure without momentum and with MAN."""
+    """Measure, print and write, without momentum and with MAN."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=32)

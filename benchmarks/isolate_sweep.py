@@ -1,10 +1,10 @@
-"""Does `isolate(num_blocks=4)` train networks of all families: 60 of timm and 15 of torchvision.
+"""Test whether `isolate(num_blocks=4)` trains networks of all families: 60 of timm and 15 of torchvision.
 
     python benchmarks/isolate_sweep.py -o results/isolate_sweep.json
 
-Each network, with random weights, at a small image size, trains two steps with the objective `classifier` and once more
-with `man()`. A network counts if all losses are finite, every auxiliary parameter moves, and no parameter of the
-network that moves end-to-end stays where it is. Beside it: how many units `split` finds (with `--units`).
+Each network has random weights and a small image size. It trains two steps with the objective `classifier`, and again
+with `man()`. A network passes if all losses are finite, every auxiliary parameter gets a gradient, and every parameter
+that gets a gradient end-to-end also gets one here. With `--units` the script also counts the units that `split` finds.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import localgrad
 from report import environment, print_table, write
 
 CLASSES = 10
-# one or two of each family of timm, small ones, and the size of image for which they are made here
+# one or two small networks of each family of timm, with options that set the image size
 TIMM: dict[str, dict[str, Any]] = {
     "vit_tiny_patch16_224": {"img_size": 64},
     "deit_tiny_distilled_patch16_224": {"img_size": 64},
@@ -109,7 +109,7 @@ SIZES = {"alexnet": 96, "efficientformer_l1": 224, "crossvit_tiny_240": 240, "ma
 
 
 def network(name: str, library: str) -> tuple[nn.Module, int]:
-    """A network with random weights, and the side of its images."""
+    """A network with random weights, and the height and width of its images."""
     if library == "torchvision":
         options = {"input_size": (224, 224)} if name == "maxvit_t" else {}
         return torchvision.models.get_model(name, weights=None, num_classes=CLASSES, **options), SIZES.get(name, 64)
@@ -148,12 +148,12 @@ def train(name: str, library: str, momentum: Any) -> dict[str, Any]:
 
 
 def output_of(output: Any) -> Tensor:
-    """The class scores; DeiT's two heads while training are averaged."""
+    """The class scores; averages the two heads that DeiT has in training mode."""
     return torch.stack(output).mean(0) if isinstance(output, tuple) else output
 
 
 def unreached_end_to_end(name: str, library: str) -> list[str]:
-    """Parameters that get no gradient without isolation either."""
+    """Names of the parameters that get no gradient in end-to-end training either."""
     torch.manual_seed(0)
     model, size = network(name, library)
     output_of(model.train()(torch.randn(2, 3, size, size))).sum().backward()
@@ -161,7 +161,7 @@ def unreached_end_to_end(name: str, library: str) -> list[str]:
 
 
 def row(name: str, library: str, count_units: bool) -> dict[str, Any]:
-    """What one network does."""
+    """The results of one network."""
     begun = time.perf_counter()
     found: dict[str, Any] = {"library": library, "network": name}
     for kind, momentum in (("plain", None), ("man", localgrad.man())):
@@ -182,7 +182,7 @@ def row(name: str, library: str, count_units: bool) -> dict[str, Any]:
 
 
 def number_of_units(make: Callable[[], tuple[nn.Module, int]]) -> int:
-    """How many units `units` finds, 0 where it fails."""
+    """Number of units that `units` finds; 0 if it fails."""
     model, size = make()
     try:
         with warnings.catch_warnings():
@@ -193,7 +193,7 @@ def number_of_units(make: Callable[[], tuple[nn.Module, int]]) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run all networks, or those that are named."""
+    """Run all networks, or the named ones."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="networks; all of them unless given")
     parser.add_argument("--units", action="store_true", help="count the units that split finds too")

@@ -1,11 +1,11 @@
-"""Kill a training at random moments, start it again each time, and compare its end with a run that was left alone.
+"""Kill a training at random moments, resume it each time, and compare its result with an uninterrupted run.
 
     python benchmarks/kills.py --kills 200 -o results/kills.json
 
-A sitting is a forked process that trains, or tests, the tiny digits run; it gets SIGKILL after a random time. After
-each kill every file is read: none may be half-written. Each sitting after that has to begin at most one checkpoint
-interval before the step that the killed one had reached. The finished run has to equal the uninterrupted one bit for
-bit: weights, auxiliary networks, optimizers, metrics and result, all but times.
+A sitting is a forked process that trains or evaluates the tiny digits run and gets SIGKILL after a random time. After
+each kill the script reads every file: no file may be half-written. The next sitting must start at most one checkpoint
+interval before the last step of the killed one. The finished run must equal the uninterrupted run bit for bit in
+weights, auxiliary networks, optimizer states, metrics and result; only times may differ.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import lightning.fabric  # noqa: F401 (paid once, before the forks)
+import lightning.fabric  # noqa: F401 (imported once, before the forks)
 import sklearn.datasets
 import sklearn.model_selection  # noqa: F401
 import torch
@@ -53,12 +53,12 @@ CONFIG = TrainConfig(
     checkpoint_every=3,
 )
 TIMES = {"seconds_per_step", "images_per_second", "elapsed_seconds", "wall_seconds", "commit", "date"}
-"""What may differ: times, and the commit where somebody works on the code meanwhile."""
+"""Fields that may differ: times, and the commit if the code changes during the benchmark."""
 PHASES = ("set-up", "training", "saving", "evaluating", "finishing", "localgrad evaluate")
 
 
 class Board:
-    """Memory that the sitting writes and the killer reads: the phase, the step it began with, the steps done."""
+    """Shared memory that the sitting writes and the killer reads: phase, first step, and number of finished steps."""
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, 24)
@@ -73,7 +73,7 @@ class Board:
 
 
 def train(board: Board, run_dir: Path) -> None:
-    """One sitting, as `localgrad train` or `localgrad train --resume`, that notes on the board what it does."""
+    """One sitting of `localgrad train` or `localgrad train --resume`, which writes its progress to the board."""
     board.write(0, -1, 0)
     names = {"train_step": 1, "save": 2, "finish_epoch": 3}
     originals: dict[str, Callable[..., Any]] = {name: getattr(trainer, name) for name in names}
@@ -83,7 +83,7 @@ def train(board: Board, run_dir: Path) -> None:
             first = board.read()[1]
             board.write(names[name], first if first >= 0 else run.state.step, run.state.step)
             result = originals[name](run, *arguments)
-            done = run.state.step + (name == "train_step")  # the trainer counts it right after
+            done = run.state.step + (name == "train_step")  # the trainer increments its counter right after
             board.write(4 if run.state.epoch > run.config.optim.epochs else 1, board.read()[1], done)
             return result
 
@@ -101,10 +101,10 @@ def evaluate(board: Board, run_dir: Path) -> None:
 
 
 def sitting(work: Callable[[Board, Path], None], board: Board, run_dir: Path, after: float | None) -> bool:
-    """Does the work in a process of its own; whether it was killed before it was done.
+    """Runs the work in its own process; returns whether the process was killed before it finished.
 
     Raises:
-        RuntimeError: it ended by itself in another way than well.
+        RuntimeError: the process failed by itself.
     """
     child = os.fork()
     if child == 0:
@@ -116,7 +116,7 @@ def sitting(work: Callable[[Board, Path], None], board: Board, run_dir: Path, af
             os._exit(code)
     if after is not None:
         time.sleep(after)
-        os.kill(child, signal.SIGKILL)  # the child is not waited for yet, so the number is still its own
+        os.kill(child, signal.SIGKILL)  # before waitpid, so the process id still belongs to the child
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
         return True
@@ -126,7 +126,7 @@ def sitting(work: Callable[[Board, Path], None], board: Board, run_dir: Path, af
 
 
 def contents(run_dir: Path) -> dict[str, Any]:
-    """Everything in a run folder, read; any file that is half-written raises."""
+    """The contents of all files in a run folder, without times; a half-written file raises."""
     found: dict[str, Any] = {}
     for name in ("config.json", "result.json"):
         if (run_dir / name).exists():
@@ -145,7 +145,7 @@ def contents(run_dir: Path) -> dict[str, Any]:
 
 
 def equal(one: Any, other: Any) -> bool:
-    """Whether two trees of tables, lists, tensors and plain values agree bit for bit."""
+    """Whether two nested structures of dicts, lists, tensors and plain values are equal bit for bit."""
     if isinstance(one, torch.Tensor):
         return one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, dict):
@@ -156,10 +156,11 @@ def equal(one: Any, other: Any) -> bool:
 
 
 def kill_runs(kills: int, seed: int, folder: Path) -> dict[str, Any]:
-    """Runs, killed and continued until they are done, until there were enough kills.
+    """Kills and resumes runs until each is finished, and repeats this until there were enough kills.
 
     Raises:
-        AssertionError: more than one checkpoint interval was lost, or a finished run is another one.
+        AssertionError: a kill lost more than one checkpoint interval, or a finished run differs from the uninterrupted
+            one.
     """
     chance, board = random.Random(seed), Board()
     straight = folder / "straight"
@@ -181,12 +182,12 @@ def kill_runs(kills: int, seed: int, folder: Path) -> dict[str, Any]:
         while going:
             going = kill(train, run_dir, duration) if phases.total() < kills else sitting(train, board, run_dir, None)
             _, first, done = board.read()
-            if first >= 0:  # it came as far as its first step
+            if first >= 0:  # the sitting reached its first step
                 lost.append(reached - first)
                 assert 0 <= lost[-1] <= CONFIG.checkpoint_every, f"{run_dir}: {lost[-1]} steps were lost"
                 reached = done
             if run_dir.exists():
-                contents(run_dir)  # raises where a file is half-written
+                contents(run_dir)  # raises if a file is half-written
                 readings += 1
                 left_over += bool(list(run_dir.glob(".*.tmp")))
         for _ in range(2):

@@ -1,12 +1,13 @@
-"""Peak memory of a training step of GPT-2 medium, counted on `meta`: end-to-end, checkpointed, and in blocks.
+"""Count the peak memory of a training step of GPT-2 medium on `meta`: end-to-end, checkpointed, and in local blocks.
 
     python benchmarks/language_memory.py -o results/language_memory.json
 
-The stock model of transformers (attention "sdpa", which `meta` counts as matrices of weights and a softmax), eight
-texts of 1,024 tokens in float32, forward and backward pass with all gradients; weights are left out, like the state of
-an optimizer. Local blocks read the model's own output layer (`readout`). Beside the peak of the step stands the peak of
-each block, which says who sets it: a block's begins where the one before it has ended. In rows that step by block, each
-block's gradients are freed before the next begins, as an optimizer that steps in `isolate(..., backward=)` allows.
+The model is the standard GPT-2 of transformers, with eight texts of 1,024 tokens in float32. Its attention is "sdpa",
+which on `meta` materialises the attention matrices and their softmax. The peak covers forward and backward pass and all
+gradients, without weights and optimizer state. Local blocks use the model's own output layer (`readout`). The file has
+the peak of the step, the largest peak of a local block, and the peak of the last block. In rows that step by block, the
+gradients of each block are freed before the next block starts, as with an optimizer that steps in `isolate(...,
+backward=)`.
 """
 
 import argparse
@@ -27,7 +28,7 @@ META = torch.device("meta")
 
 
 def gpt2(size: str) -> Any:
-    """A GPT-2 on meta, without dropout."""
+    """A GPT-2 on the `meta` device, without dropout."""
     width, layers, heads = {"medium": (1024, 24, 16), "tiny": (64, 4, 2)}[size]
     config = transformers.GPT2Config(n_embd=width, n_layer=layers, n_head=heads)
     config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
@@ -40,10 +41,15 @@ def gpt2(size: str) -> Any:
 def peaks(
     model: Any, tokens: Tensor, blocks: int, *, checkpointed: bool = False, stepped: bool = False, **options: Any
 ) -> list[int]:
-    """The peak in bytes of each block of a step, or of the whole model's.
+    """The peak of each block of a step in bytes; without blocks, the peak of the whole step.
 
     Args:
-        stepped: each block's optimizer steps after its own backward pass, so that its gradients are freed.
+        model: the GPT-2.
+        tokens: token ids `(N, L)`.
+        blocks: number of blocks; 1 is end-to-end.
+        checkpointed: use activation checkpointing of every layer.
+        stepped: each block's optimizer steps after the block's own backward pass, so that its gradients are freed.
+        options: further arguments of `isolate`.
     """
     if checkpointed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -58,7 +64,8 @@ def peaks(
         counter.peak = counter.current
 
     length = tokens.shape[1]
-    mask = torch.ones(len(tokens), 1, length, length, dtype=torch.bool, device=META)  # none would have to be looked at
+    # without a mask transformers reads values of tensors, which `meta` tensors lack
+    mask = torch.ones(len(tokens), 1, length, length, dtype=torch.bool, device=META)
     layers = len(model.transformer.h)
     isolation: Any = None
     cuts = [f"transformer.h.{j * layers // blocks - 1}" for j in range(1, blocks)]

@@ -1,9 +1,9 @@
-"""Train for many steps and watch the process: its memory and its open files must not grow.
+"""Train for many steps and check that the memory and the open files of the process do not grow.
 
     python benchmarks/long_run.py --steps 2000 -o results/long_run.json
 
-The tiny digits run of `kills.py`, with a checkpoint every 25 steps and an evaluation of every local head each epoch.
-After each step the resident size and the number of open files are read from /proc (Linux).
+The run is the tiny digits run of `kills.py`, with a checkpoint every 25 steps and an evaluation of every local head
+after each epoch. After each step the script reads the resident memory and the number of open files from /proc (Linux).
 """
 
 import argparse
@@ -23,16 +23,16 @@ from report import environment, write
 
 STEPS_PER_EPOCH = 7
 WARM_UP = 200
-"""Steps after which the memory has to be steady."""
+"""Number of steps after which memory must not grow."""
 
 
 def resident() -> int:
-    """Bytes of this process that are in memory."""
+    """Resident memory of this process in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def watch(steps: int, run_dir: Path) -> dict[str, Any]:
-    """Trains, and says what the process took."""
+    """Train; returns memory and open files of the process, and checks of the metrics."""
     epochs = -(-steps // STEPS_PER_EPOCH)
     config = replace(CONFIG, checkpoint_every=25, optim=replace(CONFIG.optim, epochs=epochs))
     sizes: list[int] = []

@@ -1,10 +1,11 @@
-"""Peak memory of a step, predicted and measured: models, objectives, momentum, checkpointing, two precisions.
+"""Compare predicted and measured peak memory of a step: models, objectives, momentum, checkpointing, two precisions.
 
     python benchmarks/memory.py -o results/memory.json
 
-Measured is the second `local_step`: on a CPU the storages that are alive, counted while the step really runs; on CUDA
-the allocator's peak. Each model gets one block and four, at the cuts that `plan` gives it. A row's error is the
-prediction's, in percent; the last lines say how many pairs of rows of a model came in the wrong order.
+The measured peak is that of the second `local_step`. On a CPU it counts the live storages while the step runs; on CUDA
+it is the allocator's peak. Each model is trained in one block and in four, at the cuts from `plan`. A row has the error
+of the prediction in percent. The last lines give the largest error, and the number of pairs of rows of one model that
+the prediction puts in the wrong order.
 """
 
 import argparse
@@ -30,7 +31,7 @@ CLASSES = 10
 
 
 def vit_tiny() -> nn.Module:
-    """ViT-Ti for 64 px."""
+    """A ViT-Ti for images of 64 px."""
     return torchvision.models.VisionTransformer(64, 8, 12, 3, 192, 768, num_classes=CLASSES)
 
 
@@ -59,7 +60,7 @@ BLOCKS = (1, 4)
 
 
 def rows_of(name: str, batch_size: int, device: torch.device) -> list[dict[str, Any]]:
-    """Predicted and measured peaks of one model, every combination once."""
+    """Predicted and measured peaks of one model, once for every combination."""
     make, size = MODELS[name]
     model = make().to(device)
     example = torch.zeros(batch_size, 3, size, size, device=device)
@@ -95,7 +96,7 @@ def rows_of(name: str, batch_size: int, device: torch.device) -> list[dict[str, 
 
 
 def order(rows: Sequence[dict[str, Any]], tolerance: float = 0.01) -> dict[str, int]:
-    """Pairs of rows of the same model and precision whose measured peaks differ by more than the tolerance."""
+    """Counts pairs of rows with one model and precision and clearly different peaks, and those in the wrong order."""
     pairs = [
         (a, b)
         for a, b in itertools.combinations(rows, 2)
@@ -127,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def result(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
-    """What is written."""
+    """The content of the file."""
     settings = {"batch_size": options.batch_size, "device": options.device, "models": options.models}
     largest = max(abs(row["error_percent"]) for row in rows)
     return {

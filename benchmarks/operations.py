@@ -1,10 +1,10 @@
-"""Floating-point operations and peak memory of a step of each row, beside end-to-end's, counted on `meta` tensors.
+"""Count the operations and the peak memory of a step of each row on `meta` tensors, relative to end-to-end.
 
     python benchmarks/operations.py -o results/operations.json
 
-Operations are those of forward and backward passes (matrix products and convolutions, as PyTorch counts them), without
-the optimizers. The peak is that of a float32 step with SGD, weights and optimizer state included. Nothing is computed,
-so that rows can be compared before they are trained.
+Operations are the floating-point operations of the forward and backward passes (matrix products and convolutions, as
+PyTorch counts them), without the optimizer step. The peak is that of a float32 step with SGD, including weights and
+optimizer state. Rows can be compared before they are trained.
 """
 
 import argparse
@@ -29,7 +29,7 @@ MORE = (
 
 
 def operations(config: TrainConfig, num_classes: int, batch_size: int) -> int:
-    """Of the forward and backward passes of a step."""
+    """Floating-point operations of the forward and backward passes of a step."""
     model = build_model(config.model, num_classes)
     blocks = [block.to("meta") for block in build_blocks(config, model, num_classes)]
     parts = config.optim.accumulate
@@ -41,7 +41,7 @@ def operations(config: TrainConfig, num_classes: int, batch_size: int) -> int:
 
 
 def peak(config: TrainConfig, num_classes: int, batch_size: int) -> int:
-    """Bytes of a float32 step."""
+    """Peak memory of a float32 step in bytes."""
     objective, momentum = build_factories(config, num_classes)
     model = build_model(config.model, num_classes).to("meta")
     size = config.data.image_size
@@ -51,7 +51,7 @@ def peak(config: TrainConfig, num_classes: int, batch_size: int) -> int:
 
 
 def measure(name: str, batch_size: int) -> dict[str, Any]:
-    """A row by its recipe, as the runs on CIFAR-10 have it."""
+    """The row of a recipe, with the settings of the runs on CIFAR-10."""
     config = Training(f"cifar10-resnet32-{name}", "", TEN).config()
     return {
         "row": name,

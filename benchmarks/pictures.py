@@ -1,8 +1,8 @@
-"""Draw the pictures of the documents from the files in `results/`; a test fails where they disagree.
+"""Draw the pictures of the documents from the files in `results/`; a test fails if they disagree.
 
     python benchmarks/pictures.py
 
-They are SVG written by hand, so that the same results give the same file, and that letters follow the reader's light
+The script writes the SVG itself, so that equal results give equal files, and that the text follows the reader's light
 or dark theme.
 """
 
@@ -22,18 +22,18 @@ line { stroke: #8c959f; stroke-width: 1; } .grid { stroke-opacity: 0.35; } .riva
 @media (prefers-color-scheme: dark) { text { fill: #e6edf3; } }
 """
 COLORS = {"end-to-end": "#6e7781", "DGL": "#2f7ed8", "MAN": "#e0701a", "AugLocal": "#1fa187", "other": "#b05cc6"}
-"""By family; readable on white and on black."""
+"""Color by family of methods; readable on white and on black."""
 LEFT, WIDTH, HEIGHT = 46, 350, 330
 PLANNED = (
     *((1, checkpointed, parts) for checkpointed in (False, True) for parts in (1, 4)),
     *((blocks, False, 1) for blocks in (2, 4, 8, 16)),
     *((4, checkpointed, 4) for checkpointed in (False, True)),
 )
-"""Rows without momentum that are drawn: blocks, whether units are checkpointed, parts of the batch."""
+"""The rows without momentum to draw: number of blocks, whether units are checkpointed, number of micro-batches."""
 
 
 def svg(width: int, height: int, description: str, body: Sequence[str]) -> str:
-    """A whole file."""
+    """An SVG file with these elements."""
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
     lines = [f'{head} role="img" aria-label="{escape(description)}">', f"<style>{STYLE}</style>", *body, "</svg>"]
     return "\n".join(lines) + "\n"
@@ -48,7 +48,7 @@ def line(x1: float, y1: float, x2: float, y2: float, kind: str = "") -> str:
 
 
 def family(name: str) -> str:
-    """Whose color a row has."""
+    """Key in `COLORS` of a row."""
     if name.startswith("e2e"):
         return "end-to-end"
     if "auglocal" in name:
@@ -59,12 +59,12 @@ def family(name: str) -> str:
 
 
 def accuracy() -> str:
-    """Error after so many of ten epochs against operations, and against peak memory: a numbered point a row."""
+    """Error after epoch `COMPARED` against operations and against peak memory: one numbered point per row."""
     every = rows(ROOT)
     trained = [row for row in every if row.error(COMPARED) is not None]
     body = []
     for row in every:
-        if row.name.startswith("e2e-accumulate4"):  # not trained: its peak alone is known
+        if row.name.startswith("e2e-accumulate4"):  # not trained, so without an error
             x = WIDTH + 30 + LEFT + row.peak / 1.1 * (WIDTH - LEFT)
             body += [line(x, 34, x, HEIGHT - 4, "rival")]
             body += [text(x + 3, HEIGHT - 14 - 20 * ("check" in row.name), row.name)]
@@ -83,7 +83,7 @@ def accuracy() -> str:
 def _panel(
     left: float, label: str, trained: Sequence[Row], cost: Callable[[Row], float], most: float, step: float
 ) -> list[str]:
-    """Axes from nothing, and the points."""
+    """One panel: axes from 0, grid, labels and points."""
     top, bottom, worst = 34, HEIGHT - 4, 45.0
     across, down = (WIDTH - LEFT) / most, (bottom - top) / worst
     x, y = left + LEFT, bottom
@@ -102,7 +102,7 @@ def _panel(
 
 
 def _point(x: float, y: float, number: int, row: Row) -> str:
-    """Full where it ran on a processor, hollow where it ran on a GPU until it was cut off."""
+    """A point: filled for runs on a CPU, hollow for runs on a GPU that were cut off."""
     color = COLORS[family(row.name)]
     fill, letters = (color, "#ffffff") if row.processor else ("#ffffff", "#1f2328")
     circle = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="8" fill="{fill}" stroke="{color}" stroke-width="2"/>'
@@ -111,7 +111,7 @@ def _point(x: float, y: float, number: int, row: Row) -> str:
 
 
 def planned(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """End-to-end training and its rivals, and local rows of some numbers of blocks, the largest peak first."""
+    """Label and row of end-to-end and local trainings in a plan, the largest peak first."""
     kinds = {
         ("no momentum", blocks, checkpointed, parts): f"{'end-to-end' if blocks == 1 else f'DGL, {blocks} blocks'}"
         f"{', checkpointed' * checkpointed}{f', in {parts} parts' * (parts > 1)}"
@@ -125,7 +125,7 @@ def planned(path: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def memory() -> str:
-    """Peak memory of a step of ResNet-101, a bar a row, with its operations behind."""
+    """Bars of the peak memory of a ResNet-101 step, labelled with peak and operations."""
     found = planned(ROOT / "results" / "plan-resnet101" / "plan.json")
     left, width, step = 250, 760, 25
     scale = (width - left - 190) / found[0][1]["peak"]

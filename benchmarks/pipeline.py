@@ -1,12 +1,12 @@
-"""Images a second on several ranks: block-parallel local learning, and what end-to-end training has instead.
+"""Measure images per second on several ranks: block-parallel local learning, and end-to-end alternatives.
 
-Every rank has one thread. The rows take turns, `--steps` steps each, round by round; a ratio is the median over the
-rounds of a row's throughput over that of its method on one rank in the same round.
+Every rank has one thread. The rows take turns of `--steps` steps, round by round. A ratio is the throughput of a row
+divided by that of its method on one rank in the same round, median over the rounds.
 
     python benchmarks/pipeline.py --data path/to/cifar10 -o results/pipeline.json
 
-Rivals: pipeline parallelism of `torch.distributed.pipelining` (GPipe and 1F1B, whose BatchNorm sees micro-batches), and
-data-parallel training.
+The alternatives are pipeline parallelism of `torch.distributed.pipelining` (GPipe and 1F1B, in which batch norm sees
+micro-batches) and data-parallel training.
 """
 
 import argparse
@@ -40,7 +40,7 @@ Steps = Callable[[int], Any]
 
 
 def batches(options: argparse.Namespace) -> Iterator[tuple[Tensor, Tensor]]:
-    """Augmented CIFAR-10 batches without end."""
+    """Augmented CIFAR-10 batches, without end."""
     config: TrainConfig = recipe("cifar10-resnet32-e2e").config
     train, _ = load_images(replace(config.data, source=options.data, train_limit=5000, test_limit=10))
     epoch = 0
@@ -58,7 +58,7 @@ def network(options: argparse.Namespace) -> nn.Module:
 
 
 def local_blocks(options: argparse.Namespace, momentum: bool) -> list[Block]:
-    """K blocks that share the compute evenly, with DGL's objective."""
+    """K blocks of about equal compute, with DGL."""
     return split(
         network(options),
         torch.empty(2, 3, 32, 32),
@@ -104,7 +104,7 @@ def by_blocks(options: argparse.Namespace, data: Iterator[tuple[Tensor, Tensor]]
 
 
 def end_to_end(options: argparse.Namespace, data: Iterator[tuple[Tensor, Tensor]]) -> Steps:
-    """End-to-end on rank 0."""
+    """End-to-end training on rank 0."""
     model = network(options)
     optimizer = sgd(model)
 
@@ -119,7 +119,7 @@ def end_to_end(options: argparse.Namespace, data: Iterator[tuple[Tensor, Tensor]
 
 
 def data_parallel(options: argparse.Namespace, data: Iterator[tuple[Tensor, Tensor]]) -> Steps:
-    """End-to-end, each rank with a share of the batch."""
+    """Data-parallel end-to-end training: each rank has a shard of the batch."""
     model = nn.parallel.DistributedDataParallel(network(options))
     optimizer = sgd(model)
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -135,7 +135,7 @@ def data_parallel(options: argparse.Namespace, data: Iterator[tuple[Tensor, Tens
 
 
 class _Contiguous(torch.autograd.Function):
-    """The same values in NCHW, forward and backward, as `torch.distributed.pipelining` needs them over gloo."""
+    """Make features and gradients contiguous (NCHW), as `torch.distributed.pipelining` needs them with gloo."""
 
     @staticmethod
     def forward(ctx: Any, features: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ class _Contiguous(torch.autograd.Function):
 
 
 class Piece(nn.Module):
-    """Units of one rank, with what travels in NCHW."""
+    """The units of one rank, which receives and sends contiguous tensors (NCHW)."""
 
     def __init__(self, body: nn.Module) -> None:
         super().__init__()
@@ -158,7 +158,7 @@ class Piece(nn.Module):
 
 
 def pipelined(options: argparse.Namespace, data: Iterator[tuple[Tensor, Tensor]], schedule: Any, parts: int) -> Steps:
-    """End-to-end, the units on all ranks by compute, the batch in `parts` micro-batches."""
+    """Pipeline-parallel end-to-end training: units divided over the ranks by compute, `parts` micro-batches."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     example = torch.empty(2, 3, 32, 32)
     pieces = split(
@@ -180,7 +180,7 @@ def pipelined(options: argparse.Namespace, data: Iterator[tuple[Tensor, Tensor]]
 
 
 def bandwidth(numel: int = 2**22, rounds: int = 10) -> float:
-    """Bytes a second of float32 from rank 0 to rank 1."""
+    """Bandwidth from rank 0 to rank 1 in bytes per second."""
     tensor = torch.zeros(numel)
     times = []
     for _ in range(rounds):
@@ -195,7 +195,7 @@ def bandwidth(numel: int = 2**22, rounds: int = 10) -> float:
 
 
 def work(rank: int, address: str, world_size: int, options: argparse.Namespace, answers: Any) -> None:
-    """One rank: makes the rows, times them round by round; rank 0 answers."""
+    """One rank: builds the rows and times them round by round; rank 0 puts the results into `answers`."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size)
     data = batches(options)
@@ -214,7 +214,7 @@ def work(rank: int, address: str, world_size: int, options: argparse.Namespace, 
         for label, steps in rows.items():
             dist.barrier()
             begin = time.perf_counter()
-            steps(options.steps if number else 3)  # the first round is not counted
+            steps(options.steps if number else 3)  # the first round does not count
             dist.barrier()
             if number:
                 seconds[label].append((time.perf_counter() - begin) / options.steps)
@@ -248,7 +248,7 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace, world_size: int) -> dict[str, Any]:
-    """All rows on `world_size` ranks."""
+    """Measure all rows on `world_size` ranks."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{free.getsockname()[1]}"

@@ -1,21 +1,22 @@
-"""How throughput would grow with ranks: block-parallel local learning, 1F1B pipelines, and data-parallel training.
+"""Predict throughput by number of ranks: block-parallel local learning, 1F1B pipelines, and data-parallel training.
 
-Predicted from block times measured here on one thread and from a link's bandwidth, after the rules below, which are
-first checked against what `benchmarks/pipeline.py` measured on 2 and 3 ranks.
+The prediction uses the times of blocks, measured here on one thread, the bandwidth of a link, and the rules below. The
+script first checks the rules against the measurements of `benchmarks/pipeline.py` on 2 and 3 ranks.
 
     python benchmarks/pipeline_model.py --measured results/pipeline.json -o results/pipeline_model.json
 
-Rules, with c_r the seconds that rank r computes for a batch, and every rank on a processor of its own:
+The rules for R ranks, each on its own CPU:
 
-- block-parallel: rank r starts batch t when it is done with batch t - 1 and the features are there; they leave rank
-  r - 1 before the backward pass of its last block, two thirds of that block's time. With a momentum, rank r is done
-  with batch t when the weights are there that rank r + 1 sends as it starts batch t. Simulated batch by batch.
-- 1F1B with m micro-batches: (m + R - 1) / m of the slowest rank's time, and 2 (m + R - 1) / m messages.
-- data-parallel: 1 / R of the time of one rank, and an all-reduce of the weights, 2 (R - 1) / R of their bytes, behind
-  the backward pass (two thirds of the time) as far as that is long enough.
+- block-parallel: rank r starts batch t when it has finished batch t - 1 and has received the features. Rank r - 1 sends
+  them before the backward pass of its last block, which takes two thirds of that block's time. With momentum, rank r
+  has finished batch t only when it has received the weights that rank r + 1 sends when it starts batch t. The script
+  simulates this batch by batch.
+- 1F1B with m micro-batches: (m + R - 1) / m times the time of the slowest rank, and 2 (m + R - 1) / m messages.
+- data-parallel: 1 / R of the time of one rank, and an all-reduce of the gradients, which sends 2 (R - 1) / R of the
+  bytes of the weights. It overlaps with the backward pass (two thirds of the time).
 
-Ranks that share fewer processors, as in the check, are slower by ranks / processors. What the rules leave out:
-latency, batches too small to compute well, and that one rank's work slows another's memory.
+If R ranks share fewer than R CPUs, as in the check, they are slower by R / CPUs. The rules ignore latency, the lower
+efficiency of small batches, and the memory bandwidth that ranks share.
 """
 
 import argparse
@@ -42,7 +43,7 @@ MICRO_BATCHES = (8, 64)
 
 @dataclass(frozen=True)
 class Chain:
-    """Blocks in order: seconds of each for a batch, bytes of features after each, bytes of weights that come back."""
+    """For each block: seconds for a batch, bytes of the features it sends, and of the weights it receives."""
 
     seconds: list[float]
     features: list[int]
@@ -51,7 +52,7 @@ class Chain:
 
 
 def measured_chain(depth: int, batch_size: int, num_blocks: int, method: str) -> Chain:
-    """A CIFAR ResNet cut by compute into K blocks, in channels last and float32, timed on this thread."""
+    """A CIFAR ResNet cut into K blocks by compute, in channels last and float32, timed on one thread."""
     torch.manual_seed(0)
     model = cifar_resnet(depth).to(memory_format=torch.channels_last)
     blocks = localgrad.split(
@@ -86,7 +87,7 @@ def _weight_bytes(block: Block) -> int:
 
 
 def block_parallel(chain: Chain, ranks: int, link: float, slower: float = 1.0, batches: int = 400) -> float:
-    """Seconds a batch."""
+    """Predicted seconds per batch of block-parallel training."""
     edges = [*place(chain.seconds, ranks), len(chain.seconds)]
     compute = [slower * sum(chain.seconds[a:b]) for a, b in pairwise(edges)]
     last = [slower * chain.seconds[end - 1] for end in edges[1:]]
@@ -106,7 +107,7 @@ def block_parallel(chain: Chain, ranks: int, link: float, slower: float = 1.0, b
 
 
 def one_f_one_b(chain: Chain, ranks: int, link: float, micro_batches: int, slower: float = 1.0) -> float:
-    """Seconds a batch."""
+    """Predicted seconds per batch of a 1F1B pipeline."""
     edges = [*place(chain.seconds, ranks), len(chain.seconds)]
     slowest = slower * max(sum(chain.seconds[a:b]) for a, b in pairwise(edges))
     message = max(chain.features[end - 1] for end in edges[1:-1]) / link
@@ -114,13 +115,13 @@ def one_f_one_b(chain: Chain, ranks: int, link: float, micro_batches: int, slowe
 
 
 def data_parallel(chain: Chain, ranks: int, link: float, slower: float = 1.0) -> float:
-    """Seconds a batch."""
+    """Predicted seconds per batch of data-parallel training."""
     compute = slower * sum(chain.seconds) / ranks
     return compute + max(0.0, 2 * (ranks - 1) / ranks * chain.parameters / link - compute * 2 / 3)
 
 
 def check(measured: dict[str, Any]) -> list[dict[str, Any]]:
-    """Predicted beside measured gains over one rank, on the ranks that were measured."""
+    """Predicted and measured gains over one rank, for the measured numbers of ranks."""
     settings, rows = measured["settings"], []
     depth, batch_size, num_blocks = (int(settings[name]) for name in ("depth", "batch_size", "blocks"))
     chains = {method: measured_chain(depth, batch_size, num_blocks, method) for method in ("DGL", "DGL+MAN")}
@@ -142,7 +143,7 @@ def check(measured: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def predict(chains: dict[str, Chain], batch_size: int) -> list[dict[str, Any]]:
-    """Images a second for every number of ranks and every link."""
+    """Predicted images per second for every number of ranks and every link."""
     rows = []
     for name, link in LINKS.items():
         for ranks in RANKS:

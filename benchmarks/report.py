@@ -1,4 +1,4 @@
-"""What every benchmark prints and writes: one table, one JSON with what it ran on."""
+"""Print and write results, for every benchmark: a table, and a JSON with device, versions and commit."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +14,12 @@ from localgrad.runs.result import SCHEMA
 
 
 def environment() -> dict[str, Any]:
-    """Device, versions and commit."""
+    """Device, versions, commit and date."""
     return provenance(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def print_table(title: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Print rows of equal keys."""
+    """Print rows with equal keys as a table."""
     names = list(rows[0])
     terminal.print_table(
         [name.replace("_", " ") for name in names],
@@ -30,7 +30,7 @@ def print_table(title: str, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
-    """Write a result as JSON, with its kind: step times, which the report shows, or a benchmark."""
+    """Write a result as JSON. Its kind is `benchmark`, unless `localgrad report` can show it (step times)."""
     make_folder(path.parent)
     write_json(path, {"kind": kind_of(result) or "benchmark", "schema": SCHEMA, **result}, indent=1)
     print(f"wrote {path}")

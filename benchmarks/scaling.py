@@ -1,13 +1,13 @@
-"""How the time of a step grows with the number of blocks, the depth of the network and the batch.
+"""Measure how the time of a step grows with the number of blocks, the depth and the batch size.
 
     python benchmarks/scaling.py --data path/to/cifar10 -o results/scaling.json
 
-CIFAR ResNets through the trainer, DGL and DGL+MAN, cuts spread evenly over the units. Three sweeps: K at ResNet-32 and
-batch 128; depth at K = 4 and batch 128; batch at ResNet-32 and K = 8. Each is fitted by seconds = a + b x, and the
-operations of a step, counted (a multiply-add counts two), by a line of their own. In the sweep over K,
-`explained_seconds` is what the operations that a block adds would take at the rate of the network alone, a of the
-operations in a of the seconds; what b has more is what a block costs beside them. The rows of a sweep take turns, a
-step each, and a row's time is the median.
+The trainer trains CIFAR ResNets with DGL and DGL+MAN, with cuts spread evenly over the units. There are three sweeps: K
+at ResNet-32 and batch size 128; depth at K = 4 and batch size 128; batch size at ResNet-32 and K = 8. A line a + b x is
+fitted to the seconds of each sweep, and another to the counted operations (a multiply-add counts as two). In the sweep
+over K, `explained_seconds` is the time that the operations of one more block would take at the rate of the network
+without added blocks (operations a in seconds a). The rest of b is the overhead of a block. The rows of a sweep run one
+step each in turn, and a row's time is the median.
 """
 
 import argparse
@@ -32,11 +32,11 @@ FIXED = {
     "depth": {"blocks": 4, "batch": 128},
     "batch": {"blocks": 8, "depth": 32},
 }
-"""What the other two are in each sweep."""
+"""Values of the other two variables in each sweep."""
 
 
 def config_at(method: str, data: str, *, blocks: int, depth: int, batch: int) -> TrainConfig:
-    """One point of a sweep."""
+    """The config of one point of a sweep."""
     config = of_recipe(METHODS[method], batch, data)
     if blocks == 1:
         config = replace(config, objective=type(config.objective)(), momentum=type(config.momentum)())
@@ -45,7 +45,7 @@ def config_at(method: str, data: str, *, blocks: int, depth: int, batch: int) ->
 
 
 def line(x: list[int], y: list[float]) -> dict[str, float]:
-    """Least squares y = a + b x, and the share of the variance that it explains."""
+    """Least-squares fit y = a + b x, and R², the fraction of the variance that it explains."""
     slope, intercept = np.polyfit(x, y, 1)
     residual = np.var(np.asarray(y) - intercept - slope * np.asarray(x))
     return {
@@ -56,7 +56,7 @@ def line(x: list[int], y: list[float]) -> dict[str, float]:
 
 
 def sweep(name: str, method: str, options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The rows of one sweep, and the two lines through them."""
+    """The rows of one sweep, and the two lines fitted to them."""
     values = SWEEPS[name]
     points = {value: {**FIXED[name], name: value} for value in values}
     with ExitStack() as held:

@@ -1,7 +1,7 @@
-"""Seconds a step: local learning, end-to-end, activation checkpointing and accumulation, side by side.
+"""Compare seconds per step: local learning, end-to-end, activation checkpointing and gradient accumulation.
 
-The rows take turns, a step each, so that whatever else the machine does hits all of them; a ratio is the median over
-the rounds of a row's time over the reference's time in the same round.
+The rows run one step each in turn, so that other load on the machine affects all of them equally. A ratio is a row's
+time divided by the reference's time in the same round, median over the rounds.
 
     python benchmarks/speed.py --data path/to/cifar10 --rounds 15 -o results/speed.json
     python benchmarks/speed.py --data path/to/cifar10 --rows localgrad --rounds 40 -o results/speed-loop.json
@@ -10,11 +10,11 @@ the rounds of a row's time over the reference's time in the same round.
     python benchmarks/speed.py --network resnet50 --data path/to/imagenette --batch-size 32 \\
         -o results/speed-resnet50.json
 
-- resnet32, CIFAR-10: the papers' methods at MAN's K=16 cuts, and their rivals: accumulation in four parts,
-  checkpointing, both, and fewer blocks. Reference: a plain end-to-end loop of the same network
-  in float32, NCHW, written out below.
-- resnet50, Imagenette at 128 px: DGL and DGL+MAN at the cuts that `plan` gives for this batch, with the peak memory of
-  each row. Reference: end-to-end, as the trainer does it.
+- resnet32, CIFAR-10: the papers' methods at MAN's K=16 cuts, and their rivals: accumulation over four micro-batches,
+  checkpointing, both, and fewer blocks. The reference is a plain end-to-end loop of the same network in float32, NCHW,
+  below in this file.
+- resnet50, Imagenette at 128 px: DGL and DGL+MAN at the cuts from `plan` for this batch, with the peak memory of each
+  row. The reference is end-to-end training by the trainer.
 """
 
 import argparse
@@ -58,7 +58,7 @@ ROWS = {
     "rival: DGL, 8 blocks": "cifar10-resnet32-k8-dgl",
     "rival: DGL+MAN, 8 blocks": "cifar10-resnet32-k8-dgl-man",
 }
-"""Rivals are what saves memory without local losses, and fewer blocks."""
+"""Recipe of each row. Rivals save memory without local losses, or have fewer blocks."""
 BARE = (
     "DGL, 15 blocks",
     "DGL+MAN, 15 blocks",
@@ -66,7 +66,7 @@ BARE = (
     "InfoPro+MAN, 15 blocks",
     "AugLocal, depth 2, 14 blocks",
 )
-"""Rows whose blocks and heads also run in the barest loop that trains them, for what is the kernels' own time."""
+"""Rows whose blocks and heads also run in a bare loop, which shows the time of the kernels alone."""
 IN_BARE_LOOP = ", bare loop"
 LEAN = ("e2e", "k4-dgl", "k4-dgl-man")
 Measured = tuple[str, list[dict[str, Any]], dict[str, list[float]]]
@@ -92,7 +92,7 @@ def plain_step(batches: Iterator[tuple[Tensor, ...]], *, dtype: torch.dtype, cha
 
 
 def bare_step(run: Run, batches: Iterator[tuple[Tensor, ...]], *, dtype: torch.dtype) -> Step:
-    """The blocks and heads of a run in a hand-written loop: no checks, no messages, one optimizer for all of them."""
+    """A step of the blocks and heads of a run in a hand-written loop: no checks, one optimizer for all blocks."""
     trained = [parameter for block in run.blocks for parameter in block.trainable_parameters()]
     optimizer = torch.optim.SGD(trained, lr=0.0, momentum=0.9, nesterov=True, weight_decay=1e-4, fused=True)
 
@@ -119,7 +119,7 @@ def bare_step(run: Run, batches: Iterator[tuple[Tensor, ...]], *, dtype: torch.d
 
 
 def checkpointed_step(batches: Iterator[tuple[Tensor, ...]]) -> Step:
-    """End-to-end with every residual unit computed again in the backward pass; channels last, float32."""
+    """An end-to-end step with activation checkpointing of every residual unit, in channels last and float32."""
     torch.manual_seed(0)
     model = cifar_resnet(32).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4, fused=True)
@@ -143,7 +143,7 @@ def checkpointed(model: CifarResNet, inputs: Tensor) -> Tensor:
 
 
 def of_recipe(name: str, batch_size: int, data: str) -> TrainConfig:
-    """A recipe with another batch size, and its images in this place."""
+    """The config of a recipe with another batch size and source of images."""
     config = recipe(name).config
     return replace(config, optim=replace(config.optim, batch_size=batch_size), data=replace(config.data, source=data))
 
@@ -173,7 +173,7 @@ def resnet32(options: argparse.Namespace, held: ExitStack) -> Measured:
     steps: dict[str, Step] = {}
     run: Any = None
     for label, name in ROWS.items():
-        if run is None or any(part in label for part in wanted):  # the first one's images are all steps'
+        if run is None or any(part in label for part in wanted):  # all steps use the images of the first run
             step, made = timed_step(of_recipe(name, options.batch_size, options.data), held)
             run, steps[label] = run or made, step
     native = has_native_bf16()
@@ -214,7 +214,7 @@ def resnet32(options: argparse.Namespace, held: ExitStack) -> Measured:
 
 
 def resnet50(options: argparse.Namespace, held: ExitStack) -> Measured:
-    """ResNet-50 on Imagenette: end-to-end, checkpointed, and DGL+MAN at the planned cuts."""
+    """ResNet-50 on Imagenette: end-to-end, checkpointed, accumulated, and DGL and DGL+MAN at the planned cuts."""
     whole, dgl, man = (of_recipe(f"imagenette-resnet50-{name}", options.batch_size, options.data) for name in LEAN)
     parts = replace(whole, optim=replace(whole.optim, accumulate=4))
     lean, single, fused = (
@@ -252,7 +252,7 @@ def resnet50(options: argparse.Namespace, held: ExitStack) -> Measured:
 
 
 def planned(config: TrainConfig, num_blocks: int) -> TrainConfig:
-    """The config with the cuts that have the smallest peak, in the precision that the trainer takes."""
+    """The config with the cuts of the smallest peak in the precision that the trainer uses."""
     model = build_model(config.model, 10)
     example = torch.zeros(config.optim.batch_size, 3, config.data.image_size, config.data.image_size)
     objective, momentum = build_factories(config, 10)
@@ -263,7 +263,7 @@ def planned(config: TrainConfig, num_blocks: int) -> TrainConfig:
 
 
 def operations(step: Step) -> int:
-    """Floating-point operations of one step, backward passes included."""
+    """Floating-point operations of one step, including backward passes."""
     with FlopCounterMode(display=False) as counter:
         step()
     return counter.get_total_flops()

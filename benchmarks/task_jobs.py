@@ -1,10 +1,10 @@
-"""What of the examples is run on a GPU, the most wanted first: command lines, each of which writes one JSON.
+"""The command lines of the examples to run on a GPU, by priority; each writes one JSON file.
 
     python benchmarks/task_jobs.py --data path/to/data --out results/tasks            # print them
     python benchmarks/task_jobs.py --data path/to/data --out results/tasks --run --workers 4
 
-`jobs(data, out)` gives the list: a name, the arguments, a priority (0 first) and the seconds that it may take alone on
-an H100. `data` holds the folders cifar10, camvid and shakespeare.
+`jobs(data, out)` returns the list. A job has a name, arguments, a priority (0 first), and the seconds that it may take
+alone on an H100. `data` contains the folders cifar10, camvid and shakespeare.
 """
 
 import argparse
@@ -37,7 +37,7 @@ STAGES = "--epochs 30 --images 20000"
 
 
 class Job(NamedTuple):
-    """One command."""
+    """One command line."""
 
     name: str
     arguments: list[str]
@@ -46,7 +46,7 @@ class Job(NamedTuple):
 
 
 def language() -> list[tuple[str, str, int, float]]:
-    """Names, flags, priorities and seconds."""
+    """Name, flags, priority and seconds of each job."""
     rows = [(f"small-e2e-seed{seed}", f"{SMALL} --seed {seed}", 0, 12.0) for seed in range(3)]
     rows += [
         (f"small-k2-{head}-seed0", f"{LOCAL.format(blocks=2)} {HEADS[head]}", 3, 20.0) for head in ("readout", "man")
@@ -72,7 +72,7 @@ def language() -> list[tuple[str, str, int, float]]:
 
 
 def segmentation() -> list[tuple[str, str, int, float]]:
-    """Names, flags, priorities and seconds."""
+    """Name, flags, priority and seconds of each job."""
     k4 = f"{PIXELS} {LOCAL.format(blocks=4)}"
     wide = "--crop 180 240"
     rows = {
@@ -99,7 +99,7 @@ def segmentation() -> list[tuple[str, str, int, float]]:
 
 
 def selfsupervised() -> list[tuple[str, str, int, float]]:
-    """Names, flags, priorities and seconds."""
+    """Name, flags, priority and seconds of each job."""
     rows = {
         "e2e": ("", 0),
         "k4": ("--method local", 0),
@@ -116,7 +116,7 @@ def selfsupervised() -> list[tuple[str, str, int, float]]:
 
 
 def jobs(data: Path, out: Path) -> list[Job]:
-    """Every command, by priority, then the long ones first."""
+    """All commands, sorted by priority; within a priority the longest first."""
     tasks = (("language", "shakespeare", language()), ("segmentation", "camvid", segmentation()))
     tasks = (*tasks, ("selfsupervised", "cifar10", selfsupervised()))
     found = []
@@ -132,7 +132,10 @@ def jobs(data: Path, out: Path) -> list[Job]:
 
 
 def run(wanted: Sequence[Job], out: Path, workers: int, deadline: float) -> list[str]:
-    """Run what has no JSON yet, so many at a time; what the deadline cuts off leaves none. Names of what failed."""
+    """Run the jobs that have no JSON yet, `workers` at a time; returns the names of failed jobs.
+
+    A job that the deadline cuts off leaves no JSON.
+    """
 
     def one(job: Job) -> str | None:
         left = deadline - time.monotonic()

@@ -1,4 +1,4 @@
-"""Tables of what the examples found, from `results/tasks/`; `documents.py` writes them into the documentation."""
+"""Tables of the results of the examples, from `results/tasks/`; `documents.py` writes them."""
 
 import json
 import re
@@ -13,7 +13,7 @@ Result = dict[str, Any]
 
 
 def results(folder: Path, pattern: str) -> dict[str, list[Result]]:
-    """The results of each row, by its name without the seed, in the order of seeds."""
+    """The results of each row, in the order of seeds, by the row's name without its seed."""
     rows: dict[str, list[Result]] = {}
     for path in sorted(folder.glob("*-seed*.json")):
         name = re.sub(r"-seed\d+$", "", path.stem)
@@ -23,7 +23,7 @@ def results(folder: Path, pattern: str) -> dict[str, list[Result]]:
 
 
 def average(rows: Sequence[Result], field: str) -> float | None:
-    """The mean over seeds; None where it was not measured."""
+    """The mean over seeds; None if it was not measured."""
     values = [row[field] for row in rows if row[field] is not None]
     return statistics.mean(values) if values else None
 
@@ -33,14 +33,14 @@ def number(value: float | None, digits: int, unit: str = "") -> str:
 
 
 def closed(whole: float | None, local: float | None, loss: float) -> str:
-    """How much of the gap between plain local training and end-to-end is closed, where local training is behind."""
+    """Percentage of the gap between plain local training and end-to-end that is closed; empty for too small a gap."""
     if whole is None or local is None or local - whole < LEAST_GAP or loss == local:
         return ""
     return f"{100 * (local - loss) / (local - whole):.0f} %"
 
 
 LEAST_GAP = 0.005
-"""Of the loss, below which a share of it says nothing."""
+"""Smallest gap in loss of which a percentage is meaningful."""
 LANGUAGE = {
     "e2e": "end-to-end",
     "checkpointed": "end-to-end, checkpointed",
@@ -82,9 +82,9 @@ STAGES = {
 
 
 def language_table(folder: Path, setting: str) -> str:
-    """Validation loss by number of blocks and head, with the share of the gap to end-to-end that is closed.
+    """Validation loss by number of blocks and head, with the percentage of the gap to end-to-end that is closed.
 
-    The gap is that of the plain readout at the same K, all by means over seeds.
+    The gap is that of the plain readout at the same K. All values are means over seeds.
     """
     rows = results(folder / "language", f"{setting}-.*")
     whole = average(rows.get(f"{setting}-e2e", []), "validation_loss")
@@ -120,7 +120,7 @@ def language_table(folder: Path, setting: str) -> str:
 
 
 def segmentation_table(folder: Path) -> str:
-    """Mean IoU on the test set, and the peak beside end-to-end's."""
+    """Mean IoU on the test set, and peak memory relative to end-to-end."""
     rows = results(folder / "segmentation", ".*")
     whole = average(rows.get("e2e", []), "peak_mib")
     lines = ["| training | n | mean IoU, % | peak, MiB | to end-to-end's | seconds |", "|---|--:|--:|--:|--:|--:|"]
@@ -134,7 +134,7 @@ def segmentation_table(folder: Path) -> str:
 
 
 def selfsupervised_table(folder: Path) -> str:
-    """Accuracy of linear probes after each stage."""
+    """Test accuracy of linear probes after each stage."""
     rows = results(folder / "selfsupervised", ".*")
     lines = [
         "| training | n | stage 1 | stage 2 | stage 3 | stage 4, % | peak, MiB | seconds |",
@@ -150,7 +150,7 @@ def selfsupervised_table(folder: Path) -> str:
 
 
 def language_memory_table(path: Path) -> str:
-    """Peaks of GPT-2 medium."""
+    """Peak memory of GPT-2 medium."""
     lines = ["| training | blocks | peak, GiB | largest local block's | last block's |", "|---|--:|--:|--:|--:|"]
     for row in json.loads(path.read_text())["rows"]:
         local = number(row["largest_local_gib"], 2)
@@ -160,7 +160,7 @@ def language_memory_table(path: Path) -> str:
 
 
 def tables(root: Path) -> dict[str, Callable[[], str]]:
-    """By the name of their marks in the documents."""
+    """Functions that make the tables, by the name of their marks in the documents."""
     folder = root / "results" / "tasks"
     return {
         "language-small": lambda: language_table(folder, "small"),

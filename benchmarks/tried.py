@@ -1,10 +1,10 @@
-"""What was tried for a faster step on a processor: each pair of ways to compute the same, forward and backward.
+"""Time what was tried to make a step faster on a CPU: pairs of ways to compute the same, forward and backward pass.
 
     python benchmarks/tried.py --data path/to/cifar10 -o results/tried.json
 
-Bfloat16 autocast, channels last, batch 128, the shapes of ResNet-32 on CIFAR-10. The two ways take turns; a row has the
-median of each and the median of their ratio. `kept` says which of the two localgrad computes; a way that is faster by
-little, or in some shapes only, is not worth its code.
+All use bfloat16 autocast, channels last, batch size 128, and the shapes of ResNet-32 on CIFAR-10. The two ways take
+turns. A row has the median time of each and the median of their ratio. `kept` says which of the two localgrad uses: a
+way that is only a little faster, or faster for some shapes only, is not worth its code.
 """
 
 import argparse
@@ -38,7 +38,7 @@ Way = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Pair:
-    """Two ways to compute the same from maps of a shape."""
+    """Two ways to compute the same from feature maps of one shape."""
 
     name: str
     first: Way
@@ -49,7 +49,7 @@ class Pair:
     dtype: torch.dtype = torch.bfloat16
 
     def seconds(self, rounds: int) -> dict[str, list[float]]:
-        """Seconds of each, round by round."""
+        """Seconds of both ways, round by round."""
         torch.manual_seed(0)
         maps = torch.randn(BATCH, self.channels, self.size, self.size, dtype=self.dtype)
         maps = maps.to(memory_format=torch.channels_last).requires_grad_()
@@ -63,7 +63,7 @@ class Pair:
 
 
 class Together(nn.Module):
-    """Both branches of MAN at once: the first convolution to twice the channels, the second in two groups."""
+    """Both branches of MAN in one module: the first convolution has twice the channels, the second has two groups."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ def last(module: nn.Module) -> nn.Module:
 
 
 def pairs() -> Iterator[Pair]:
-    """Everything that was tried."""
+    """All pairs that were tried."""
     for channels, size in SHAPES[1:]:
         conv = nn.Conv2d(channels, 12, 3, padding=1)
         early = last(UpsampledConv(conv, (size, size), (32, 32)))
@@ -141,7 +141,7 @@ def pairs() -> Iterator[Pair]:
 
 
 def blocks_of(objective: Any, cuts: list[str]) -> list[localgrad.Block]:
-    """ResNet-32 with MAN."""
+    """The blocks of a ResNet-32 with MAN."""
     torch.manual_seed(0)
     model, example = last(cifar_resnet(32)), torch.zeros(2, 3, 32, 32)
     blocks = localgrad.split(model, example, cuts=cuts, objective=objective, momentum=localgrad.man())
@@ -151,7 +151,7 @@ def blocks_of(objective: Any, cuts: list[str]) -> list[localgrad.Block]:
 
 
 def compiled() -> Pair:
-    """One block, as it is or compiled."""
+    """One block without and with `torch.compile`."""
     block = blocks_of(localgrad.dgl(10), ["layer1.0", "layer1.1"])[1]
     fast = torch.compile(block)
     targets, inputs = torch.arange(BATCH) % 10, torch.zeros(BATCH, 3, 32, 32)
@@ -166,7 +166,7 @@ def compiled() -> Pair:
 
 
 def heap(data: str, rounds: int) -> dict[str, list[float]]:
-    """Seconds of the trainer's step with the C library's defaults, then with freed memory kept, which stays so."""
+    """Seconds of the trainer's step with the C library's defaults, then with freed memory kept from then on."""
     with ExitStack() as held, mock.patch.object(trainer, "keep_freed_memory"):
         step, _ = timed_step(of_recipe(WHOLE, BATCH, data), held)
         given_back = take_turns({"first": step}, rounds)
@@ -175,7 +175,7 @@ def heap(data: str, rounds: int) -> dict[str, list[float]]:
 
 
 def row(name: str, seconds: dict[str, list[float]], kept: str) -> dict[str, Any]:
-    """One line of the table."""
+    """One row of the table."""
     return {
         "row": name,
         "first_ms": 1000 * statistics.median(seconds["first"]),

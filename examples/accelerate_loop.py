@@ -1,10 +1,10 @@
-"""Accelerate's loop in gradient-isolated blocks, with gradient accumulation: lines that `localgrad` adds
-or changes are marked.
+"""A loop with Accelerate and gradient accumulation, trained in gradient-isolated blocks.
 
     python examples/accelerate_loop.py
     accelerate launch examples/accelerate_loop.py --accumulate 4
 
-A CIFAR-type ResNet on scikit-learn's digits (1,797 images of 8 x 8), trained on the first 1,500.
+The lines that `localgrad` adds or changes are marked. The model is a CIFAR-type ResNet, trained on the first 1,500 of
+scikit-learn's digits (1,797 images of 8 x 8).
 """
 
 import argparse
@@ -20,10 +20,10 @@ from localgrad.models import cifar_resnet
 
 
 def main(arguments: Sequence[str] | None = None) -> list[float]:
-    """Train, print the losses of each epoch, and return the last ones."""
+    """Train; print and return the last loss of each epoch."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--images", type=int, default=1500, help="how many are trained on")
+    parser.add_argument("--images", type=int, default=1500, help="number of training images")
     parser.add_argument("--accumulate", type=int, default=2, help="micro-batches of a step")
     parser.add_argument("--cpu", action="store_true")
     options = parser.parse_args(arguments)

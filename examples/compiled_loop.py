@@ -1,9 +1,10 @@
-"""Compiled layers in gradient-isolated blocks: lines that `localgrad` adds or changes are marked.
+"""A loop with compiled layers, trained in gradient-isolated blocks.
 
     python examples/compiled_loop.py
 
-Each residual unit is compiled by itself, and the cuts lie between them. A CIFAR-type ResNet on scikit-learn's digits
-(1,797 images of 8 x 8), trained on the first 1,500.
+The lines that `localgrad` adds or changes are marked. Each residual unit is compiled separately, and the cuts are
+between units. The model is a CIFAR-type ResNet, trained on the first 1,500 of scikit-learn's digits (1,797 images of
+8 x 8).
 """
 
 import argparse
@@ -18,12 +19,12 @@ from localgrad.models import cifar_resnet
 
 
 def main(arguments: Sequence[str] | None = None) -> float:
-    """Train, print the loss of each epoch, and return the last one."""
+    """Train; print the last loss of each epoch, and return that of the last epoch."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--images", type=int, default=1500, help="how many are trained on")
+    parser.add_argument("--images", type=int, default=1500, help="number of training images")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--backend", default="inductor", help="of torch.compile")
+    parser.add_argument("--backend", default="inductor", help="backend of torch.compile")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     images, classes = load_digits(return_X_y=True)

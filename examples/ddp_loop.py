@@ -1,9 +1,9 @@
-"""DistributedDataParallel in gradient-isolated blocks: lines that `localgrad` adds or changes are marked.
+"""A loop with DistributedDataParallel, trained in gradient-isolated blocks.
 
     torchrun --nproc-per-node 2 examples/ddp_loop.py
 
-The model is isolated first and wrapped then. A CIFAR-type ResNet on scikit-learn's digits (1,797 images of 8 x 8),
-trained on the first 1,500.
+The lines that `localgrad` adds or changes are marked. The model is isolated first, then wrapped. It is a CIFAR-type
+ResNet, trained on the first 1,500 of scikit-learn's digits (1,797 images of 8 x 8).
 """
 
 import argparse
@@ -21,10 +21,10 @@ from localgrad.models import cifar_resnet
 
 
 def main(arguments: Sequence[str] | None = None) -> float:
-    """Train, print the loss of each epoch on the first rank, and return the last one."""
+    """Train; print the first rank's last loss of each epoch, and return that of the last epoch."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--images", type=int, default=1500, help="how many are trained on")
+    parser.add_argument("--images", type=int, default=1500, help="number of training images")
     options = parser.parse_args(arguments)
     dist.init_process_group("gloo")
     torch.manual_seed(0)

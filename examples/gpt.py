@@ -1,4 +1,4 @@
-"""A GPT of nanoGPT's kind on characters, the text that it reads, its validation loss, and text from it."""
+"""A character-level GPT like nanoGPT's, with functions that read text, compute the validation loss and sample text."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 class Layer(nn.Module):
-    """Causal attention and an MLP, each behind a norm and beside a residual path."""
+    """Causal self-attention and an MLP, each with a LayerNorm before it and a residual connection."""
 
     def __init__(self, width: int, heads: int, dropout: float, scale: float) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Layer(nn.Module):
 
 
 class GPT(nn.Module):
-    """Tokens `(N, L)` to scores of the next token `(N, L, V)`; embedding and output layer are not tied."""
+    """Tokens `(N, L)` to scores (logits) of the next token `(N, L, V)`. Embedding and output layer are not tied."""
 
     def __init__(self, vocabulary: int, context: int, layers: int, heads: int, width: int, dropout: float) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class GPT(nn.Module):
         self.dropout, self.checkpointed = dropout, False
 
     def features(self, tokens: Tensor, depth: int | None = None) -> Tensor:
-        """What the first `depth` layers, or all, make of the tokens."""
+        """Features after the first `depth` layers, or after all layers if None."""
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = F.dropout(self.tokens(tokens) + self.positions(positions), self.dropout, self.training)
         for layer in self.layers[:depth]:
@@ -58,7 +58,7 @@ class GPT(nn.Module):
 
 
 def read(path: Path) -> tuple[str, str]:
-    """Training and validation text."""
+    """Read the training and the validation text."""
     if path.is_file():
         text = path.read_text()
     elif path.is_dir():
@@ -74,7 +74,7 @@ def read(path: Path) -> tuple[str, str]:
 
 @torch.no_grad()
 def validate(score: Callable[[Tensor], Tensor], data: Tensor, context: int) -> float:
-    """Mean loss over all of the data, in windows side by side."""
+    """Mean loss over the data, in adjacent windows that do not overlap."""
     windows = data[: (len(data) - 1) // context * context].view(-1, context)
     targets = data[1 : windows.numel() + 1].view(-1, context)
     total = torch.zeros((), device=data.device)
@@ -85,7 +85,7 @@ def validate(score: Callable[[Tensor], Tensor], data: Tensor, context: int) -> f
 
 @torch.no_grad()
 def sample(score: Callable[[Tensor], Tensor], letters: Sequence[str], context: int, device: str) -> str:
-    """300 characters after a line break."""
+    """Sample 300 characters, starting after a line break."""
     tokens = torch.full((1, 1), letters.index("\n") if "\n" in letters else 0, device=device)
     for _ in range(300):
         probabilities = score(tokens[:, -context:])[:, -1].float().softmax(-1)

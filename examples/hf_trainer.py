@@ -1,11 +1,11 @@
-"""Hugging Face's Trainer in gradient-isolated blocks: lines that `localgrad` adds are marked.
+"""Hugging Face's Trainer, training in gradient-isolated blocks.
 
     python examples/hf_trainer.py --folder runs/gpt2
     python examples/hf_trainer.py --folder runs/gpt2 --steps 200 --accumulate 2
     python examples/hf_trainer.py --folder runs/gpt2 --steps 400 --resume
 
-A small GPT-2 with random weights on the bytes of a text. Each checkpoint's optimizer state holds the auxiliary
-networks.
+The lines that `localgrad` adds are marked. The model is a small GPT-2 with random initial weights, trained on the bytes
+of a text. The optimizer state in each checkpoint contains the auxiliary networks.
 """
 
 import argparse
@@ -20,10 +20,10 @@ import localgrad  # added
 
 
 def main(arguments: Sequence[str] | None = None) -> transformers.Trainer:
-    """Train or go on, and print the losses of the last batch."""
+    """Train, or resume from the last checkpoint, and return the Trainer."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--text", type=Path, default=Path(__file__), help="a file; this one unless given")
+    parser.add_argument("--text", type=Path, default=Path(__file__), help="a text file; by default this script")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--save-steps", type=int, default=10)
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches of a step")

@@ -1,12 +1,12 @@
-"""A character-level language model of nanoGPT's kind: end-to-end, checkpointed, or in gradient-isolated blocks.
+"""Train a character-level language model like nanoGPT's: end-to-end, checkpointed, or in gradient-isolated blocks.
 
     python examples/language.py --data path/to/shakespeare --out runs/e2e.json
     python examples/language.py --data any.txt --method local --layers 6 --blocks 3 --momentum man --out runs/man.json
 
-The data are a text file (its last tenth validates), a folder with train.txt and validation.txt, or rows of text on the
-Hugging Face hub, as karpathy/tiny_shakespeare. The defaults are nanoGPT's small setting. The JSON holds the validation
-loss of the model and of every early exit, seconds of the training steps, the peak of the device's memory, and text from
-the whole model and from the first exit.
+The data are a text file (its last tenth is for validation), a folder with train.txt and validation.txt, or a data set
+of texts on the Hugging Face hub, such as karpathy/tiny_shakespeare. The defaults are nanoGPT's small setting. The JSON
+has the validation loss of the model and of every early exit, the seconds of the training steps, the peak of the
+device's memory, and sampled text from the whole model and from the first exit.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from task import MOMENTA, allocated, fit, flags, mixed, momentum_of, write
 
 
 def isolated(model: GPT, options: argparse.Namespace, example: Tensor, vocabulary: int) -> Any:
-    """The model in blocks of about equally many layers."""
+    """Isolate the model in blocks with about equal numbers of layers."""
     cuts = [f"layers.{j * options.layers // options.blocks - 1}" for j in range(1, options.blocks)]
     if options.head == "readout":
         objective = localgrad.readout("head", "norm", depth=options.depth, shift=False)
@@ -34,7 +34,7 @@ def isolated(model: GPT, options: argparse.Namespace, example: Tensor, vocabular
 
 
 def early_exit(model: GPT, isolation: Any, options: argparse.Namespace, block: int) -> Callable[[Tensor], Tensor]:
-    """The scores of a block's own head."""
+    """A function from tokens to the scores of a block's own head."""
     depth = (block + 1) * options.layers // options.blocks
     momentum, objective = isolation.momenta[block], isolation.objectives[block]
 
@@ -68,7 +68,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def optimiser(options: argparse.Namespace, parts: list[list[torch.nn.Parameter]]) -> tuple[Any, Any]:
-    """nanoGPT's: AdamW, weight decay of matrices, a warm-up, and a cosine down to a tenth."""
+    """nanoGPT's optimizer and schedule: AdamW, weight decay of matrices, warm-up, and a cosine down to a tenth."""
     decayed = [{"params": [p for part in parts for p in part if p.ndim >= 2], "weight_decay": 0.1}]
     rest = [{"params": [p for part in parts for p in part if p.ndim < 2], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW([*decayed, *rest], lr=options.lr, betas=(0.9, 0.99), fused="cuda" in options.device)

@@ -1,10 +1,11 @@
-"""Lightning's Trainer in gradient-isolated blocks: lines that `localgrad` adds are marked.
+"""Lightning's Trainer, training in gradient-isolated blocks.
 
     python examples/lightning_trainer.py
     python examples/lightning_trainer.py --epochs 20 --accumulate 2
 
-A CIFAR-type ResNet on scikit-learn's digits (1,797 images of 8 x 8), trained on the first 1,500. The isolation is a
-module of the LightningModule, so that checkpoints hold the auxiliary networks.
+The lines that `localgrad` adds are marked. The model is a CIFAR-type ResNet, trained on the first 1,500 of
+scikit-learn's digits (1,797 images of 8 x 8). The isolation is a submodule of the LightningModule, so checkpoints
+contain the auxiliary networks.
 """
 
 import argparse
@@ -39,17 +40,17 @@ class Digits(lightning.LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)  # the auxiliary networks are among them
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)  # includes the auxiliary networks
 
 
 def main(arguments: Sequence[str] | None = None) -> lightning.Trainer:
-    """Train; the losses of all blocks are logged."""
+    """Train, print the loss of the last block, and return the Trainer."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--images", type=int, default=1500, help="how many are trained on")
+    parser.add_argument("--images", type=int, default=1500, help="number of training images")
     parser.add_argument("--accumulate", type=int, default=1, help="batches of a step")
     parser.add_argument("--accelerator", default="auto")
-    parser.add_argument("--folder", type=Path, help="where checkpoints and logs go; none unless given")
+    parser.add_argument("--folder", type=Path, help="folder for checkpoints; by default none are written")
     options = parser.parse_args(arguments)
     lightning.seed_everything(0)
     images, classes = load_digits(return_X_y=True)

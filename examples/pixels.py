@@ -1,4 +1,4 @@
-"""Images with a class for each pixel, a fully convolutional network for them, its mean IoU, and a picture."""
+"""Segmentation: data with a class for each pixel, a fully convolutional network, mean IoU, and pictures."""
 
 import io
 from functools import partial
@@ -18,7 +18,7 @@ MEAN, STD = (0.45, 0.45, 0.45), (0.28, 0.28, 0.28)
 
 
 def network(head: str, backbone: str, num_classes: int) -> nn.Module:
-    """FCN or DeepLab on a ResNet whose map is an eighth of the image."""
+    """FCN or DeepLab on a ResNet with output stride 8."""
     resnet = torchvision.models.get_model(backbone, weights=None)
     for layer, dilation in ((resnet.layer3, 2), (resnet.layer4, 4)):
         for conv in layer.modules():
@@ -32,14 +32,14 @@ def network(head: str, backbone: str, num_classes: int) -> nn.Module:
 
 
 def checkpoint_units(model: nn.Module) -> None:
-    """Compute every residual unit of the backbone again in the backward pass."""
+    """Use activation checkpointing for every residual unit of the backbone."""
     for stage in ("layer1", "layer2", "layer3", "layer4"):
         for unit in model.backbone[stage]:
             unit.forward = partial(checkpoint, unit.forward, use_reentrant=False)
 
 
 def read(folder: Path, split: str) -> tuple[Tensor, Tensor]:
-    """Images `(N, 3, H, W)` and masks `(N, H, W)`, both of whole numbers from 0 to 255."""
+    """Read images `(N, 3, H, W)` and masks `(N, H, W)`, both with integer values from 0 to 255."""
     files = sorted(folder.glob(f"{split}-*.parquet"))
     if files:
         import pyarrow.parquet as parquet
@@ -63,10 +63,10 @@ def normalised(images: Tensor) -> Tensor:
 
 
 def augmented(images: Tensor, masks: Tensor, crop: tuple[int, int], ignored: int) -> tuple[Tensor, Tensor]:
-    """Crops of 0.75 to 1.5 times the size, at random places, half of them mirrored; what lies outside is ignored."""
+    """Random crops, scaled by 0.75 to 1.5, half of them mirrored; pixels outside the image get the ignored class."""
     size = torch.tensor(images.shape[2:], device=images.device)
     zoom = torch.empty(len(images), 1, device=images.device).uniform_(0.75, 1.5)
-    share = torch.tensor(crop, device=images.device) / size / zoom  # of the image's height and width
+    share = torch.tensor(crop, device=images.device) / size / zoom  # height and width of the crop over the image's
     shift = (1 - share).clamp(min=0) * torch.empty_like(share).uniform_(-1, 1)
     mirrored = torch.randint(2, (len(images),), device=images.device) * 2 - 1
     theta = torch.zeros(len(images), 2, 3, device=images.device)
@@ -81,7 +81,7 @@ def augmented(images: Tensor, masks: Tensor, crop: tuple[int, int], ignored: int
 
 @torch.no_grad()
 def evaluate(model: nn.Module, images: Tensor, masks: Tensor, num_classes: int) -> tuple[list[float], Tensor]:
-    """IoU of each class, nan where neither truth nor prediction has it, and the predictions."""
+    """The predictions, and the IoU of each class: nan for a class that neither masks nor predictions contain."""
     confusion = torch.zeros(num_classes, num_classes, device=images.device)
     predictions = []
     for x, y in zip(images.split(16), masks.split(16), strict=True):
@@ -95,7 +95,7 @@ def evaluate(model: nn.Module, images: Tensor, masks: Tensor, num_classes: int) 
 
 
 def draw(path: Path, images: Tensor, masks: Tensor, predictions: Tensor, ignored: int) -> None:
-    """Rows of an image, its truth and the prediction."""
+    """Save a picture with one row per image: the image, its mask and the prediction."""
     colours = torch.randint(40, 256, (256, 3), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
     colours[ignored] = 0
     rows = []

@@ -1,9 +1,10 @@
-"""A plain PyTorch loop in gradient-isolated blocks: lines that `localgrad` adds or changes are marked.
+"""A plain PyTorch loop, trained in gradient-isolated blocks.
 
     python examples/plain_loop.py
     python examples/plain_loop.py --epochs 20
 
-A CIFAR-type ResNet on scikit-learn's digits (1,797 images of 8 x 8), trained on the first 1,500.
+The lines that `localgrad` adds or changes are marked. The model is a CIFAR-type ResNet, trained on the first 1,500 of
+scikit-learn's digits (1,797 images of 8 x 8) and tested on the others.
 """
 
 import argparse
@@ -18,10 +19,10 @@ from localgrad.models import cifar_resnet
 
 
 def main(arguments: Sequence[str] | None = None) -> float:
-    """Train, print the losses of each epoch, and return the share of test images that are recognised."""
+    """Train; print the last loss of each epoch, and return the test accuracy."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--images", type=int, default=1500, help="how many are trained on")
+    parser.add_argument("--images", type=int, default=1500, help="number of training images")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     images, classes = load_digits(return_X_y=True)

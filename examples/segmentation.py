@@ -1,12 +1,12 @@
-"""Segmentation from random weights: torchvision's FCN or DeepLab, end-to-end, checkpointed, or in isolated blocks.
+"""Train torchvision's FCN or DeepLab from random weights: end-to-end, checkpointed, or in gradient-isolated blocks.
 
     python examples/segmentation.py --data path/to/camvid --out runs/e2e.json
     python examples/segmentation.py --data path/to/camvid --method local --blocks 4 --momentum man --out runs/man.json
 
-The data are a folder of parquet files (columns image and mask, one class a pixel), or of train/images, train/masks,
-test/images and test/masks with files of the same names. The backbone's last two stages are dilated instead of
-strided. The JSON holds the mean IoU on the test set, seconds of the training steps and the peak of the device's
-memory; a picture beside it shows images, truth and predictions.
+The data are a folder of parquet files (columns image and mask, with one class per pixel), or a folder with
+train/images, train/masks, test/images and test/masks, whose files have the same names. The last two stages of the
+backbone are dilated instead of strided. The JSON has the mean IoU on the test set, the seconds of the training steps
+and the peak of the device's memory. A picture beside it shows images, masks and predictions.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def isolated(model: nn.Module, options: argparse.Namespace, example: Tensor) -> Any:
-    """The model cut between the stages of its backbone, or where asked for."""
+    """Isolate the model, cut between the stages of its backbone or at the requested modules."""
     objective = localgrad.dense(
         options.classes, ignore_index=options.ignored, reconstruction=options.reconstruction, mean=MEAN, std=STD
     )

@@ -1,12 +1,13 @@
-"""Barlow Twins on CIFAR-10 without labels: end-to-end, or every stage of a ResNet-18 for itself; then linear probes.
+"""Barlow Twins on CIFAR-10 without labels, end-to-end or with a local loss for each stage; then linear probes.
 
     python examples/selfsupervised.py --data path/to/cifar10 --out runs/e2e.json
     python examples/selfsupervised.py --data path/to/cifar10 --method local --momentum man --out runs/man.json
 
-The data are a folder of parquet files (an image column and label), or an .npz with train_images (N, 32, 32, 3),
-train_labels, test_images and test_labels. `--noise` is that of Blockwise SSL's code: Gaussian, of this share of the
-features' deviation, added to what each stage gives its head and the next stage. The JSON holds the test accuracy of a
-linear layer on the pooled features of each stage, seconds of the training steps and the peak of the device's memory.
+The network is a ResNet-18. The data are a folder of parquet files (an image column and label), or an .npz with
+train_images (N, 32, 32, 3), train_labels, test_images and test_labels. `--noise` is the noise in the code of Blockwise
+SSL: Gaussian noise with this fraction of the features' standard deviation, added to the features that each stage gives
+to its head and to the next stage. The JSON has the test accuracy of a linear layer on the pooled features of each
+stage, the seconds of the training steps and the peak of the device's memory.
 """
 
 import argparse
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
     example = view(images[:2])
     twins = localgrad.barlow(options.projector[0], options.projector[1:])
-    # the last stage's loss is made like the others', by hand: there is no cut after it
+    # there is no cut after the last stage, so its objective is built here
     last = twins(localgrad.Site(model.eval()(example).shape, 1, example.shape, index=3, num_blocks=4))
     last.to(options.device)
     model.train()

@@ -1,4 +1,4 @@
-"""What the scripts of the three tasks share: flags, the loop of a training, and the JSON that it leaves."""
+"""Shared by the scripts of the three tasks: flags, the training loop, and the JSON with the results."""
 
 import argparse
 import json
@@ -20,11 +20,11 @@ MOMENTA: dict[str, dict[str, Any]] = {
     "bias": {"ema": False},
     "residual": {"form": "residual"},
 }
-"""Settings of `localgrad.man`."""
+"""Settings of `localgrad.man` for each value of `--momentum`."""
 
 
 def flags(doc: str | None, methods: Sequence[str], momenta: Sequence[str], data: str) -> argparse.ArgumentParser:
-    """A parser with the flags of every task."""
+    """A parser with the flags that all tasks have."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help=data)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
@@ -37,31 +37,31 @@ def flags(doc: str | None, methods: Sequence[str], momenta: Sequence[str], data:
 
 
 def momentum_of(options: argparse.Namespace, **settings: Any) -> Any:
-    """What `isolate` takes as `momentum`."""
+    """The argument `momentum` of `isolate`."""
     return None if options.momentum == "none" else localgrad.man(**settings, **MOMENTA[options.momentum])
 
 
 def mixed(options: argparse.Namespace) -> torch.autocast:
-    """bfloat16 on a GPU."""
+    """Autocast to bfloat16 on a GPU; no autocast on a CPU."""
     return torch.autocast(options.device.split(":")[0], torch.bfloat16, enabled="cuda" in options.device)
 
 
 def allocated(options: argparse.Namespace) -> int:
-    """Bytes of the device that are taken; 0 on a processor."""
+    """Allocated memory of the GPU in bytes; 0 on a CPU."""
     return torch.cuda.memory_allocated() if "cuda" in options.device else 0
 
 
 class Fitted(NamedTuple):
-    """What a training took."""
+    """Results of a training."""
 
     loss: float
-    """Of the last step."""
+    """Loss of the last step."""
     curve: list[tuple[int, float]]
-    """Steps, and what `evaluate` gave after them."""
+    """Pairs of a step and the value of `evaluate` after it."""
     seconds: float
-    """Of the steps, evaluations aside."""
+    """Seconds of the training steps, without evaluations."""
     peak_bytes: int | None
-    """Largest memory of the steps before the first evaluation; None on a processor."""
+    """Peak memory of the steps before the first evaluation; None on a CPU."""
 
 
 def fit(
@@ -77,19 +77,19 @@ def fit(
     evaluate: Callable[[], float] | None = None,
     evaluations: int = 1,
 ) -> Fitted:
-    """Plain PyTorch: `loss_of(*batch())`, backward, step. Nothing here knows of blocks.
+    """A plain PyTorch training loop without any code for blocks: `loss_of(*batch())`, backward pass, optimizer step.
 
     Args:
-        options: with device and the name of the result, for the progress bar.
-        model: in training mode but for evaluations.
-        optimizer: over all that is trained.
-        schedule: of the learning rate, a step each.
-        steps: how many.
-        batch: draws one.
-        loss_of: the loss of a batch, under autocast.
-        clipped: lists of parameters, whose gradients are clipped to norm 1 each.
-        evaluate: measures the model in evaluation mode.
-        evaluations: how often, evenly over the steps, and after the last.
+        options: flags; this function reads the device, and the name of the result for the progress bar.
+        model: the model, in training mode except during evaluations.
+        optimizer: optimizer of all trained parameters.
+        schedule: schedule of the learning rate, stepped after each optimizer step.
+        steps: number of training steps.
+        batch: draws a batch.
+        loss_of: computes the loss of a batch; called under autocast.
+        clipped: lists of parameters; the gradients of each list are clipped to norm 1.
+        evaluate: measures the model; called in evaluation mode.
+        evaluations: evaluate after every `steps // evaluations` steps, and after the last step.
     """
     curve: list[tuple[int, float]] = []
     loss, peak, seconds, began = torch.zeros(()), None, 0.0, time.perf_counter()
@@ -132,16 +132,16 @@ def write(
     held: int,
     **found: Any,
 ) -> dict[str, Any]:
-    """Write what was found as JSON, with what it took and on what.
+    """Write the results as JSON, with seconds, peak memory and machine.
 
     Args:
-        options: all of them are written but `out`, which is the file.
-        task: its name.
-        model: the whole one.
-        trained: its parameters, and those of heads and copies.
-        fitted: of the training.
-        held: bytes of the device that the data take; the peak is without them.
-        found: what the task measures.
+        options: flags; all are written except `out`, which is the path of the file.
+        task: name of the task.
+        model: the whole model.
+        trained: all trained parameters, including those of heads and momentum copies.
+        fitted: results of the training.
+        held: bytes of GPU memory that the data take; they are subtracted from the peak.
+        found: results of the task.
     """
     result = {
         "task": task,

@@ -1,4 +1,4 @@
-"""Images without labels: two views of each, a ResNet-18 for 32 pixels that gives every stage's map, linear probes."""
+"""Self-supervised learning: views of images, a ResNet-18 for 32 pixels, and linear probes on each stage."""
 
 import io
 from pathlib import Path
@@ -15,7 +15,7 @@ STAGES = ["layer1", "layer2", "layer3", "layer4"]
 
 
 class Noise(nn.Module):
-    """While training, adds Gaussian noise of a share of the features' deviation."""
+    """In training mode, adds Gaussian noise with a fraction of the features' standard deviation."""
 
     def __init__(self, share: float) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Noise(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A ResNet-18 with a stem for images of 32 pixels and noise behind each stage, to maps of 512 channels."""
+    """A ResNet-18 with a stem for images of 32 pixels, and noise after each stage. Its output has 512 channels."""
 
     def __init__(self, noise: float) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Encoder(nn.Module):
             self.add_module(stage, nn.Sequential(*getattr(resnet, stage), Noise(noise)))
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """The map after each stage."""
+        """The feature map after each stage."""
         maps = [self.stem(images)]
         for stage in STAGES:
             maps.append(getattr(self, stage)(maps[-1]))
@@ -50,7 +50,7 @@ class Encoder(nn.Module):
 
 
 def read(path: Path, split: str, count: int | None = None) -> tuple[Tensor, Tensor]:
-    """The first images, or all, `(N, 3, H, W)` from 0 to 255, and labels `(N,)`."""
+    """Read images `(N, 3, H, W)` from 0 to 255 and labels `(N,)`: the first `count`, or all."""
     files = sorted(path.glob(f"{split}-*.parquet"))
     if not files and not path.is_file():
         raise SystemExit(f"--data is {path}, which has no {split}-*.parquet and is no .npz")
@@ -69,7 +69,7 @@ def read(path: Path, split: str, count: int | None = None) -> tuple[Tensor, Tens
 
 
 class Order:
-    """Rows of batch after batch: all images in random order, then in another; the last, smaller batch is left out."""
+    """Indices of batches: each epoch has all images in a new random order, without the last, smaller batch."""
 
     def __init__(self, count: int, batch_size: int, seed: int) -> None:
         self.count, self.batch_size = count, batch_size
@@ -88,7 +88,7 @@ def normalised(images: Tensor) -> Tensor:
 
 
 def view(images: Tensor) -> Tensor:
-    """One view of each image: a crop of 20 to 100 % resized, mirrored, its colours changed or gone."""
+    """A random view of each image: a resized crop of 20 to 100 % of the area, mirrored, with changed colors or grey."""
     count, device = len(images), images.device
 
     def uniform(low: float, high: float) -> Tensor:
@@ -106,7 +106,7 @@ def view(images: Tensor) -> Tensor:
     jittered = (x - grey) * uniform(0.6, 1.4)[:, None, None, None] + grey * uniform(0.6, 1.4)[:, None, None, None]
     middle = jittered.mean((1, 2, 3), keepdim=True)
     jittered = (jittered - middle) * uniform(0.6, 1.4)[:, None, None, None] + middle
-    jittered = jittered + 0.1 * torch.randn(count, 3, 1, 1, device=device)  # in the place of a change of hue
+    jittered = jittered + 0.1 * torch.randn(count, 3, 1, 1, device=device)  # instead of a change of hue
     x = torch.where((uniform(0, 1) < 0.8)[:, None, None, None], jittered, x)
     x = torch.where((uniform(0, 1) < 0.2)[:, None, None, None], x.mean(1, keepdim=True).expand_as(x), x)
     return normalised(x.clamp(0, 1))
@@ -114,7 +114,7 @@ def view(images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def pooled(model: Encoder, images: Tensor) -> list[Tensor]:
-    """The mean over space of each stage's map, normalised by its statistics."""
+    """The features of each stage, averaged over space."""
     parts = [
         [maps.mean((2, 3)).float() for maps in model.features(normalised(x.float() / 255))] for x in images.split(500)
     ]
