@@ -81,7 +81,7 @@ def augmented(images: Tensor, masks: Tensor, crop: tuple[int, int], ignored: int
 
 @torch.no_grad()
 def evaluate(model: nn.Module, images: Tensor, masks: Tensor, num_classes: int) -> tuple[list[float], Tensor]:
-    """The predictions, and the IoU of each class: nan for a class that neither masks nor predictions contain."""
+    """IoU of each class (nan for a class that neither masks nor predictions contain), and the predictions."""
     confusion = torch.zeros(num_classes, num_classes, device=images.device)
     predictions = []
     for x, y in zip(images.split(16), masks.split(16), strict=True):

@@ -134,9 +134,9 @@ def show_sheets(title: str, sheets: Sequence[Sheet], budget: int | None) -> None
 
 
 def _choices(sheets: Sequence[Sheet], budget: int | None) -> dict[str, PlanRow]:
-    """For each momentum network: the row with the fewest blocks that fits, or without a budget the smallest peak.
+    """For each momentum network: the local row with the fewest blocks that fits, without checkpointing if possible.
 
-    A row without checkpointing that fits goes before one with checkpointing.
+    Without a budget, or if no local row fits, it is the local row with the smallest peak.
     """
     choices = {}
     for sheet in sheets:

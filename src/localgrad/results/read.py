@@ -74,8 +74,8 @@ def read_results(folder: Path, warn: Callable[[str], None]) -> Results:
 
     Args:
         folder: folder to search for `*.json`, with all its subfolders.
-        warn: called with one line for each file that is left out because it is damaged, and one for all files of
-            unknown kinds.
+        warn: called with one line for each file that is damaged or that only a later version can read, and with one
+            line that lists all files that are not results.
 
     Raises:
         LocalGradError: there is no such folder, or it holds no results.
@@ -115,7 +115,7 @@ def read_result(path: Path) -> Result:
 
 
 def read_file(path: Path) -> Any:
-    """Reads a result file of any kind into its dataclass; None if its kind is unknown.
+    """Reads a result file of any kind into its dataclass; None for a file of no known kind.
 
     Raises:
         LocalGradError: the file is missing or damaged, or a later version wrote it.
@@ -145,7 +145,7 @@ def _json_files(folder: Path, warn: Callable[[str], None]) -> list[Path]:
 
 
 def _sort_in(found: Results, path: Path, values: Any, warn: Callable[[str], None]) -> bool:
-    """Adds a file to the results; False if its kind is unknown."""
+    """Adds a file to the results; returns False for a file that is not a result."""
     if not isinstance(values, dict):
         return False
     kind = kind_of(values)
