@@ -131,7 +131,7 @@ def test_train_then_evaluate_then_resume(
 
 
 def test_an_interrupt_before_anything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    network = eventful_resnet(tmp_path / "network.py", event="os.kill(os.getpid(), 2)")
+    network = eventful_resnet(tmp_path / "network.py", event="raise KeyboardInterrupt")
     flags = ["--run-dir", str(tmp_path / "run"), "--quiet", *SMALL, "--model.name", network]
     assert main(["train", "digits-dgl", *flags]) == 130
     assert _error(capsys) == "localgrad: interrupted\n"

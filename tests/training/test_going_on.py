@@ -118,7 +118,7 @@ def test_a_finished_run_goes_on_with_more_epochs(tmp_path: Path, capsys: pytest.
 def test_a_hint_is_a_command_that_can_be_pasted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, network = tmp_path / "it's mine", tmp_path / "network.py"
     fit(replace(small(1), model=ModelConfig(eventful_resnet(network))), run, quiet=True)
-    eventful_resnet(network, event="os.kill(os.getpid(), 2)")
+    eventful_resnet(network, event="raise KeyboardInterrupt")
     assert main(["train", str(run), "--resume", "--epochs", "2", "--quiet"]) == 130
     quoted = "'" + str(run).replace("'", "'\"'\"'") + "'"
     assert f"continue with `localgrad train {quoted} --resume`" in capsys.readouterr().err
