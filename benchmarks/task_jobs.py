@@ -18,6 +18,12 @@ from typing import NamedTuple
 
 SMALL = ""  # the defaults are nanoGPT's small setting
 MIDDLE = "--layers 6 --steps 1200 --lr 0.003"
+SHORT = {
+    "lr0.001": "--layers 6 --steps 1200",
+    "lr0.006": "--layers 6 --steps 1200 --lr 0.006",
+    "batch32": "--layers 6 --steps 1200 --batch-size 32",
+}
+"""Other learning rates and another batch size for `MIDDLE`, end-to-end and with a plain readout."""
 LARGE = "--layers 6 --heads 8 --width 256 --context 128 --batch-size 32 --dropout 0.1"
 LOCAL = "--method local --blocks {blocks}"
 HEADS = {
@@ -67,6 +73,11 @@ def language() -> list[tuple[str, str, int, float]]:
             for head in ("private", "readout", "man", "bias", "residual", "depth2"):
                 flags = f"{LARGE} {LOCAL.format(blocks=blocks)} {HEADS[head]} --seed {seed}"
                 rows.append((f"large-k{blocks}-{head}-seed{seed}", flags, seed + 1, 22.0 + 3 * blocks))
+    for setting, flags in SHORT.items():
+        for seed in range(3):
+            rows.append((f"{setting}-e2e-seed{seed}", f"{flags} --seed {seed}", 4, 12.0))
+            local = f"{flags} {LOCAL.format(blocks=3)} --seed {seed}"
+            rows.append((f"{setting}-k3-readout-seed{seed}", local, 4, 20.0))
     rows.append(("large-checkpointed-seed0", f"{LARGE} --method checkpointed", 1, 22.0))
     return rows
 

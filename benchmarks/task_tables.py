@@ -149,6 +149,33 @@ def selfsupervised_table(folder: Path) -> str:
     return "\n".join(lines)
 
 
+def language_lengths_table(folder: Path) -> str:
+    """End-to-end training and three blocks with plain readouts, setting by setting."""
+    lines = [
+        "| width | batch size x context | steps | learning rate "
+        "| end-to-end | n | three blocks, readout | n | difference |",
+        "|--:|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for setting in ("lr0.001", "mid", "lr0.006", "batch32", "large"):
+        rows = results(folder / "language", f"{re.escape(setting)}-(e2e|k3-readout)")
+        losses = {name: [run["validation_loss"] for run in runs] for name, runs in rows.items()}
+        whole, local = losses[f"{setting}-e2e"], losses[f"{setting}-k3-readout"]
+        chosen = rows[f"{setting}-e2e"][0]["settings"]
+        cells = [
+            str(chosen["width"]),
+            f"{chosen['batch_size']} x {chosen['context']}",
+            f"{chosen['steps']:,}",
+            f"{chosen['lr']:g}",
+            mean_std(whole, 3),
+            str(len(whole)),
+            mean_std(local, 3),
+            str(len(local)),
+            f"{statistics.mean(local) - statistics.mean(whole):+.3f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def language_memory_table(path: Path) -> str:
     """Peak memory of GPT-2 medium."""
     lines = ["| training | blocks | peak, GiB | largest local block's | last block's |", "|---|--:|--:|--:|--:|"]
@@ -165,6 +192,7 @@ def tables(root: Path) -> dict[str, Callable[[], str]]:
     return {
         "language-small": lambda: language_table(folder, "small"),
         "language-mid": lambda: language_table(folder, "mid"),
+        "language-lengths": lambda: language_lengths_table(folder),
         "language-large": lambda: language_table(folder, "large"),
         "language-memory": lambda: language_memory_table(root / "results" / "language_memory.json"),
         "segmentation": lambda: segmentation_table(folder),
