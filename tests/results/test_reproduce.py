@@ -486,6 +486,7 @@ def test_images_that_cannot_be_had_are_said_once_before_any_run(
     cells = plan_cells("first", seeds=(0,), changes={"data.source": "owner/absent"}, output=tmp_path)
     with pytest.raises(LocalGradError, match=r"^--data owner/absent"):
         run_cells(cells)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_rows_of_a_table_are_trained_on_the_same_images(tmp_path: Path) -> None:
