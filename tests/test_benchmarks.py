@@ -50,7 +50,7 @@ def test_the_gpu_benchmark_starts_nothing_that_the_time_does_not_allow(
     from gpu_train import Queue
 
     done = tmp_path / "done"
-    queue = Queue(workers=1, deadline=time.monotonic() + 1.5, output=tmp_path)
+    queue = Queue(workers=1, deadline=time.monotonic() + 4.0, output=tmp_path)
     work = [
         ("long", lambda: None, lambda: 60.0),
         ("short", lambda: done.write_text("short"), lambda: 0.0),

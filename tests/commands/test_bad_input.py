@@ -327,7 +327,7 @@ EVALUATED: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "other classes": (_other_classes, "has 3 classes and the network of"),
     "no such split": (
         lambda run_dir: [*_other_classes(run_dir), "--test-split", "dev"],
-        "-split dev",
+        "test-split dev",
     ),
     "no such device": (lambda run_dir: ["--accelerator", "tpu"], "cannot be used on this machine"),
     "heads of no checkpoint": (

@@ -153,9 +153,8 @@ def _specifications(config: DataConfig, there: Sequence[str], say: Say) -> tuple
         train = test = there[0]
         say(f"the images have no split {config.test_split!r}; all of {test!r} are taken")
     if train is None:
-        raise LocalGradError(
-            f"{flag('train_split')} {config.train_split}: there is no such split; the set has {', '.join(there)}"
-        )
+        given = flag("test_split" if config.train_split == config.test_split else "train_split")  # evaluate sets both
+        raise LocalGradError(f"{given} {config.train_split}: there is no such split; the set has {', '.join(there)}")
     if test is None and _is_usual(config.test_split):
         test = next((spec for spec in ("test", "validation") if named(spec, there)), None)
         test = None if test is None else named(test, there)
