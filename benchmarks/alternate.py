@@ -5,7 +5,7 @@
 
 Takes the arguments of `localgrad train`. In even steps blocks 1, 3, ... train, in odd steps blocks 2, 4, ... The last
 block always trains. A block that does not train runs its forward pass without a graph and has no loss. Its running
-statistics and EMA are still updated. The library has no such setting: the result is in `docs/accuracy.md`.
+statistics and EMA are still updated. The library has no such setting, and no row has been trained so far.
 """
 
 import sys
