@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+
 TYPE_CHECKING = False  # as type checkers know it: importing `typing` would delay the command line
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,6 +40,14 @@ class CannotSitError(LocalGradError):
 
 class DoesNotFitError(LocalGradError):
     """No allowed plan fits into the available memory."""
+
+
+def warn(message: str, kind: type[LocalGradWarning] = LocalGradWarning) -> None:
+    """Warn at the line of the user's code: the innermost frame outside of this package and of torch."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).split(".")[0] in ("localgrad", "torch"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, kind, stacklevel=level)
 
 
 def check_rules(what: str, rules: list[tuple[str, bool]]) -> None:

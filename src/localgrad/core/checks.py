@@ -1,7 +1,6 @@
 """Checks of blocks and optimizers before a local step: a full check once, and again after a change."""
 
 import inspect
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from localgrad.core.block import Block
 from localgrad.core.origin import Origin
 from localgrad.core.tables import slots
 from localgrad.core.wrapped import compiled_from
-from localgrad.errors import LocalGradError, LocalGradWarning, SettingsError
+from localgrad.errors import LocalGradError, SettingsError, warn
 
 Optimizers = Optimizer | Sequence[Optimizer] | None
 """What trains a block: one optimizer, several with disjoint parameters, or None for a block that trains nothing."""
@@ -80,11 +79,9 @@ def check_step(blocks: Sequence[nn.Module], optimizers: Sequence[Optimizers]) ->
             block.checked = Checked(block, of_block(given))
     for index, block in enumerate(own):
         if not block.accumulates and block.checked.has_gradients():
-            warnings.warn(
+            warn(
                 f"block {index} has gradients that no local step left, and this one adds to them: call "
-                "optimizer.zero_grad() before, if they are not meant to count",
-                LocalGradWarning,
-                stacklevel=3,
+                "optimizer.zero_grad() before, if they are not meant to count"
             )
 
 

@@ -1,6 +1,5 @@
 """Isolation: hooks cut the model's own forward pass into blocks, and back-propagate each local loss inside it."""
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Self
@@ -25,7 +24,7 @@ from localgrad.core.saved_with import AnyOptimizer, keep_in
 from localgrad.core.site import Objective
 from localgrad.core.tables import hooks_after, hooks_before
 from localgrad.core.unchanged import Unchanged
-from localgrad.errors import LocalGradError, LocalGradWarning
+from localgrad.errors import LocalGradError, warn
 
 
 class Isolation(nn.Module):
@@ -121,7 +120,7 @@ class Isolation(nn.Module):
         self._unchanged.check()
         stepped = self._unchanged.stepped()
         if self.backward is None and not stepped and self._unchanged.has_gradients():
-            warnings.warn(SUMMED, LocalGradWarning, stacklevel=3)
+            warn(SUMMED)
             self.backward = BACKWARD
         follow_model(self, self.momenta, model)
         ddp = active_ddp()

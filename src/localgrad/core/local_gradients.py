@@ -1,6 +1,5 @@
 """Gradients of local losses: computed in the forward pass, stored until the model's own loss is back-propagated."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from localgrad.core.observed import tensors_in
 from localgrad.core.replicas import average_gradients
-from localgrad.errors import LocalGradWarning
+from localgrad.errors import warn
 
 Block = tuple[Sequence[nn.Parameter], Sequence[nn.Parameter]]
 """The parameters that a local block trains: its own, and those of its auxiliary networks."""
@@ -51,7 +50,7 @@ class LocalGradients:
         before: "LocalGradients | None",
     ) -> None:
         if stepped and before is not None and before.are_waiting:
-            warnings.warn(LOST, LocalGradWarning, stacklevel=4)
+            warn(LOST)
         self.blocks, self.are_waiting, self._stepped = blocks, False, stepped
         self._ddp = ddp if ddp is not None and ddp.require_backward_grad_sync else None
         self._made: list[tuple[nn.Parameter, Tensor]] = []

@@ -1,6 +1,5 @@
 """The blocks of an isolated model: their cut, units and parameters, read from one observed forward pass."""
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +9,7 @@ from torch import nn
 from localgrad.core.channels import channel_dim_of, usual_channel_dim
 from localgrad.core.observed import Call, ForwardPass, takes, trained_by_block, units_between
 from localgrad.core.units import Unit
-from localgrad.errors import LocalGradWarning
+from localgrad.errors import warn
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,11 +51,9 @@ def parts_of(model: nn.Module, run: ForwardPass, cuts: Sequence[Call]) -> tuple[
         owner[parameter] = users[-1] if users else _block_of(name, run, cuts)
         if len(users) > 1:
             tied[parameter] = users[-1]
-            warnings.warn(
+            warn(
                 f"{name} is used by blocks {', '.join(str(user + 1) for user in users)}: block {users[-1] + 1} alone "
-                "trains it, and the others use it as it is",
-                LocalGradWarning,
-                stacklevel=5,
+                "trains it, and the others use it as it is"
             )
     return [_part(run, cuts, block, owner) for block in range(len(cuts) + 1)], tied
 

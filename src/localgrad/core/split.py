@@ -1,6 +1,5 @@
 """Split a model into gradient-isolated blocks."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal, cast
@@ -16,7 +15,7 @@ from localgrad.core.partition import check_num_blocks, cut_by_cost, cut_evenly
 from localgrad.core.site import Criterion, Objective
 from localgrad.core.units import Unit, check_model, find_unit, match_mode, units, why_whole
 from localgrad.core.wrapped import unwrapped
-from localgrad.errors import LocalGradError, LocalGradWarning, SettingsError
+from localgrad.errors import LocalGradError, SettingsError, warn
 
 Balance = Literal["memory", "compute", "count"]
 
@@ -138,11 +137,7 @@ def _is_frozen(index: int, run: Sequence[Unit]) -> bool:
     trains = [parameter.requires_grad for unit in run for parameter in unit.module.parameters()]
     if not trains or any(trains):
         return False
-    warnings.warn(
-        f"block {index} ({run[0].name} to {run[-1].name}) trains nothing: it gets no head, and None for an optimizer",
-        LocalGradWarning,
-        stacklevel=3,
-    )
+    warn(f"block {index} ({run[0].name} to {run[-1].name}) trains nothing: it gets no head, and None for an optimizer")
     return True
 
 
@@ -183,11 +178,9 @@ def choose_cuts(
     try:
         costs = unit_costs(found, example, objective, momentum, num_blocks, targets, criterion)
     except CannotCountError as error:
-        warnings.warn(
+        warn(
             f"{error}: blocks get the same number of units instead of the same {balance}; give targets=, an example of "
-            'the batch\'s targets, or cuts=[...], or balance="count"',
-            LocalGradWarning,
-            stacklevel=3,
+            'the batch\'s targets, or cuts=[...], or balance="count"'
         )
         return cut_evenly(len(found), num_blocks)
     weights = [cost.end_parameters for cost in costs]

@@ -2,7 +2,6 @@
 
 # pyright: reportUnnecessaryIsInstance=false
 
-import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from operator import methodcaller
@@ -19,7 +18,7 @@ from localgrad.core.local_pass import BACKWARD
 from localgrad.core.reach import Span, check_reach
 from localgrad.core.trees import batch_parts
 from localgrad.core.versions import version
-from localgrad.errors import LocalGradError, LocalGradWarning, SettingsError
+from localgrad.errors import LocalGradError, SettingsError, warn
 
 Context = Callable[[int], AbstractContextManager[Any]]
 Backward = Callable[[Tensor], Any]
@@ -104,7 +103,7 @@ def local_step(
     check_reach(reach)
     check_step(blocks, optimizers)
     if backward is BACKWARD and any(inner(block).waits for block in blocks):
-        warnings.warn(SUMMED, LocalGradWarning, stacklevel=2)
+        warn(SUMMED)
 
     def update(index: int, loss: Tensor) -> None:
         apply_updates([blocks[index]], [optimizers[index]], step)

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from localgrad.core.modules import named_children, named_modules
 from localgrad.core.restore import restored
 from localgrad.core.tables import has_hooks, hooks_after, hooks_before
-from localgrad.errors import DefaultsWarning, LocalGradError, LocalGradWarning, NotTraceableError
+from localgrad.errors import DefaultsWarning, LocalGradError, LocalGradWarning, NotTraceableError, warn
 
 CHAIN = (nn.Sequential, nn.ModuleList)
 _CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict, object)
@@ -214,13 +214,13 @@ def _say_what_is_left_out(model: nn.Module, defaults: dict[str, Any], assigned: 
     name = type(model).__name__
     if defaults:
         given = ", ".join(f"{key}={value!r}" for key, value in defaults.items())
-        _warn(
+        warn(
             f"{name} is cut with the optional arguments of its forward pass at their defaults ({given}): blocks take "
             "no others; a model that needs them goes to localgrad.isolate",
             DefaultsWarning,
         )
     for key in assigned:
-        _warn(
+        warn(
             f"{name} assigns self.{key} in its forward pass, which blocks do not do: do it in a submodule, or use "
             "localgrad.isolate, which runs the model's own forward pass"
         )
@@ -239,10 +239,6 @@ def _assigned(module: nn.Module, before: dict[str, Any]) -> list[str]:
 def is_constant(name: str) -> bool:
     """Whether an attribute is a tensor that the forward pass creates; `torch.fx` gave it this name."""
     return name.rpartition(".")[2].startswith("_tensor_constant")
-
-
-def _warn(message: str, kind: type[LocalGradWarning] = LocalGradWarning) -> None:
-    warnings.warn(message, kind, stacklevel=7)
 
 
 def first_line(error: Exception) -> str:
@@ -346,7 +342,7 @@ def _single_output(graph: fx.Graph, model: nn.Module) -> fx.Graph:
         value = tuple(value.args)  # a named tuple is traced as a call of its class
     if isinstance(value, tuple | list) and value and isinstance(value[0], fx.Node):
         count = len(cast(Any, value))
-        _warn(
+        warn(
             f"{type(model).__name__} returns {count} values while training: the first is trained, auxiliary "
             "outputs are left out"
         )

@@ -19,7 +19,7 @@ from localgrad.core.restore import restored
 from localgrad.core.tracing import Frozen, first_line, refuse_hooks, trace
 from localgrad.core.versions import version
 from localgrad.core.wrapped import unwrapped
-from localgrad.errors import LocalGradError, LocalGradWarning, NotTraceableError, SettingsError
+from localgrad.errors import LocalGradError, NotTraceableError, SettingsError, warn
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,11 +198,9 @@ def _measured(
             guess = channel_dim_of(features, modules[: position + 1], modules[position + 1 :])
             dim = usual_channel_dim(len(size)) if guess is None else guess
             if guess is None:
-                warnings.warn(
+                warn(
                     f"nothing near the unit {piece.name!r} tells which dimension of its features {tuple(size)} holds "
-                    f"channels; {dim} is taken: give channel_dim={{{piece.name!r}: 1}} or -1 to say it",
-                    LocalGradWarning,
-                    stacklevel=4,
+                    f"channels; {dim} is taken: give channel_dim={{{piece.name!r}: 1}} or -1 to say it"
                 )
         found.append(
             Unit(piece.name, piece.module, size, dim, writes_input, inputs, features.dtype, piece.whole, frozen)

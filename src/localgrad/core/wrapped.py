@@ -1,13 +1,11 @@
 """Models in a wrapper: compiled models are unwrapped with a warning, other wrappers are refused."""
 
-import warnings
-
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
-from localgrad.errors import LocalGradError, LocalGradWarning
+from localgrad.errors import LocalGradError, warn
 
 
 def compiled_from(module: nn.Module) -> nn.Module | None:
@@ -25,11 +23,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """
     compiled = compiled_from(model)
     if compiled is not None:
-        warnings.warn(
+        warn(
             f"the model is compiled as a whole: {type(compiled).__name__} inside is used, not compiled; compile the "
-            "blocks instead, block.compile()",
-            LocalGradWarning,
-            stacklevel=4,
+            "blocks instead, block.compile()"
         )
         return unwrapped(compiled)
     kind = type(model).__name__
