@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 
 TYPE_CHECKING = False  # as type checkers know it: importing `typing` would delay the command line
@@ -44,8 +43,10 @@ class DoesNotFitError(LocalGradError):
 
 def warn(message: str, kind: type[LocalGradWarning] = LocalGradWarning) -> None:
     """Warn at the line of the user's code: the innermost frame outside of this package and of torch."""
-    frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and str(frame.f_globals.get("__name__")).split(".")[0] in ("localgrad", "torch"):
+    import inspect  # here, as it would delay the command line
+
+    frame, level = inspect.currentframe(), 1
+    while frame and str(frame.f_globals.get("__name__")).split(".")[0] in ("localgrad", "torch"):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, kind, stacklevel=level)
 
