@@ -126,6 +126,26 @@ def test_ctrl_c_in_the_first_seconds_is_as_clean_as_later(words: str, tmp_path: 
         assert sum("interrupted" in line for line in said.splitlines()) == 1
 
 
+def test_ctrl_c_while_a_string_is_executed_ends_with_the_same_code(tmp_path: Path) -> None:
+    """`python -m` forgets the exit code after a KeyboardInterrupt in `exec` of a string, as `dataclass` calls it."""
+    (tmp_path / "pressed.py").write_text(
+        """
+import os, signal, sys
+from localgrad.commands.interrupts import leave_at_once, raise_again
+
+leave_at_once()
+raise_again()
+try:
+    exec("os.kill(os.getpid(), signal.SIGINT); [number for number in range(1000)]")
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+    )
+    command = [sys.executable, "-m", "pressed"]
+    done = subprocess.run(command, cwd=tmp_path, check=False, timeout=60, preexec_fn=heed)
+    assert done.returncode == 130
+
+
 def test_an_ignored_ctrl_c_stays_ignored() -> None:
     program = PRESSED.format(module="tyro", words=["recipes", "vit"])
     done = subprocess.run(
