@@ -101,9 +101,16 @@ def _order(row: Row) -> tuple[bool, float, float]:
     return not (row.processor or row.gpu), 100.0 if error is None else error, row.operations
 
 
-def front(every: Sequence[Row], cost: Callable[[Row], float]) -> list[Row]:
-    """The Pareto front: rows for which no other row is at least as good in error and cost, and better in one."""
-    points = [(error, cost(row), row) for row in every if (error := row.error(COMPARED)) is not None]
+def front(every: Sequence[Row], cost: Callable[[Row], float | None]) -> list[Row]:
+    """The Pareto front: rows for which no other row is at least as good in error and cost, and better in one.
+
+    Rows without this cost or without an error are left out.
+    """
+    points = [
+        (error, price, row)
+        for row in every
+        if (error := row.error(COMPARED)) is not None and (price := cost(row)) is not None
+    ]
     return [
         row
         for error, price, row in points
@@ -115,6 +122,7 @@ def accuracy_table(root: Path) -> str:
     """Costs and errors of the trained rows, and costs of end-to-end rows that were not trained."""
     every = [row for row in rows(root) if row.processor or row.gpu or row.name.startswith("e2e")]
     fronts = {"peak": front(every, lambda row: row.peak), "operations": front(every, lambda row: row.operations)}
+    fronts["processor"] = front(every, lambda row: row.seconds)
     lines = [
         "| row | blocks | reach | operations | peak | GPU, ms | processor | error after 8 | after 10 | n | front |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|---|---|",

@@ -65,7 +65,7 @@ MORE = (
     *("k16-auglocal-d1", "k16-auglocal-d3", "k16-auglocal-d2-man", "k16-auglocal-d2-ema", "k16-auglocal-d2-reach3"),
     *("k8-auglocal-d2-reach2", "k8-dgl-man-reach2", "k4-dgl-reach2", "k4-auglocal-d2-reach2", "k2-dgl-man"),
     *("k2-auglocal-d2", "k16-auglocal-d1-reach2", "k16-auglocal-d2-ema-reach2", "e2e-accumulate4"),
-    *("k16-dgl-man-fused", "k16-auglocal-d5-man"),
+    *("k16-dgl-man-fused", "k16-auglocal-d5-man", "k4-dgl-man"),
 )
 
 TRAININGS: list[Training] = [

@@ -7,6 +7,7 @@ or dark theme.
 """
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
@@ -24,6 +25,8 @@ line { stroke: #8c959f; stroke-width: 1; } .grid { stroke-opacity: 0.35; } .riva
 COLORS = {"end-to-end": "#6e7781", "DGL": "#2f7ed8", "MAN": "#e0701a", "AugLocal": "#1fa187", "other": "#b05cc6"}
 """Color by family of methods; readable on white and on black."""
 LEFT, WIDTH, HEIGHT = 46, 350, 330
+RIGHT = WIDTH + 30
+"""Left edge of the second column of panels."""
 PLANNED = (
     *((1, checkpointed, parts) for checkpointed in (False, True) for parts in (1, 4)),
     *((blocks, False, 1) for blocks in (2, 4, 8, 16)),
@@ -59,55 +62,77 @@ def family(name: str) -> str:
 
 
 def accuracy() -> str:
-    """Error after epoch `COMPARED` against operations and against peak memory: one numbered point per row."""
+    """Error after epoch `COMPARED` against operations, peak memory and time: one numbered point per row."""
     every = rows(ROOT)
     trained = [row for row in every if row.error(COMPARED) is not None]
     body = []
     for row in every:
         if row.name.startswith("e2e-accumulate4"):  # not trained, so without an error
-            x = WIDTH + 30 + LEFT + row.peak / 1.1 * (WIDTH - LEFT)
+            x = RIGHT + LEFT + row.peak / 1.1 * (WIDTH - LEFT)
             body += [line(x, 34, x, HEIGHT - 4, "rival")]
-            body += [text(x + 3, HEIGHT - 14 - 20 * ("check" in row.name), row.name)]
-    body += _panel(0, "operations of a step, to end-to-end", trained, lambda row: row.operations, 3.6, 0.5)
-    body += _panel(WIDTH + 30, "peak memory of a step, to end-to-end", trained, lambda row: row.peak, 1.1, 0.2)
-    legend = HEIGHT + 58
+            body += [text(x + 3, HEIGHT - 10 - 12 * ("check" in row.name), row.name)]
+    body += _panel(0, 0, "operations of a step, relative to end-to-end", trained, lambda row: row.operations, 3.6, 0.5)
+    body += _panel(RIGHT, 0, "peak memory of a step, relative to end-to-end", trained, lambda row: row.peak, 1.1, 0.2)
+    label = "time of a step on a CPU, relative to end-to-end"
+    body += _panel(0, HEIGHT + 50, label, trained, lambda row: row.seconds, 4.5, 0.5)
     for position, row in enumerate(trained):
-        x, y = 8 + 245 * (position % 3), legend + 18 * (position // 3)
+        y = HEIGHT + 68 + 17 * position
         runs = f"n = {len(row.processor)}" if row.processor else "GPU, n = 1"
-        body += [_point(x + 6, y - 4, position + 1, row), text(x + 20, y, f"{row.name} ({runs})")]
-    height = legend + 18 * ((len(trained) - 1) // 3) + 14
-    description = f"Test error after {COMPARED} of ten epochs against the operations and the peak memory of a step"
-    return svg(2 * WIDTH + 40, height, description, body)
+        body += [_point(RIGHT + 26, y - 4, row), text(RIGHT + 14, y, str(position + 1), "end")]
+        body += [text(RIGHT + 38, y, f"{row.name} ({runs})")]
+    height = max(2 * HEIGHT + 90, HEIGHT + 68 + 17 * len(trained))
+    costs = "the operations, the peak memory and the time of a step"
+    description = f"Test error after {COMPARED} of ten epochs against {costs}"
+    return svg(RIGHT + WIDTH + 10, height, description, body)
 
 
 def _panel(
-    left: float, label: str, trained: Sequence[Row], cost: Callable[[Row], float], most: float, step: float
+    left: float,
+    upper: float,
+    label: str,
+    trained: Sequence[Row],
+    cost: Callable[[Row], float | None],
+    most: float,
+    step: float,
 ) -> list[str]:
-    """One panel: axes from 0, grid, labels and points."""
-    top, bottom, worst = 34, HEIGHT - 4, 45.0
+    """One panel: axes from 0, grid, labels and points; rows without this cost are left out."""
+    top, bottom, worst = upper + 34, upper + HEIGHT - 4, 45.0
     across, down = (WIDTH - LEFT) / most, (bottom - top) / worst
     x, y = left + LEFT, bottom
-    body = [text(left + 8, 20, f"test error after {COMPARED} of 10 epochs, %", kind="title")]
+    body = [text(left + 8, upper + 20, f"test error after {COMPARED} of 10 epochs, %", kind="title")]
     for error in range(0, int(worst) + 1, 5):
         body += [line(x, y - error * down, left + WIDTH, y - error * down, "grid")]
         body += [text(x - 6, y - error * down + 4, str(error), "end")]
     for tick in range(int(most / step + 1e-9) + 1):
         body += [text(x + tick * step * across, y + 16, f"{tick * step:.1f}", "middle")]
     body += [text(left + (LEFT + WIDTH) / 2, y + 34, label, "middle", "title")]
-    for position, row in reversed(list(enumerate(trained))):
-        error = row.error(COMPARED)
-        assert error is not None
-        body.append(_point(x + cost(row) * across, y - error * down, position + 1, row))
+    places: list[tuple[float, float, int, Row]] = []
+    for position, row in enumerate(trained):
+        error, price = row.error(COMPARED), cost(row)
+        if error is not None and price is not None:
+            places.append((x + price * across, y - error * down, position + 1, row))
+    points = [_point(u, v, row) for u, v, _, row in places]
+    return [*body, *points, *_numbers(places)]
+
+
+def _numbers(places: Sequence[tuple[float, float, int, Row]]) -> list[str]:
+    """The number of each point beside it, on the side that is the farthest from other points and numbers."""
+    taken = [(x, y) for x, y, _, _ in places]
+    body: list[str] = []
+    for x, y, number, _ in places:
+        sides = [(x + dx, y + dy) for dx, dy in ((13, 0), (-13, 0), (0, -12), (0, 12), (10, -10), (-10, -10))]
+        others = [point for point in taken if point != (x, y)]
+        u, v = max(sides, key=lambda side: min([20.0, *(math.dist(side, other) for other in others)]))
+        taken.append((u, v))
+        body.append(text(u, v + 4, str(number), "middle"))
     return body
 
 
-def _point(x: float, y: float, number: int, row: Row) -> str:
+def _point(x: float, y: float, row: Row) -> str:
     """A point: filled for runs on a CPU, hollow for runs on a GPU that were cut off."""
     color = COLORS[family(row.name)]
-    fill, letters = (color, "#ffffff") if row.processor else ("#ffffff", "#1f2328")
-    circle = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="8" fill="{fill}" stroke="{color}" stroke-width="2"/>'
-    digits = f'<text x="{x:.1f}" y="{y + 3.5:.1f}" text-anchor="middle" style="font-size:10px;fill:{letters}">'
-    return f"<g>{circle}{digits}{number}</text></g>"
+    fill = color if row.processor else "none"
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{fill}" stroke="{color}" stroke-width="2"/>'
 
 
 def planned(path: Path) -> list[tuple[str, dict[str, Any]]]:

@@ -99,6 +99,7 @@ def segmentation() -> list[tuple[str, str, int, float]]:
         "k4-inside": (f"{k4} --cuts {INSIDE}", 1),
         "k4-wide": (f"{k4} {wide}", 1),
         "e2e-wide": (f"{PIXELS} {wide}", 2),
+        "checkpointed-wide": (f"{PIXELS} --method checkpointed {wide}", 2),
         "k4-bias": (f"{k4} --momentum bias", 2),
         "k2-man": (f"{PIXELS} {LOCAL.format(blocks=2)} --momentum man", 2),
     }

@@ -68,6 +68,7 @@ PIXELS = {
     "k4-inside": "K = 4, cuts inside stages",
     "k4-inside-man-recompute": "K = 4, cuts inside stages, MAN, recomputed",
     "e2e-wide": "end-to-end, whole images",
+    "checkpointed-wide": "end-to-end, checkpointed, whole images",
     "k4-wide": "K = 4, whole images",
     "k4-man-recompute-wide": "K = 4, MAN, recomputed, whole images",
 }
@@ -90,8 +91,8 @@ def language_table(folder: Path, setting: str) -> str:
     whole = average(rows.get(f"{setting}-e2e", []), "validation_loss")
     lines = [
         "| blocks | head | n | validation loss | perplexity | to end-to-end | gap closed | first exit "
-        "| trained weights | seconds |",
-        "|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| trained weights | peak, MiB | seconds |",
+        "|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     order = list(LANGUAGE)
     found = []
@@ -113,6 +114,7 @@ def language_table(folder: Path, setting: str) -> str:
             closed(whole, average(rows.get(f"{setting}-k{blocks}-readout", []), "validation_loss"), loss),
             mean_std(exits, 3) if exits else "",
             f"{runs[0]['trained_parameters'] / 1e6:.2f} M",
+            number(average(runs, "peak_mib"), 0),
             number(average(runs, "seconds"), 0),
         ]
         lines.append(f"| {' | '.join(cells)} |")

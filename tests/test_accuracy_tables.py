@@ -68,6 +68,7 @@ def test_the_front_has_what_nothing_beats(tables: Any, results: Path) -> None:
     trained = tables.rows(results)
     assert {row.name for row in tables.front(trained, lambda row: row.peak)} == {"e2e-checkpointed", "k16-dgl"}
     assert {row.name for row in tables.front(trained, lambda row: row.operations)} == {"e2e", "k16-dgl"}
+    assert [row.name for row in tables.front(trained, lambda row: row.seconds)] == ["e2e"], "the only measured one"
 
 
 def test_a_table_has_every_row_once(tables: Any, results: Path) -> None:
@@ -76,6 +77,7 @@ def test_a_table_has_every_row_once(tables: Any, results: Path) -> None:
         assert (f"| `{name}` |" in trained, f"| `{name}` |" in others) == (True, False)
     assert "| `k4-dgl` | 2 | 1 | 0.97 | 0.43 |  |" in others
     assert "36.00 ± 2.83 | 22.00 ± 2.83 | 2 | peak, operations |" in trained
+    assert "| 34.00 | 20.00 | 1 | operations, processor |" in trained
     assert "34.00 |  | 1, GPU |" in trained
     by_epoch = tables.epochs_table(results)
     assert "| `k8-dgl` | GPU | 1 | 83.0 | 76.0 | 69.0 |  |" in by_epoch

@@ -38,6 +38,7 @@ def test_language(tmp_path: Path) -> None:
     assert cells(lines[2])[:5] == ["1", "end-to-end", "2", "1.5500 ± 0.0707", "2.00"]
     assert cells(lines[3])[1:8] == ["readout", "1", "1.6500", "2.00", "+0.1000", "", "1.900"]
     assert cells(lines[4])[1:8] == ["readout, MAN", "1", "1.5750", "2.00", "+0.0250", "75 %", "1.800"]
+    assert cells(lines[4])[8:] == ["3.00 M", "100", "10"]
 
 
 def test_segmentation(tmp_path: Path) -> None:

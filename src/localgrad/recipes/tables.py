@@ -65,8 +65,8 @@ def _equal_cost_tables() -> dict[str, Table]:
     """AugLocal with MAN, and at equal cost: MAN, reach, fewer blocks, end-to-end with accumulation or checkpointing."""
     rows = ["e2e", "e2e-accumulate4", "e2e-checkpointed", "e2e-accumulate4-checkpointed"]
     rows += [f"k{k}-dgl{end}" for k in (2, 4, 8, 16) for end in ("", "-man")]
-    rows.remove("k4-dgl-man")
-    rows += [f"k16-auglocal-d{depth}{end}" for depth in (1, 2, 3, 5) for end in ("", "-man")]
+    rows += [f"k16-auglocal-d{depth}{end}" for depth in (1, 2, 3, 5) for end in ("", "-man", "-pool2")]
+    rows += [f"k16-dgl-man-{form}" for form in ("ema-only", "conv1x1", "pool2", "pool2-ema-only", "pool2-conv1x1")]
     rows += [f"{row}-reach2" for row in REACHING] + [f"{row}-reach3" for row in FURTHER]
     return {
         "auglocal": Table(
