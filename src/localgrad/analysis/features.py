@@ -9,6 +9,7 @@ from torch import Tensor
 
 from localgrad.core.units import Unit
 from localgrad.data.sets import ImageSet
+from localgrad.training.error_rates import evaluation_mode
 
 ROUNDING = 1e-12
 """A variance below this fraction of the mean square of float32 features is a rounding error."""
@@ -17,15 +18,8 @@ ROUNDING = 1e-12
 @contextmanager
 def frozen(found: Sequence[Unit]) -> Iterator[None]:
     """Context: evaluation mode and no gradients for the units. Restores the training flag of every module."""
-    modes = [(module, module.training) for unit in found for module in unit.module.modules()]
-    for unit in found:
-        unit.module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluation_mode(*(unit.module for unit in found)), torch.no_grad():
+        yield
 
 
 def unit_features(found: Sequence[Unit], inputs: Tensor) -> Iterator[Tensor]:

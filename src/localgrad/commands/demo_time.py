@@ -10,7 +10,6 @@ from localgrad.data.sets import ImageSet
 from localgrad.results.step_times import endless_batches
 from localgrad.training.build import build_run
 from localgrad.training.devices import fast_kernels, make_fabric
-from localgrad.training.run import Run
 from localgrad.training.schedule import set_learning_rate
 from localgrad.training.step import train_step
 from localgrad.training.trainer import evaluate_epoch
@@ -47,12 +46,8 @@ def _seconds(config: TrainConfig, images: tuple[ImageSet, ImageSet], clock: Call
         batches = endless_batches(run, channels_last=config.channels_last)
         steps = [_timed(lambda: train_step(run, *next(batches)), clock) for _ in range(WARM_UP + STEPS)]
         evaluation = _timed(lambda: evaluate_epoch(run), clock)
-    epoch = statistics.median(steps[WARM_UP:]) * _steps_per_epoch(run) + evaluation
+    epoch = statistics.median(steps[WARM_UP:]) * run.steps_per_epoch + evaluation
     return building + steps[0] + epoch * config.optim.epochs
-
-
-def _steps_per_epoch(run: Run) -> int:
-    return run.train.num_batches(run.batch_size, run.placement.replicas, train=True)
 
 
 def _timed(work: Callable[[], object], clock: Callable[[], float]) -> float:

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from localgrad.core.isolated_block import IsolatedBlock
 from localgrad.core.momentum import Momentum
-from localgrad.core.parts import Part
 from localgrad.core.site import Criterion, Objective, Site
 from localgrad.core.units import Unit
 from localgrad.errors import LocalGradError
@@ -55,7 +55,11 @@ def build_auxiliary(
 
 
 def build_auxiliaries(
-    model: nn.Module, parts: Sequence[Part], inputs: Tensor | None, objective: Objective, momentum: Momentum | None
+    model: nn.Module,
+    blocks: Sequence[IsolatedBlock],
+    inputs: Tensor | None,
+    objective: Objective,
+    momentum: Momentum | None,
 ) -> Iterator[tuple[nn.Module | None, nn.Module | None]]:
     """Momentum auxiliary network (or None) and objective of each local block; None for both if the block is frozen.
 
@@ -63,16 +67,16 @@ def build_auxiliaries(
         LocalGradError: with momentum, no module that could be copied reads the output of a cut.
     """
     example = torch.empty(0) if inputs is None else inputs
-    for block, part in enumerate(parts[:-1]):
-        assert part.unit is not None
-        if momentum is not None and not part.following:
+    for index, block in enumerate(blocks[:-1]):
+        assert block.unit is not None
+        if momentum is not None and not block.following:
             raise LocalGradError(
-                f"no module after the cut {part.unit.name!r} takes its output, so momentum has nothing to copy: cut "
+                f"no module after the cut {block.unit.name!r} takes its output, so momentum has nothing to copy: cut "
                 "right before a module with parameters, or give momentum=None"
             )
-        if any(parameter.requires_grad for parameter in part.parameters):
+        if any(parameter.requires_grad for parameter in block.parameters):
             yield build_auxiliary(
-                part.unit, part.following, part.rest, example, block, len(parts), objective, momentum, model=model
+                block.unit, block.following, block.rest, example, index, len(blocks), objective, momentum, model=model
             )
         else:
             yield None, None

@@ -11,12 +11,12 @@ from localgrad.core.arguments import ForwardArguments
 from localgrad.core.auxiliary import build_auxiliaries, follow_model
 from localgrad.core.cuts import check_cuts, even_cuts, named_cuts
 from localgrad.core.eager import eager
+from localgrad.core.isolated_block import IsolatedBlock, described, isolated_blocks
 from localgrad.core.kept import KeptTensors
 from localgrad.core.local_gradients import SUMMED, LocalGradients
 from localgrad.core.local_pass import BACKWARD, LocalPass
 from localgrad.core.momentum import Momentum
 from localgrad.core.observed import as_arguments, first_floating, observe
-from localgrad.core.parts import Part, described, parts_of
 from localgrad.core.reach import check_reach
 from localgrad.core.recompute import Recomputed
 from localgrad.core.replicas import active_ddp, begin_alike, leave_no_more, leave_to_isolation
@@ -58,7 +58,7 @@ class Isolation(nn.Module):
         self._model = (model,)  # a tuple is not registered
         self._cuts, self._make, self._recompute, self._reach = cuts, make, recompute, reach
         self._arguments = ForwardArguments(model, argument)
-        self._parts: list[Part] = []
+        self._blocks: list[IsolatedBlock] = []
         self._local: list[nn.Parameter] = []
         self._tied: dict[nn.Parameter, int] = {}
         self._waiting: dict[nn.Parameter, int] = {}
@@ -81,28 +81,28 @@ class Isolation(nn.Module):
         finally:
             self._observing = False
         cuts = even_cuts(run, self._cuts) if isinstance(self._cuts, int) else named_cuts(model, run, self._cuts)
-        parts, self._tied = parts_of(model, run, cuts)
-        for momentum, objective in build_auxiliaries(model, parts, self._arguments.inputs(args, kwargs), *self._make):
+        blocks, self._tied = isolated_blocks(model, run, cuts)
+        for momentum, objective in build_auxiliaries(model, blocks, self._arguments.inputs(args, kwargs), *self._make):
             self.momenta.append(momentum)
             self.objectives.append(objective)
-        self._parts, self._local = parts, [parameter for part in parts[:-1] for parameter in part.parameters]
+        self._blocks, self._local = blocks, [parameter for block in blocks[:-1] for parameter in block.parameters]
         self._install()
 
     def _auxiliary(self, block: int) -> list[nn.Parameter]:
         """Parameters of a block's auxiliary networks."""
-        networks = () if self._parts[block].unit is None else (self.momenta[block], self.objectives[block])
+        networks = () if self._blocks[block].unit is None else (self.momenta[block], self.objectives[block])
         return [parameter for network in networks if network for parameter in network.parameters()]
 
     def _install(self) -> None:
         (model,) = self._model
-        for block, part in enumerate(self._parts[:-1]):
-            module = model.get_submodule(part.name)
-            self._hooks.append((hooks_after(module), module.register_forward_hook(partial(self._leave, block))))
-            if self.momenta[block] is not None:
-                module, meet = part.following[0].module, partial(self._meet, block + 1)
+        for index, block in enumerate(self._blocks[:-1]):
+            module = model.get_submodule(block.name)
+            self._hooks.append((hooks_after(module), module.register_forward_hook(partial(self._leave, index))))
+            if self.momenta[index] is not None:
+                module, meet = block.following[0].module, partial(self._meet, index + 1)
                 handle = module.register_forward_pre_hook(meet, prepend=True, with_kwargs=True)
                 self._hooks.append((hooks_before(module), handle))
-        for module in (module for part in self._parts if self._recompute for module in part.inner):
+        for module in (module for block in self._blocks if self._recompute for module in block.inner):
             module.forward = Recomputed(module)
         leave_to_isolation(model, self._local)
         self._unchanged = Unchanged(model, self._hooks)
@@ -115,7 +115,7 @@ class Isolation(nn.Module):
             return
         if model is not self._model[0]:
             raise LocalGradError("the isolated model runs in DataParallel: use DistributedDataParallel instead")
-        if not self._parts:
+        if not self._blocks:
             self.build(args, kwargs)
         self._unchanged.check()
         stepped = self._unchanged.stepped()
@@ -129,8 +129,8 @@ class Isolation(nn.Module):
             self._ddp = id(ddp)
         given, networks = self._arguments.targets(args, kwargs), (self.objectives, self.momenta)
         batch = self.targets if given is None else given, self._arguments.inputs(args, kwargs)
-        self._pass = LocalPass(*networks, self._parts, batch, self.backward or BACKWARD, self._reach)
-        trained = [(part.parameters, self._auxiliary(block)) for block, part in enumerate(self._parts[:-1])]
+        self._pass = LocalPass(*networks, self._blocks, batch, self.backward or BACKWARD, self._reach)
+        trained = [(block.parameters, self._auxiliary(index)) for index, block in enumerate(self._blocks[:-1])]
         self._gradients = LocalGradients(trained, ddp, stepped, self._gradients)
         self._waiting = {parameter: block for parameter, block in self._tied.items() if parameter.requires_grad}
         for parameter, block in self._waiting.items():
@@ -142,13 +142,13 @@ class Isolation(nn.Module):
         if self._pass is None:
             if not self._observing and torch.is_grad_enabled() and self._model[0].training:
                 raise LocalGradError(
-                    f"the cut {self._parts[block].name!r} is run outside of the isolated model's forward pass: call "
+                    f"the cut {self._blocks[block].name!r} is run outside of the isolated model's forward pass: call "
                     "the model as a whole; instead of its own checkpointing, which runs it again, use recompute=True"
                 )
             return None
         if block != self._pass.reached or first_floating(output) is None or not torch.is_grad_enabled():
             raise LocalGradError(
-                f"the cut {self._parts[block].name!r} is run twice in a forward pass, in another order than at first, "
+                f"the cut {self._blocks[block].name!r} is run twice in a forward pass, in another order than at first, "
                 "without gradients or without features: cut where every batch passes once, and use "
                 "isolate(..., recompute=True) instead of the model's own checkpointing"
             )
@@ -169,7 +169,7 @@ class Isolation(nn.Module):
         done, self._pass = self._pass, None
         if done is None or self._gradients is None:
             return
-        self._gradients.set_aside(output, self._parts[-1].parameters)
+        self._gradients.set_aside(output, self._blocks[-1].parameters)
         self.targets, self._losses = None, done.losses
         for parameter in self._waiting:
             parameter.requires_grad_(True)
@@ -180,12 +180,12 @@ class Isolation(nn.Module):
     @property
     def cuts(self) -> tuple[str, ...]:
         """Names of the modules after which gradients stop, in order; empty before the first batch or example."""
-        return tuple(part.name for part in self._parts[:-1])
+        return tuple(block.name for block in self._blocks[:-1])
 
     @property
     def losses(self) -> list[Tensor]:
         """Local losses of the last batch: one detached scalar for each local block that trains."""
-        if self._parts:
+        if self._blocks:
             self._unchanged.check()
         return list(self._losses)
 
@@ -195,10 +195,10 @@ class Isolation(nn.Module):
         Args:
             block: index of one block, from 0 to K - 1, for one optimizer a block; None for all blocks.
         """
-        if not self._parts:
+        if not self._blocks:
             raise LocalGradError("the blocks are not known before the first batch: give isolate(..., example=batch)")
-        own = [index for index in range(len(self._parts)) if block in (None, index)]
-        found = [p for index in own for p in (*self._parts[index].parameters, *self._auxiliary(index))]
+        own = [index for index in range(len(self._blocks)) if block in (None, index)]
+        found = [p for index in own for p in (*self._blocks[index].parameters, *self._auxiliary(index))]
         return [parameter for parameter in dict.fromkeys(found) if parameter.requires_grad]
 
     def save_with(self, optimizer: AnyOptimizer) -> AnyOptimizer:
@@ -216,7 +216,7 @@ class Isolation(nn.Module):
         """Remove the hooks, and with them the local losses, from the model. The trained weights keep their values."""
         for _, handle in self._hooks:
             handle.remove()
-        for module in (module for part in self._parts if self._recompute for module in part.inner):
+        for module in (module for block in self._blocks if self._recompute for module in block.inner):
             del module.forward
         leave_no_more(self._model[0], self._local)
         self._hooks.clear()
@@ -229,10 +229,12 @@ class Isolation(nn.Module):
 
     def __repr__(self) -> str:
         (model,) = self._model
-        if not self._parts:
+        if not self._blocks:
             return f"Isolation of {type(model).__name__}, which is cut when it sees its first batch"
         networks = list(zip(self.objectives, self.momenta, strict=True))
-        return f"Isolation of {type(model).__name__} in {len(self._parts)} blocks\n" + described(self._parts, networks)
+        return f"Isolation of {type(model).__name__} in {len(self._blocks)} blocks\n" + described(
+            self._blocks, networks
+        )
 
 
 def isolate(

@@ -11,7 +11,7 @@ from localgrad.core.observed import tensors_in
 from localgrad.core.replicas import average_gradients
 from localgrad.errors import warn
 
-Block = tuple[Sequence[nn.Parameter], Sequence[nn.Parameter]]
+BlockParameters = tuple[Sequence[nn.Parameter], Sequence[nn.Parameter]]
 """The parameters that a local block trains: its own, and those of its auxiliary networks."""
 
 SUMMED = (
@@ -44,7 +44,7 @@ class LocalGradients:
 
     def __init__(
         self,
-        blocks: Sequence[Block],
+        blocks: Sequence[BlockParameters],
         ddp: DistributedDataParallel | None,
         stepped: bool,
         before: "LocalGradients | None",

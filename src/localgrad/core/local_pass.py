@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from localgrad.core.autograd_graph import derives_from
 from localgrad.core.copied_call import as_called, detached
+from localgrad.core.isolated_block import IsolatedBlock
 from localgrad.core.observed import first_floating, tensors_in
-from localgrad.core.parts import Part
 from localgrad.core.reach import Span
 from localgrad.core.trees import mapped
 from localgrad.core.versions import version
@@ -25,7 +25,7 @@ class LocalPass:
     Args:
         objectives: auxiliary network and local loss of each local block, or None.
         momenta: momentum auxiliary network of each local block, or None.
-        parts: all blocks, the last included.
+        blocks: all blocks, the last included.
         batch: targets and inputs, for the objectives.
         backward: back-propagates a loss.
         reach: number of blocks that a loss trains, its own included.
@@ -40,17 +40,17 @@ class LocalPass:
         self,
         objectives: Sequence[nn.Module | None],
         momenta: Sequence[Any],
-        parts: Sequence[Part],
+        blocks: Sequence[IsolatedBlock],
         batch: tuple[Any, Tensor | None],
         backward: Callable[[Tensor], Any],
         reach: int,
     ) -> None:
-        self.objectives, self.momenta, self.parts = objectives, momenta, parts
+        self.objectives, self.momenta, self.blocks = objectives, momenta, blocks
         self.batch, self.backward = batch, backward
         self.reached, self.is_waiting, self.losses = 0, False, list[Tensor]()
         self.features = self.leaf = torch.empty(0)
         self.entry = torch.empty(0)  # with reach > 1: the block's input, a leaf
-        self.span = Span(reach, len(parts)) if reach > 1 else None
+        self.span = Span(reach, len(blocks)) if reach > 1 else None
 
     def leave(self, output: Any) -> Any:
         """End a block: back-propagate its local loss (with momentum `meet` does), and return its output detached."""
@@ -58,9 +58,9 @@ class LocalPass:
         assert features is not None
         self.reached += 1
         self.features, self.leaf = features, features.detach()
-        if self.objectives[block] is None and any(each.requires_grad for each in self.parts[block].parameters):
+        if self.objectives[block] is None and any(each.requires_grad for each in self.blocks[block].parameters):
             raise LocalGradError(
-                f"block {block + 1} (to {self.parts[block].name}) was frozen in isolate, so it has no local loss, and "
+                f"block {block + 1} (to {self.blocks[block].name}) was frozen in isolate, so it has no local loss, and "
                 "parameters of it are to be trained now: call isolation.remove() and isolate the model again"
             )
         trains = features.requires_grad and self.objectives[block] is not None
@@ -113,9 +113,9 @@ class LocalPass:
 
     def check_whole(self) -> None:
         """Refuse a forward pass that has left out a block."""
-        if self.is_waiting or self.reached < len(self.parts) - 1:
-            part = self.parts[self.reached - self.is_waiting]
-            missing = part.following[0] if self.is_waiting else part
+        if self.is_waiting or self.reached < len(self.blocks) - 1:
+            block = self.blocks[self.reached - self.is_waiting]
+            missing = block.following[0] if self.is_waiting else block
             raise LocalGradError(
                 f"{missing.name!r} was not run in this forward pass, so a block was not trained: cut around modules "
                 "that run for every batch (switch layerdrop off)"
@@ -174,10 +174,10 @@ class LocalPass:
     def _take_in(self, block: int, gradient: Tensor | None) -> None:
         """With reach above 1: keep the block's graph for later losses, with the gradient of its own loss."""
         if self.span is not None:
-            parameters = [parameter for parameter in self.parts[block].parameters if parameter.requires_grad]
+            parameters = [parameter for parameter in self.blocks[block].parameters if parameter.requires_grad]
             self.span.add(parameters, self.entry, self.features, gradient)
             self.entry = self.leaf.requires_grad_()
-            if block == len(self.parts) - 2:
+            if block == len(self.blocks) - 2:
                 self.entry.register_post_accumulate_grad_hook(self._end)  # pyright: ignore[reportUnknownMemberType]
 
     def _end(self, entry: Tensor) -> None:

@@ -126,7 +126,7 @@ def _step(
             raise
         raise LocalGradError(
             f"{type(model).__name__} or its objective does not run on tensors without data ({error}): measure a real "
-            "step with localgrad.planning.measure_peak"
+            "step with localgrad.planning.measure.measure_peak"
         ) from error
     tensors = [*copied.parameters(), *copied.buffers(), *isolation.parameters(), *isolation.buffers()]
     tensors += [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import flop_registry
 
 from localgrad.core.trees import leaves
 
-Result = TypeVar("Result")
+Value = TypeVar("Value")
 
 
 CPU = torch.device("cpu")
@@ -85,7 +85,7 @@ _SAME_FORMULA = {  # torch's registry has no formula for the keys
 }
 
 
-def measure_peak(function: Callable[[], Result], device: torch.device = CPU) -> tuple[Result, int]:
+def measure_peak(function: Callable[[], Value], device: torch.device = CPU) -> tuple[Value, int]:
     """Run a function and measure the peak of the memory that it allocates.
 
     Args:

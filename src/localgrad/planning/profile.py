@@ -75,9 +75,9 @@ def profile(
         shared = bool(profiles) and profiles[-1].inner.keeps_output  # the graph of the unit before saves this input
         key = ("unit", *setting, recompute, shared, features.shape, features.dtype, _signature(unit.module))
         if key not in known:
-            module = copy.deepcopy(unit.module)  # place() changes it, and momentum copies the one on meta
+            module = copy.deepcopy(unit.module)  # to_fake() changes it, and momentum copies the one on meta
             with simulation.running(), _explained(f"the unit {unit.name!r}", [module], samples):
-                placed = simulation.place(module)
+                placed = simulation.to_fake(module)
                 run = partial(_run_unit, placed, features, recompute, unit.writes_input, parts > 1, simulation)
                 known[key] = _profile_unit(placed, features, shared, run, simulation)
         profiled, shape, dtype = known[key]
@@ -139,8 +139,8 @@ class _Ends:
         modules: list[nn.Module] | str = []
         if rest:
             example = torch.empty(inputs.shape, dtype=inputs.dtype, device="meta")
-            place, following = (index, num_blocks), rest[:-1] or rest
-            modules = _auxiliary(unit, following, rest, example, place, objective, momentum, criterion, model)
+            block, following = (index, num_blocks), rest[:-1] or rest
+            modules = _auxiliary(unit, following, rest, example, block, objective, momentum, criterion, model)
         if isinstance(modules, str):
             return EndProfile(INFINITE, 0, 0, 0, 0, 0, refused=modules), None
         # the units' profiles count the frozen parameters that copies share with them
@@ -302,17 +302,17 @@ def _auxiliary(
     following: Sequence[Unit],
     rest: Sequence[Unit],
     example: Tensor,
-    place: tuple[int, int],
+    block: tuple[int, int],
     objective: Objective | None,
     momentum: Momentum | None,
     criterion: Criterion,
     model: nn.Module | None,
 ) -> list[nn.Module] | str:
-    """Momentum and objective of the block at `place` (index, number of blocks), or why no block can end here."""
+    """Momentum and objective of `block`, its index and the number of blocks; or why no block can end here."""
     if objective is None:
         return "there is no objective"
     try:
-        branches, head = build_auxiliary(unit, following, rest, example, *place, objective, momentum, criterion, model)
+        branches, head = build_auxiliary(unit, following, rest, example, *block, objective, momentum, criterion, model)
     except CannotSitError as error:
         return str(error)
     return [head] if branches is None else [branches, head]
@@ -328,7 +328,7 @@ def _profile_end(
     simulation: Simulation,
 ) -> EndProfile:
     """Profile of momentum and objective, or of the criterion on the model's output if `modules` is empty."""
-    modules = [simulation.place(module) for module in modules]
+    modules = [simulation.to_fake(module) for module in modules]
     trained = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
     passes: list[int] = []
     total: list[int] = []

@@ -38,11 +38,11 @@ def _moved(cuts: Sequence[int], last: int, estimate: Callable[[Sequence[int]], f
     gains = True
     while gains:
         gains = False
-        for place in range(len(found)):
-            begin = found[place - 1] + 1 if place else 0
-            end = found[place + 1] if place + 1 < len(found) else last
+        for index in range(len(found)):
+            begin = found[index - 1] + 1 if index else 0
+            end = found[index + 1] if index + 1 < len(found) else last
             for position in range(begin, end):
-                moved = [*found[:place], position, *found[place + 1 :]]
+                moved = [*found[:index], position, *found[index + 1 :]]
                 value = estimate(moved)
                 if value < best < INFINITE or (value < INFINITE and best == INFINITE):
                     best, found, gains = value, moved, True

@@ -79,7 +79,7 @@ class Simulation:
         """Autocast context for the forward pass of one block; it caches casts of the block's weights until its end."""
         return torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16-mixed")
 
-    def place(self, module: nn.Module) -> nn.Module:
+    def to_fake(self, module: nn.Module) -> nn.Module:
         """Replace a module's parameters and buffers by fake tensors, in place, and return it. Call it in `running`."""
         known: dict[torch.Tensor, torch.Tensor] = {}
         for layer in module.modules():

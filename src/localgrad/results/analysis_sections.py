@@ -12,13 +12,13 @@ from localgrad.results.kinds import Alignment, AnalysedRun, Analysis, Pictures, 
 from localgrad.results.names import device_text
 from localgrad.results.page import Cell, Grid, Part, Picture, Studio, plain
 from localgrad.results.read import File
-from localgrad.results.tables import BUDGET, own_fields, place
+from localgrad.results.tables import BUDGET, own_fields, sort_key
 
 
 def order_of(file: File[Any]) -> tuple[Any, ...]:
     """Sort key of an analysis: the position of its run in a table, then seed and path."""
     run = file.values.runs[0]
-    return (*place(run.config, run.num_blocks), run.config.seed, str(file.path))
+    return (*sort_key(run.config, run.num_blocks), run.config.seed, str(file.path))
 
 
 def _named(run: AnalysedRun) -> str:

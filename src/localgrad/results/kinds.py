@@ -12,8 +12,8 @@ from localgrad.runs.result import Result
 
 
 @dataclass(frozen=True, kw_only=True)
-class Origin:
-    """Where and when a file was made."""
+class Provenance:
+    """Where and when a file was made; `runs.provenance.provenance` gives the values."""
 
     device: str
     """Name of the CPU or GPU."""
@@ -48,7 +48,7 @@ class AnalysedImages:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Analysis(Origin):
+class Analysis(Provenance):
     """Fields of all analyses."""
 
     runs: list[AnalysedRun]
@@ -141,7 +141,7 @@ class PlannedRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan(Origin):
+class Plan(Provenance):
     """Predicted peak memory of a network's training step for several numbers of blocks."""
 
     title: str
@@ -178,7 +178,7 @@ class TimedRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepTimes(Origin):
+class StepTimes(Provenance):
     """Seconds per step of several trainings that ran one step each in turn."""
 
     rows: list[TimedRow]

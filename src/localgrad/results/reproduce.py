@@ -121,12 +121,12 @@ def _prediction(cell: Cell, cells: Sequence[Cell], jobs: int) -> str | None:
     return said
 
 
-def environment(config: TrainConfig, place: int, jobs: int) -> dict[str, str]:
+def environment(config: TrainConfig, position: int, jobs: int) -> dict[str, str]:
     """Environment variables of one of several concurrent runs: its number of threads, and its GPU.
 
     Args:
         config: config of the run; with `devices` above 1 it gets all GPUs.
-        place: index of the run among the concurrent ones, by which it gets its GPU.
+        position: index of the run among the concurrent ones, by which it gets its GPU.
         jobs: number of concurrent runs.
     """
     import torch
@@ -135,7 +135,7 @@ def environment(config: TrainConfig, place: int, jobs: int) -> dict[str, str]:
     if config.devices == 1 and torch.cuda.is_available():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
         gpus = visible.split(",")
-        variables["CUDA_VISIBLE_DEVICES"] = gpus[place % len(gpus)]
+        variables["CUDA_VISIBLE_DEVICES"] = gpus[position % len(gpus)]
     return variables
 
 

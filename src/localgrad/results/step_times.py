@@ -139,7 +139,7 @@ def _trainings(grouped: Sequence[Table], accelerator: str, warn: Callable[[str],
     """One training for each distinct step, in the order of the tables and their rows."""
     chosen: dict[str, Training] = {}
     rows = [(table, row) for table in grouped for row in table.rows]
-    rows.sort(key=lambda each: (each[0].title, each[1].config.optim.batch_size, *each[1].place))
+    rows.sort(key=lambda each: (each[0].title, each[1].config.optim.batch_size, *each[1].sort_key))
     for table, row in rows:
         saved = next((run.result.config for run in row.runs if run.result.config.devices == 1), row.config)
         path = row.runs[0].path

@@ -82,9 +82,9 @@ class Row:
         return _num_classes(self.runs[0])
 
     @property
-    def place(self) -> tuple[Any, ...]:
-        """Sort key within a table."""
-        return (*place(self.config, self.num_blocks), self.name)
+    def sort_key(self) -> tuple[Any, ...]:
+        """The order of rows within a table."""
+        return (*sort_key(self.config, self.num_blocks), self.name)
 
     @property
     def precision(self) -> str:
@@ -205,7 +205,7 @@ def tables(runs: Sequence[FinishedRun]) -> list[Table]:
     for same in rows.values():
         row = Row(tuple(sorted(same, key=lambda run: run.result.config.seed)))
         grouped.setdefault((*setting(row.config), row.precision), []).append(row)
-    found = [Table(tuple(sorted(group, key=lambda row: row.place))) for group in grouped.values()]
+    found = [Table(tuple(sorted(group, key=lambda row: row.sort_key))) for group in grouped.values()]
     return sorted(found, key=lambda table: (table.title, -table.config.optim.epochs, table.budget))
 
 
@@ -263,8 +263,8 @@ def _fields(config: TrainConfig) -> dict[str, Any]:
     return flat(to_dict(with_defaults(config)))
 
 
-def place(config: TrainConfig, num_blocks: int) -> tuple[Any, ...]:
-    """Sort key: number of blocks, then the order of the methods."""
+def sort_key(config: TrainConfig, num_blocks: int) -> tuple[Any, ...]:
+    """The order of trainings: by number of blocks, then by method."""
     return (num_blocks, *method_order(config), method_label(config))
 
 

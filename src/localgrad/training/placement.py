@@ -199,7 +199,7 @@ class Sharded:
 
 
 class BlockParallel:
-    """Consecutive blocks on each rank, in one or several parallel pipelines (see `localgrad.parallel.Stage`).
+    """Consecutive blocks on each rank, in one or several parallel pipelines (see `localgrad.parallel.pipeline.Stage`).
 
     Each rank decides alone whether its gradients are finite: for a common decision it would wait for the last rank.
     """

@@ -69,6 +69,11 @@ class Run:
         return self.config.optim.batch_size // self.placement.replicas
 
     @property
+    def steps_per_epoch(self) -> int:
+        """Number of batches of an epoch."""
+        return self.train.num_batches(self.batch_size, self.placement.replicas, train=True)
+
+    @property
     def learning_rate(self) -> float:
         """Learning rate of the current epoch."""
         return rate_of(self.config.optim, self.state.epoch)

@@ -206,32 +206,28 @@ def _measured_step(run: Run, *batch: Tensor) -> Tensor:
 def _show(run: Run, display: Display, sums: Tensor) -> None:
     seconds, left = run.seconds_per_step, ""
     if seconds is not None:
-        steps = _steps_per_epoch(run)
+        steps = run.steps_per_epoch
         of_epoch, of_run = seconds * (steps - run.state.batch), seconds * steps * _epochs_left(run)
         left = f"{duration(of_epoch)} left of the epoch, {duration(of_run)} of the run"
     display.step(
         epoch=run.epoch_of_epochs,
         done=run.state.batch,
-        total=_steps_per_epoch(run),
+        total=run.steps_per_epoch,
         losses=(sums[:-1] / sums[-1]).tolist() if sums[-1] else [],
         images_per_second=run.images_per_second,
         left=left,
     )
 
 
-def _steps_per_epoch(run: Run) -> int:
-    return run.train.num_batches(run.batch_size, run.placement.replicas, train=True)
-
-
 def _epochs_left(run: Run) -> float:
     """Number of epochs to the end of the run, with the rest of this epoch as a fraction."""
-    return run.config.optim.epochs + 1 - run.state.epoch - run.state.batch / _steps_per_epoch(run)
+    return run.config.optim.epochs + 1 - run.state.epoch - run.state.batch / run.steps_per_epoch
 
 
 def _predict(run: Run, display: Display) -> None:
     """Report the remaining time of the run once, unless it is short."""
     run.predicted = True
-    seconds, steps, epochs = run.seconds_per_step or 0.0, _steps_per_epoch(run), _epochs_left(run)
+    seconds, steps, epochs = run.seconds_per_step or 0.0, run.steps_per_epoch, _epochs_left(run)
     if seconds * steps * epochs >= WORTH_SAYING:
         display.message(prediction(seconds, steps, epochs, on_cpu=run.fabric.device.type == "cpu"))
 

@@ -1,4 +1,4 @@
-"""The blocks of an isolated model: their cut, units and parameters, read from one observed forward pass."""
+"""A block of an isolated model: its cut, units and parameters, read from one observed forward pass."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from localgrad.errors import warn
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class IsolatedBlock:
     """One block of an isolated model.
 
     Attributes:
@@ -37,7 +37,9 @@ class Part:
         return "the end" if self.unit is None else self.unit.name
 
 
-def parts_of(model: nn.Module, run: ForwardPass, cuts: Sequence[Call]) -> tuple[list[Part], dict[nn.Parameter, int]]:
+def isolated_blocks(
+    model: nn.Module, run: ForwardPass, cuts: Sequence[Call]
+) -> tuple[list[IsolatedBlock], dict[nn.Parameter, int]]:
     """The blocks between the cuts, and for each parameter that several blocks use the last of them, which trains it.
 
     Raises:
@@ -55,7 +57,7 @@ def parts_of(model: nn.Module, run: ForwardPass, cuts: Sequence[Call]) -> tuple[
                 f"{name} is used by blocks {', '.join(str(user + 1) for user in users)}: block {users[-1] + 1} alone "
                 "trains it, and the others use it as it is"
             )
-    return [_part(run, cuts, block, owner) for block in range(len(cuts) + 1)], tied
+    return [_isolated_block(run, cuts, block, owner) for block in range(len(cuts) + 1)], tied
 
 
 def _block_of(name: str, run: ForwardPass, cuts: Sequence[Call]) -> int:
@@ -65,19 +67,21 @@ def _block_of(name: str, run: ForwardPass, cuts: Sequence[Call]) -> int:
     return len(cuts) if call is None else sum(cut.end < call.end for cut in cuts)
 
 
-def _part(run: ForwardPass, cuts: Sequence[Call], block: int, owner: dict[nn.Parameter, int]) -> Part:
+def _isolated_block(
+    run: ForwardPass, cuts: Sequence[Call], block: int, owner: dict[nn.Parameter, int]
+) -> IsolatedBlock:
     start = cuts[block - 1].end if block else 0
     cut = cuts[block] if block < len(cuts) else None
     parameters = tuple(parameter for parameter, index in owner.items() if index == block)
     units = units_between(run, start, cuts, cut.end if cut else None)
     inner = tuple(call.module for call in units if any(True for _ in call.module.children()))
     if cut is None:
-        return Part(None, (), (), parameters, inner)
+        return IsolatedBlock(None, (), (), parameters, inner)
     is_last = block == len(cuts) - 1
     chain = _chain(cut, units_between(run, cut.end, cuts, None if is_last else cuts[block + 1].end), is_last)
     module = chain[0].module if chain else None
     later = [call for call in units_between(run, cut.end) if chain and call.start >= chain[0].start and call.features]
-    return Part(_unit(cut, module), tuple(map(_unit, chain)), tuple(map(_unit, later)), parameters, inner)
+    return IsolatedBlock(_unit(cut, module), tuple(map(_unit, chain)), tuple(map(_unit, later)), parameters, inner)
 
 
 def _chain(cut: Call, found: Sequence[Call], is_last: bool) -> list[Call]:
@@ -104,13 +108,13 @@ def _unit(call: Call, following: nn.Module | None = None) -> Unit:
     return Unit(call.name, call.module, call.features, dim, call.writes_input, call.inputs, call.dtype)
 
 
-def described(parts: Sequence[Part], networks: Sequence[tuple[nn.Module | None, nn.Module | None]]) -> str:
+def described(blocks: Sequence[IsolatedBlock], networks: Sequence[tuple[nn.Module | None, nn.Module | None]]) -> str:
     """A line for each block: where it ends, what it trains, and the sizes of its auxiliary networks."""
     lines: list[str] = []
-    for index, part in enumerate(parts):
-        trained = sum(parameter.numel() for parameter in part.parameters if parameter.requires_grad)
-        line = f"  {index + 1}  to {part.name}: trains {trained:,} parameters"
-        for network in networks[index] if part.unit else ():
+    for index, block in enumerate(blocks):
+        trained = sum(parameter.numel() for parameter in block.parameters if parameter.requires_grad)
+        line = f"  {index + 1}  to {block.name}: trains {trained:,} parameters"
+        for network in networks[index] if block.unit else ():
             if network is not None:
                 line += f"; {type(network).__name__} {sum(p.numel() for p in network.parameters()):,}"
         lines.append(line)
