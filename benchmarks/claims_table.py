@@ -118,7 +118,7 @@ MAN: list[Claim] = [
     (
         "the same, for DGL+MAN on the paper's network",
         "end-to-end {large_e2e:.1f} GiB, DGL {large_dgl:.1f}, DGL+MAN {large_man:.1f}; checkpointing "
-        "{large_checkpointed:.1f}, accumulation in four parts {large_parts:.1f}",
+        "{large_checkpointed:.1f}, accumulation over four micro-batches {large_parts:.1f}",
         "ResNet-101, batch 128, 224 px, float32, four blocks at planned cuts, counted",
         "exact",
         "holds in part: {large_man_share:.2f} of end-to-end's, but {large_man_more:.0f} % more than DGL; checkpointing "
@@ -256,8 +256,8 @@ OTHERS: list[Claim] = [
     ),
     (
         "critics: accumulation saves as much as local learning, at no operations",
-        "peak {accumulated_peak:.2f} in four parts, {both_peak:.2f} checkpointed too; DGL {dgl_peak:.2f}, DGL+MAN "
-        "{man_peak:.2f}",
+        "peak {accumulated_peak:.2f} in four micro-batches, {both_peak:.2f} checkpointed too; DGL {dgl_peak:.2f}, "
+        "DGL+MAN {man_peak:.2f}",
         "a float32 step of ResNet-32, batch 128, counted",
         "exact",
         "holds; batch norm then sees a quarter of the batch",
@@ -326,7 +326,7 @@ def _memory(root: Path) -> dict[str, float]:
     }
     measured = {row["row"]: row["measured_gib"] for row in _read(root / "results" / "gpu" / "memory.json")["rows"]}
     values = {f"{name}_gib": measured[f"torchvision:resnet50, {row}, 32-true"] for name, row in named.items()}
-    rivals = {"e2e": "end-to-end", "checkpointed": "end-to-end, checkpointed", "parts": "end-to-end, in 4 parts"}
+    rivals = {"e2e": "end-to-end", "checkpointed": "end-to-end, checkpointed", "parts": "end-to-end, 4 micro-batches"}
     rivals |= {"dgl": "DGL, 4 blocks", "man": "DGL+MAN, 4 blocks"}
     large = dict(planned(root / "results" / "plan-resnet101" / "plan.json"))
     values |= {f"large_{name}": large[row]["peak"] / 2**30 for name, row in rivals.items()}

@@ -246,7 +246,7 @@ def three_table(results: Path) -> str:
 
 RIVALS = {
     "e2e": "end-to-end",
-    "e2e-accumulate4": "end-to-end, accumulated in 4 parts",
+    "e2e-accumulate4": "end-to-end, accumulated over 4 micro-batches",
     "e2e-checkpointed": "end-to-end, checkpointed",
     "e2e-accumulate4-checkpointed": "end-to-end, both",
     "k4-dgl": "DGL",
@@ -281,7 +281,9 @@ def rivals_vit_table(path: Path) -> str:
             next(r for r in rows if (r["num_blocks"], r["parts"], r["recompute"]) == (count, parts, recompute))
             for recompute in (False, True)
         )
-        label = ("end-to-end" if count == 1 else f"{count} local blocks") + (f", {parts} parts" if parts > 1 else "")
+        label = ("end-to-end" if count == 1 else f"{count} local blocks") + (
+            f", {parts} micro-batches" if parts > 1 else ""
+        )
         cells = [f"{row['peak'] / 2**20:.0f} | {row['operations']:.2f}" for row in (kept, checkpointed)]
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)

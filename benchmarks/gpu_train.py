@@ -29,6 +29,8 @@ from localgrad.config.saved import to_dict
 from localgrad.config.schema import TrainConfig
 from localgrad.core.step import apply_updates, local_gradients
 from localgrad.data.sets import Images
+from localgrad.results.kinds import kind_of
+from localgrad.runs.result import SCHEMA
 from localgrad.training.cuda_graphs import GraphedStep
 from localgrad.training.schedule import learning_rate
 
@@ -206,10 +208,11 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def save(path: Path, result: dict[str, Any]) -> None:
-    """Write JSON atomically."""
+    """Write JSON atomically, with its kind and schema."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(result, indent=1) + "\n")
+    content = {"kind": kind_of(result) or "benchmark", "schema": SCHEMA, **result}
+    part.write_text(json.dumps(content, indent=1) + "\n")
     part.replace(path)
 
 

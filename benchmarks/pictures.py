@@ -139,7 +139,7 @@ def planned(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """Label and row of end-to-end and local trainings in a plan, the largest peak first."""
     kinds = {
         ("no momentum", blocks, checkpointed, parts): f"{'end-to-end' if blocks == 1 else f'DGL, {blocks} blocks'}"
-        f"{', checkpointed' * checkpointed}{f', in {parts} parts' * (parts > 1)}"
+        f"{', checkpointed' * checkpointed}{f', {parts} micro-batches' * (parts > 1)}"
         for blocks, checkpointed, parts in PLANNED
     }
     kinds |= {("man", blocks, False, 1): f"DGL+MAN, {blocks} blocks" for blocks in (2, 4, 8, 16)}
@@ -152,7 +152,7 @@ def planned(path: Path) -> list[tuple[str, dict[str, Any]]]:
 def memory() -> str:
     """Bars of the peak memory of a ResNet-101 step, labelled with peak and operations."""
     found = planned(ROOT / "results" / "plan-resnet101" / "plan.json")
-    left, width, step = 250, 760, 25
+    left, width, step = 280, 760, 25
     scale = (width - left - 190) / found[0][1]["peak"]
     body = [text(8, 20, "ResNet-101, batch 128, 224 px, float32: peak memory of a training step", kind="title")]
     for position, (label, row) in enumerate(found):

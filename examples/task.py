@@ -144,6 +144,8 @@ def write(
         found: results of the task.
     """
     result = {
+        "kind": "benchmark",
+        "schema": 1,
         "task": task,
         "settings": {k: v.name if isinstance(v, Path) else v for k, v in vars(options).items() if k != "out"},
         **found,

@@ -28,6 +28,7 @@ def test_the_gpu_benchmark_does_everything_once_and_packs_it(
         *(f"speed/cifar10-resnet32-{row}.json" for row in ("e2e-graph", "e2e-eager", "k16-auglocal-d2-reach2-graph")),
         *(f"tiny/cifar10-resnet32-{row}-seed0.json" for row in ("e2e", "k16-auglocal-d2-reach2")),
     }
+    assert {json.loads((output / name).read_text())["kind"] for name in files} == {"benchmark", "run"}
     assert all(abs(row["error_percent"]) < 5 for row in json.loads((output / "memory.json").read_text())["rows"])
     result = json.loads((output / "tiny/cifar10-resnet32-k16-auglocal-d2-reach2-seed0.json").read_text())
     assert (result["finished"], result["num_blocks"], len(result["test_errors"])) == (True, 14, 2)

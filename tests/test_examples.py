@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from helpers.examples import FOLDER, example
+from localgrad.runs.result import SCHEMA
 
 torch.set_num_threads(1)
 
@@ -23,6 +24,7 @@ def run(module: ModuleType, tmp_path: Path, data: Path, *flags: str) -> dict[str
     out = tmp_path / "out" / "result.json"
     result = module.main(["--data", str(data), "--out", str(out), "--device", "cpu", *flags])
     assert json.loads(out.read_text()) == json.loads(json.dumps(result))
+    assert (result["kind"], result["schema"]) == ("benchmark", SCHEMA)
     return result
 
 

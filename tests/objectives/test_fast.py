@@ -111,7 +111,7 @@ def test_what_stands_for_a_gpu_takes_the_formulas() -> None:
     with fast.simulated_device("cuda"):
         formula = graph(similarity_matrix(features))
     assert "StdBackward0" in formula and "StdBackward0" not in graph(similarity_matrix(features))
-    assert fast.is_on_processor(tensor)
+    assert fast.is_on_cpu(tensor)
     with fast.simulated_device("cuda"):
-        assert not fast.is_on_processor(tensor)
-    assert fast.is_on_processor(tensor)
+        assert not fast.is_on_cpu(tensor)
+    assert fast.is_on_cpu(tensor)

@@ -63,8 +63,8 @@ def _pair_problems(config: TrainConfig) -> list[str]:
         problems.append("optim.nesterov is on, but optim.name adamw has no such form, give --optim.no-nesterov")
     if config.step_each_block and optim.accumulate > 1:
         problems.append(
-            f"step_each_block is on with optim.accumulate {optim.accumulate}: gradients of all parts must be there "
-            "before a block steps, use one of the two"
+            f"step_each_block is on with optim.accumulate {optim.accumulate}: gradients of all micro-batches must be "
+            "there before a block steps, use one of the two"
         )
     if config.step_each_block and (config.parallel == "blocks" or config.on_nonfinite == "skip"):
         problems.append("step_each_block goes neither with --parallel blocks nor with --on-nonfinite skip")
@@ -100,7 +100,7 @@ def _device_problems(config: TrainConfig) -> list[str]:
         if config.on_nonfinite == "skip":
             problems.append("on_nonfinite is skip, which --parallel blocks cannot, for a rank does not wait for others")
         if config.optim.accumulate > 1:
-            problems.append("optim.accumulate cuts a batch into parts, which --parallel blocks cannot; give 1")
+            problems.append("optim.accumulate cuts a batch into micro-batches, which --parallel blocks cannot; give 1")
     if batch_size % shares:
         problems.append(f"optim.batch_size {batch_size} cannot be shared by {shares} {what}")
     return problems

@@ -51,7 +51,7 @@ class DirectDecoder(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """`(N, C, h, w)` to logits `(N, image_channels, H, W)`."""
-        if fast.is_on_processor(features):
+        if fast.is_on_cpu(features):
             convolves_first = self.upsampled_first.is_worthwhile
             hidden = self.upsampled_first(features) if convolves_first else self.first(self.upsample(features))
             hidden = fast.norm_of_few_channels(self.norm, hidden, like=features)

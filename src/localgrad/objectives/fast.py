@@ -31,7 +31,7 @@ def simulated_device(kind: str) -> Generator[None, None, None]:
         _simulated.reset(token)
 
 
-def is_on_processor(tensor: Tensor) -> bool:
+def is_on_cpu(tensor: Tensor) -> bool:
     """Whether a tensor is on the CPU, or stands for one on the CPU (see `simulated_device`)."""
     return (_simulated.get() or tensor.device.type) in ("cpu", "meta")
 

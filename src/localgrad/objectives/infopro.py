@@ -104,7 +104,7 @@ class InfoPro(nn.Module):
 
 def reconstruction_loss(logits: Tensor, images: Tensor) -> Tensor:
     """Mean of `-t log s(x) - (1 - t) log(1 - s(x))` over all logits x and pixels t, s the logistic function."""
-    loss = fast.binary_cross_entropy if fast.is_on_processor(logits) else F.binary_cross_entropy_with_logits
+    loss = fast.binary_cross_entropy if fast.is_on_cpu(logits) else F.binary_cross_entropy_with_logits
     with full_precision(logits):
         return loss(logits.float(), images)
 

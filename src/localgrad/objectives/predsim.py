@@ -73,8 +73,8 @@ def similarity_matrix(features: Tensor) -> Tensor:
     with full_precision(features):
         features = features if features.dtype == torch.float64 else features.float()
         if features.ndim == 4 and features.shape[1] > 3 and features.shape[2] > 1:
-            on_processor = fast.is_on_processor(features)
-            features = fast.channel_deviation(features) if on_processor else features.flatten(2).std(2)
+            on_cpu = fast.is_on_cpu(features)
+            features = fast.channel_deviation(features) if on_cpu else features.flatten(2).std(2)
         rows = features.flatten(1)
         rows = rows - rows.mean(1, keepdim=True)
         length = cast(Tensor, cast(Any, rows).norm(dim=1, keepdim=True))

@@ -83,6 +83,6 @@ def synchronise(module: nn.Module, process_group: Any = None) -> None:
                 f"{name} is a {type(norm).__name__}, and only PyTorch's own BatchNorm can be synchronised: leave out "
                 "--sync-batchnorm, or train on one device"
             )
-        on_processor = all(tensor.device.type == "cpu" for tensor in [*norm.parameters(), *norm.buffers()])
-        norm.__class__ = SyncBatchNorm if on_processor else nn.SyncBatchNorm
+        on_cpu = all(tensor.device.type == "cpu" for tensor in [*norm.parameters(), *norm.buffers()])
+        norm.__class__ = SyncBatchNorm if on_cpu else nn.SyncBatchNorm
         norm.process_group = process_group

@@ -256,7 +256,7 @@ class Planner:
         weights = sum(unit.lasting + unit.gradients for unit in found)
         worst = max(range(len(found)), key=lambda position: found[position].first.backward_last)
         how = f"{least.num_blocks} blocks" if least.num_blocks > 1 else "end-to-end"
-        how += f", in {least.parts} parts" if least.parts > 1 else ""
+        how += f", in {least.parts} micro-batches" if least.parts > 1 else ""
         return DoesNotFitError(
             f"budget is {readable(budget)}, and {self.samples} samples a step take at least {readable(least.peak)} "
             f"({how}{', recomputed' if least.recompute else ''}): {readable(weights)} are weights, gradients and "

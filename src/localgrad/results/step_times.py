@@ -217,7 +217,7 @@ def _compare_devices(trainings: Sequence[Training], device: str, warn: Callable[
     if others:
         warn(
             f"timed on {device}, while runs are of {'; '.join(sorted(others))}: the report takes times for runs of the "
-            "same device only (on a processor OMP_NUM_THREADS sets the threads)"
+            "same device only (on a CPU, OMP_NUM_THREADS sets the threads)"
         )
 
 

@@ -13,7 +13,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
     """The origin of a result: the fields `device` (its name), `versions`, `commit` and `date` of `Result`."""
     from importlib.metadata import version
 
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor_name()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     versions = {package: version(package) for package in ("torch", "torchvision", "lightning")}
     return {
         "device": name,
@@ -23,8 +23,8 @@ def provenance(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _processor_name() -> str:
-    """Name of the processor, with the number of threads that torch uses."""
+def _cpu_name() -> str:
+    """Name of the CPU, with the number of threads that torch uses."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():

@@ -88,7 +88,7 @@ class Result:
     wall_seconds: float
     """Seconds of training and evaluation, without pauses before a resume."""
     device: str
-    """Name of the processor or GPU."""
+    """Name of the CPU or GPU."""
     precision: str
     """Precision of the run, with `auto` resolved."""
     versions: dict[str, str]

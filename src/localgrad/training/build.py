@@ -142,6 +142,6 @@ def _check_batches(config: TrainConfig, model: nn.Module, images: ImageSet, worl
     sizes = [size for size in (min(batch_size, len(images)), last) if size >= 2]
     if any(size // min(config.optim.accumulate, size) == 1 for size in sizes):  # the smallest micro-batch of each
         raise LocalGradError(
-            f"optim.accumulate {config.optim.accumulate} with batches of {sizes} images leaves a part of one "
-            "image, which a BatchNorm cannot normalise; use fewer parts or another batch size"
+            f"optim.accumulate {config.optim.accumulate} with batches of {sizes} images leaves a micro-batch "
+            "of one image, which a BatchNorm cannot normalise; use fewer micro-batches or another batch size"
         )

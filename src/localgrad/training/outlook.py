@@ -1,4 +1,4 @@
-"""Predict how long a run takes, and notice if the processor has too few free cores for PyTorch's threads."""
+"""Predict how long a run takes, and notice if the CPU has too few free cores for PyTorch's threads."""
 
 import math
 import os
@@ -49,7 +49,7 @@ def crowded(threads: int, cores: int, load: float) -> str | None:
     if threads > 1 and load + threads > 1.5 * cores + 0.5:
         free = max(1, round(cores - load))
         return (
-            f"the processor is busy (load {load:.1f} on {cores} cores) and PyTorch uses {threads} threads: "
+            f"the CPU is busy (load {load:.1f} on {cores} cores) and PyTorch uses {threads} threads: "
             f"OMP_NUM_THREADS={free} is faster beside other work"
         )
     return None

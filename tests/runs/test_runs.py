@@ -16,7 +16,8 @@ from localgrad.config.methods import with_defaults
 from localgrad.config.schema import TrainConfig
 from localgrad.errors import LocalGradError
 from localgrad.recipes import recipe
-from localgrad.runs.folder import RunFolder, atomic_write
+from localgrad.runs.files import atomic_write
+from localgrad.runs.folder import RunFolder
 from localgrad.runs.provenance import provenance
 from localgrad.training.state import state_of
 from localgrad.training.tensorboard import open_board
