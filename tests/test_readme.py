@@ -38,6 +38,14 @@ def test_the_public_names_have_docstrings() -> None:
         assert (getattr(localgrad, name).__doc__ or "").strip(), name
 
 
+def test_the_papers_errors_in_the_text_are_those_of_the_recipes() -> None:
+    from localgrad.recipes import recipe
+
+    errors = [recipe(f"cifar10-resnet32-{row}").paper_error for row in ("e2e", "k16-dgl", "k16-dgl-man")]
+    said = "{:.2f} % end-to-end, {:.2f} % for DGL and {:.2f} % for DGL + MAN".format(*errors)
+    assert said in " ".join(README.split())
+
+
 def test_importing_localgrad_imports_nothing_heavy() -> None:
     heavy = "torchvision", "datasets", "matplotlib", "sklearn", "lightning", "timm", "rich", "tyro", "PIL", "pandas"
     code = f"import sys, localgrad; print([name for name in {heavy!r} if name in sys.modules])"

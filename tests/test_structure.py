@@ -147,6 +147,8 @@ def test_no_other_file_knows_an_objective_by_name() -> None:
     """A new objective touches its own file, the public names, the list of methods, and the tests' cases."""
     from localgrad.config.methods import OBJECTIVES
 
+    listed = (SOURCE / "config" / "schema.py").read_text()
+    assert all(f"`{name}`" in listed for name in OBJECTIVES), "the help of --objective.name lists them"
     known = {"localgrad", "localgrad.config.methods"}
     for module, path in MODULES.items():
         if module in known or package(module) in ("objectives", "recipes"):
