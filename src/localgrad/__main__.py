@@ -6,7 +6,7 @@ from localgrad.commands.interrupts import INTERRUPTED, leave_at_once
 
 
 def main() -> int:
-    """Runs the command in `sys.argv`; see `localgrad.commands.main`."""
+    """Run the command in `sys.argv`; see `localgrad.commands.main`."""
     leave_at_once()
     from localgrad.commands.main import main as run
 

@@ -23,7 +23,7 @@ def frozen(found: Sequence[Unit]) -> Iterator[None]:
 
 
 def unit_features(found: Sequence[Unit], inputs: Tensor) -> Iterator[Tensor]:
-    """Yields the features after each unit in turn, so that memory does not hold all of them.
+    """Yield the features after each unit in turn, so that memory does not hold all of them.
 
     Args:
         found: the units in order, from `localgrad.units`.

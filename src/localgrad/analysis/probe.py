@@ -138,7 +138,7 @@ def _statistics(
 def _train(
     probes: Probes, found: Sequence[Unit], train: ImageSet, epochs: int, batch_size: int, lr: float, seed: int
 ) -> list[float]:
-    """Trains the probes; returns the mean loss of each over the last epoch."""
+    """Train the probes; return the mean loss of each over the last epoch."""
     groups = [
         {"params": classifier.parameters(), "lr": lr / len(mean) ** 0.5}
         for classifier, mean in zip(probes.classifiers, probes.means, strict=True)

@@ -182,7 +182,7 @@ def study_pictures(
 
 
 def write_study(folder: Path, name: str, found: Probe | Alignment | Pictures) -> list[Path]:
-    """Writes an analysis as JSON, and its pictures as PNG, into a folder.
+    """Write an analysis as JSON, and its pictures as PNG, into a folder.
 
     Raises:
         LocalGradError: the folder cannot be made or written.
@@ -200,7 +200,7 @@ def write_study(folder: Path, name: str, found: Probe | Alignment | Pictures) ->
 
 
 def _check_alike(first: Trained, second: Trained, batch_size: int) -> int:
-    """Refuses two networks that cannot be compared; returns the size of the full batches."""
+    """Refuse two networks that cannot be compared; return the size of the full batches."""
     prepared = [(each.config.data.image_size, each.config.data.mean, each.config.data.std) for each in (first, second)]
     if prepared[0] != prepared[1]:
         raise LocalGradError(

@@ -37,7 +37,7 @@ def analyse(
     projection: Literal["pca", "tsne"] = "pca",
     accelerator: str = "auto",
 ) -> int:
-    """Runs the analyses and prints the path of each file.
+    """Run the analyses and print the path of each file.
 
     Args:
         run_folder: Folder of a finished run.

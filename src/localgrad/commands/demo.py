@@ -22,7 +22,7 @@ def demo(
     train_limit: int | None = None,
     seeds: tuple[int, ...] = (0, 1, 2),
 ) -> int:
-    """Trains the networks, prints the table and draws the curves.
+    """Train the networks, print the table and draw the curves.
 
     Args:
         run_dir: Folder for the runs, the plot and the table; runs that are finished in it are not repeated.

@@ -23,7 +23,7 @@ def evaluate(
     exit_at: int | None = None,
     accelerator: str = "auto",
 ) -> int:
-    """Prints the test error.
+    """Print the test error.
 
     Args:
         run_folder: Folder of a finished run.

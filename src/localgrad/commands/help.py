@@ -25,7 +25,7 @@ class Boxes(io.StringIO):
 
 
 def show_help(text: str, parse: Callable[[], object]) -> None:
-    """Prints the help of a command and exits.
+    """Print the help of a command and exit.
 
     Args:
         text: description of the command in paragraphs; indented lines are examples.

@@ -51,7 +51,7 @@ EXTRA = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command.
+    """Run one command.
 
     Returns:
         The exit code: 0 for success; 1 if runs of `reproduce` failed or `predict` could not read an image; 2 for

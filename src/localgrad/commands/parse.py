@@ -42,7 +42,7 @@ SHORT = {
 
 
 def call(command: Callable[..., int], arguments: Sequence[str], name: str, text: str | None) -> int:
-    """Parses the arguments and calls the command with them.
+    """Parse the arguments and call the command with them.
 
     Args:
         command: the function. A parameter that is marked Positional is given without a flag.
@@ -107,7 +107,7 @@ def loading(quiet: bool = False, more: bool = False, seconds: float = QUIET_SECO
 
 
 def tell(text: str) -> None:
-    """Prints a line to stderr."""
+    """Print a line to stderr."""
     print(f"localgrad: {text}", file=sys.stderr, flush=True)
 
 

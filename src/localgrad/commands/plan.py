@@ -32,7 +32,7 @@ def plan(
     num_blocks: tuple[int, ...] = (),
     output: Output = None,
 ) -> int:
-    """Prints the plan.
+    """Print the plan.
 
     Args:
         model: cifar_resnet, torchvision:NAME, timm:NAME, package.module:factory or file.py:factory.

@@ -29,7 +29,7 @@ def predict(
     best: bool = False,
     json_lines: bool = False,
 ) -> int:
-    """Prints the most probable classes of each image.
+    """Print the most probable classes of each image.
 
     Args:
         run_folder: Folder of a finished run.

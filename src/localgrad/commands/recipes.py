@@ -13,7 +13,7 @@ from localgrad.errors import LocalGradError
 
 
 def recipes(words: Positional[tuple[str, ...]] = ()) -> int:
-    """Prints the list.
+    """Print the list.
 
     Args:
         words: List only recipes whose names contain all of these words.

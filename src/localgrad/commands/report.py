@@ -21,7 +21,7 @@ def report(
     *,
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html"),
 ) -> int:
-    """Writes the page.
+    """Write the page.
 
     Args:
         results: Folder with results, in any subfolders.

@@ -44,7 +44,7 @@ def reproduce(
     accelerator: str | None = None,
     precision: str | None = None,
 ) -> int:
-    """Runs and prints the table.
+    """Run and print the table.
 
     Args:
         table: Name of the table; without it, the tables are listed.
@@ -114,7 +114,7 @@ def _list() -> int:
 
 
 def _tell_failures(failures: dict[str, str]) -> None:
-    """Prints why runs failed, each reason once."""
+    """Print why runs failed, each reason once."""
     by_reason = defaultdict[str, list[str]](list)
     for name, reason in failures.items():
         by_reason[reason].append(name)

@@ -79,7 +79,7 @@ def _command(name: str, default: TrainConfig, folder: Path | None) -> Callable[.
         dry_run: bool = False,
         quiet: bool = False,
     ) -> int:
-        """Trains the network.
+        """Train the network.
 
         Args:
             config: The complete config of the run.

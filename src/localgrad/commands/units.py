@@ -14,7 +14,7 @@ from localgrad.commands.parse import call, loading
 
 
 def units(model: Positional[str], *, image_size: int | None = None, batch_size: int = 128, depth: int = 32) -> int:
-    """Prints the table of units.
+    """Print the table of units.
 
     Args:
         model: cifar_resnet, torchvision:NAME, timm:NAME, package.module:factory or file.py:factory.

@@ -108,7 +108,7 @@ def _cell(row: str, seed: int, changes: dict[str, Any], output: Path) -> Cell:
 
 
 def _check_settings(name: str, changes: dict[str, Any], output: Path) -> None:
-    """Refuses a folder that holds runs of the table, with any seed, that have other settings.
+    """Refuse a folder that holds runs of the table, with any seed, that have other settings.
 
     The path of the images of a finished run may differ: the same images may lie elsewhere on another machine.
     """
@@ -142,7 +142,7 @@ def result_files(output: Path, row: str) -> list[Path]:
 
 
 def load_result(path: Path) -> Result:
-    """Reads one result file.
+    """Read one result file.
 
     Raises:
         LocalGradError: the file is damaged, or is not the result of a run.

@@ -34,7 +34,7 @@ def evaluate(
     local_heads: bool = False,
     accelerator: str = "auto",
 ) -> Evaluation:
-    """Evaluates the saved weights of a finished run.
+    """Evaluate the saved weights of a finished run.
 
     Args:
         run_dir: the run folder.
@@ -86,7 +86,7 @@ def early_exit(
     test_split: str | None = None,
     accelerator: str = "auto",
 ) -> EarlyExit:
-    """Evaluates the first blocks of a finished run with the own head of the last of them, as a smaller network.
+    """Evaluate the first blocks of a finished run with the own head of the last of them, as a smaller network.
 
     The head consists of the momentum auxiliary network, if any, and the class head, both as local training left them.
     `compute` and `parameters` include the head, so they exceed 1 if the head is larger than the rest of the network.

@@ -74,7 +74,7 @@ def as_svg(figure: Figure, prefix: str, description: str) -> str:
 
 
 def _with_ids_once(svg: str, prefix: str) -> str:
-    """Removes ids that nothing refers to (matplotlib uses some of them twice) and prefixes the others."""
+    """Remove ids that nothing refers to (matplotlib uses some of them twice) and prefix the others."""
     wanted = set(re.findall(r'(?:href="#|url\(#)([^")]+)', svg))
     return re.sub(r' id="([^"]+)"', lambda id: f' id="{prefix}-{id[1]}"' if id[1] in wanted else "", svg)
 
@@ -363,7 +363,7 @@ def step_times(times: StepTimes, title: str = "") -> Figure:
 
 
 def save_png(figure: Figure, path: Path, dots_per_inch: int = 200) -> None:
-    """Writes a figure as PNG, atomically.
+    """Write a figure as PNG, atomically.
 
     Raises:
         LocalGradError: the file cannot be written.

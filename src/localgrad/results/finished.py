@@ -52,7 +52,7 @@ def load_trained(
     with_blocks: bool = False,
     accelerator: str = "auto",
 ) -> Trained:
-    """Loads the trained weights of a finished run, and its images.
+    """Load the trained weights of a finished run, and its images.
 
     Args:
         run_dir: the run folder.

@@ -70,7 +70,7 @@ class Results:
 
 
 def read_results(folder: Path, warn: Callable[[str], None]) -> Results:
-    """Reads every result file below a folder, in the order of their paths.
+    """Read every result file below a folder, in the order of their paths.
 
     Args:
         folder: folder to search for `*.json`, with all its subfolders.
@@ -103,7 +103,7 @@ def read_results(folder: Path, warn: Callable[[str], None]) -> Results:
 
 
 def read_result(path: Path) -> Result:
-    """Reads the result of a run.
+    """Read the result of a run.
 
     Raises:
         LocalGradError: the file is missing, damaged, or not the result of a run.
@@ -115,7 +115,7 @@ def read_result(path: Path) -> Result:
 
 
 def read_file(path: Path) -> Any:
-    """Reads a result file of any kind into its dataclass; None for a file of no known kind.
+    """Read a result file of any kind into its dataclass; None for a file of no known kind.
 
     Raises:
         LocalGradError: the file is missing or damaged, or a later version wrote it.
@@ -145,7 +145,7 @@ def _json_files(folder: Path, warn: Callable[[str], None]) -> list[Path]:
 
 
 def _sort_in(found: Results, path: Path, values: Any, warn: Callable[[str], None]) -> bool:
-    """Adds a file to the results; returns False for a file that is not a result."""
+    """Add a file to the results; return False for a file that is not a result."""
     if not isinstance(values, dict):
         return False
     kind = kind_of(values)

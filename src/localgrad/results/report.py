@@ -26,7 +26,7 @@ LEAST_ROWS = 3
 
 
 def write_report(folder: Path, output: Path, warn: Callable[[str], None]) -> None:
-    """Reads all results below a folder and writes the page.
+    """Read all results below a folder and write the page.
 
     Args:
         folder: folder of run folders, result files, analyses, plans and step times, in any subfolders.

@@ -157,7 +157,7 @@ def _start(cell: Cell, variables: dict[str, str], held: int) -> "subprocess.Pope
 
 
 def _stop(processes: Sequence["subprocess.Popen[bytes]"]) -> None:
-    """Ends every process, which saves a checkpoint first, and waits; after a second Ctrl-C they end without saving."""
+    """End every process, which saves a checkpoint first, and wait; after a second Ctrl-C they end without saving."""
     for process in processes:
         process.terminate()
     for process in processes:

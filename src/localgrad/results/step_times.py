@@ -79,7 +79,7 @@ def time_results(
     accelerator: str = "auto",
     warn: Callable[[str], None],
 ) -> StepTimes:
-    """Times the training steps of all finished runs below a folder, in turns, on this machine.
+    """Time the training steps of all finished runs below a folder, in turns, on this machine.
 
     The networks start from the initial weights of the run's seed. The learning rate is 0, so training cannot diverge.
     A step gets its images from a few batches in memory: for a run that streams images, the time to read them is not
@@ -194,7 +194,7 @@ def _elsewhere(config: TrainConfig, data: str | None, accelerator: str) -> Train
 
 
 def _check_images(training: Training, run: Run, *, other: bool) -> None:
-    """Refuses images that differ from the run's. If other images were requested, refuses fewer than a step needs."""
+    """Refuse images that differ from the run's. If other images were requested, refuse fewer than a step needs."""
     before, now = training.row.runs[0].result.train_images, run.train.fingerprint
     if not other and before is not None and now is not None and (difference := before.difference(now)):
         raise LocalGradError(
@@ -208,7 +208,7 @@ def _check_images(training: Training, run: Run, *, other: bool) -> None:
 
 
 def _compare_devices(trainings: Sequence[Training], device: str, warn: Callable[[str], None]) -> None:
-    """Warns if a row has no run on the timed device."""
+    """Warn if a row has no run on the timed device."""
     others = {
         ", ".join(sorted(made))
         for made in ({run.result.device for run in training.row.runs} for training in trainings)

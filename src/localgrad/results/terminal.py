@@ -22,7 +22,7 @@ def print_table(
     width: int = 80,
     left: Sequence[int] = (0,),
 ) -> None:
-    """Prints a table without cutting cells: a cell that is too long continues on the next line.
+    """Print a table without cutting cells: a cell that is too long continues on the next line.
 
     Args:
         head: names of the columns.
