@@ -16,14 +16,15 @@ from typing import Any
 
 
 def budgets(rows: Sequence[dict[str, Any]], epochs: int) -> Iterator[tuple[str, int, float]]:
-    """Name of each recipe, its number of epochs, and its training time relative to end-to-end's."""
-    whole = next((row for row in rows if row["num_blocks"] == 1), None)
+    """Recipe and flags of each row, its number of epochs, and its training time relative to end-to-end's."""
+    whole = next((row for row in rows if row["num_blocks"] == 1 and not row["config"].get("recompute")), None)
     if whole is None:
         raise SystemExit("the step times have no row of one block, which end-to-end training is")
     for row in rows:
         ratio = row["seconds_per_step"] / whole["seconds_per_step"]
         own = max(1, round(epochs / ratio))
-        yield row["config"]["name"], own, own * ratio / epochs
+        flags = " --recompute" if row["config"].get("recompute") else ""
+        yield row["config"]["name"] + flags, own, own * ratio / epochs
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -34,10 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--runs", type=Path, default=Path("runs/equal-time"))
     options = parser.parse_args(arguments)
-    for name, epochs, share in budgets(json.loads(options.times.read_text())["rows"], options.epochs):
+    for row, epochs, share in budgets(json.loads(options.times.read_text())["rows"], options.epochs):
         for seed in options.seeds:
-            command = f"localgrad train {name} --data {shlex.quote(options.data)} --epochs {epochs} --warmup-epochs 0"
-            command += f" --batch-size 128 --lr 0.1 --seed {seed} --run-dir {options.runs / f'{name}-seed{seed}'}"
+            folder = options.runs / f"{row.replace(' --', '-')}-seed{seed}"
+            command = f"localgrad train {row} --data {shlex.quote(options.data)} --epochs {epochs} --warmup-epochs 0"
+            command += f" --batch-size 128 --lr 0.1 --seed {seed} --run-dir {folder}"
             print(f"{command}  # {share:.2f} of end-to-end's time")
 
 

@@ -176,10 +176,14 @@ def test_rows_at_equal_time_get_the_epochs_that_take_as_long(
     ]
     found = {name: (epochs, round(share, 2)) for name, epochs, share in equal_time.budgets(rows, 10)}
     assert found == {"e2e": (10, 1.0), "half": (20, 1.0), "dear": (4, 1.1), "dearest": (1, 24.75)}
-    (tmp_path / "times.json").write_text(json.dumps({"rows": rows}))
+    rows.append({"num_blocks": 1, "seconds_per_step": 0.5, "config": {"name": "e2e", "recompute": True}})
+    (tmp_path / "times.json").write_text(json.dumps({"rows": rows[::-1]}))
     equal_time.main([str(tmp_path / "times.json"), "--data", "my data", "--seeds", "0", "1"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 8 and lines[5].startswith("localgrad train dear --data 'my data' --epochs 4 ")
+    assert len(lines) == 10 and lines[5].startswith("localgrad train dear --data 'my data' --epochs 4 ")
+    assert lines[0].startswith("localgrad train e2e --recompute --data 'my data' --epochs 8 ")
+    folders = {line.partition("--run-dir ")[2].split()[0] for line in lines}
+    assert len(folders) == len(lines), "each run has its own folder"
     with pytest.raises(SystemExit, match="end-to-end"):
         list(equal_time.budgets(rows[1:], 10))
 
