@@ -2,18 +2,21 @@
 
 import json
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import nn
 
+from localgrad.config import schema
 from localgrad.config.build import build_model
 from localgrad.config.checks import validate
 from localgrad.config.methods import option_problems, with_defaults
 from localgrad.config.saved import differences, from_dict, to_dict
 from localgrad.config.schema import ModelConfig, MomentumConfig, ObjectiveConfig, OptimConfig, TrainConfig
+from localgrad.core import split
 from localgrad.errors import LocalGradError
+from localgrad.planning import simulation
 
 LOCAL = TrainConfig(cuts=("layer1.0",), objective=ObjectiveConfig(name="dgl"), momentum=MomentumConfig(name="man"))
 
@@ -96,6 +99,11 @@ def test_all_problems_come_at_once_in_one_line() -> None:
 def test_num_blocks_instead_of_cuts_and_one_block_are_fine() -> None:
     for config in (replace(LOCAL, cuts=None, num_blocks=4), TrainConfig(cuts=()), TrainConfig(num_blocks=1)):
         assert validate(config) is config
+
+
+def test_choices_of_the_core_are_those_of_a_config() -> None:
+    assert get_args(schema.Balance) == get_args(split.Balance)
+    assert get_args(schema.Precision) == ("auto", *get_args(simulation.Precision))
 
 
 def test_json_gives_the_config_back() -> None:

@@ -3,6 +3,7 @@
 import math
 import typing
 
+from localgrad.config.methods import option_problems
 from localgrad.config.schema import Balance, OnNonfinite, Optimizer, Parallel, Precision, TrainConfig
 from localgrad.errors import LocalGradError
 
@@ -124,8 +125,6 @@ def _split_problems(config: TrainConfig) -> list[str]:
 
 
 def _option_problems(config: TrainConfig) -> list[str]:
-    from localgrad.config.methods import option_problems
-
     problems = [*option_problems("objective", config.objective), *option_problems("momentum", config.momentum)]
     for name, value, allowed in (
         ("optim.name", config.optim.name, typing.get_args(Optimizer)),

@@ -9,6 +9,7 @@ from typing import Literal
 
 from localgrad.data.config import DataConfig
 
+# `planning.simulation` and `core.split` have these choices too, but import torch, which `--help` does without
 Precision = Literal["auto", "32-true", "bf16-mixed"]
 
 

@@ -173,7 +173,7 @@ def choose_cuts(
         return cut_evenly(len(found), num_blocks)
     if balance not in ("memory", "compute"):
         raise LocalGradError(f"balance is {balance!r}: it is 'memory', 'compute' or 'count'")
-    from localgrad.core.costs import CannotCountError, unit_costs
+    from localgrad.core.costs import CannotCountError, unit_costs  # here, as counters of operations import slowly
 
     try:
         costs = unit_costs(found, example, objective, momentum, num_blocks, targets, criterion)
