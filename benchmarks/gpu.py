@@ -187,7 +187,7 @@ def measure_memory(options: argparse.Namespace) -> None:
 
 
 def run_tests(options: argparse.Namespace) -> None:
-    """Run the tests marked `gpu`, and write the output of pytest to a file."""
+    """Run `test_cuda.py`, the tests on a GPU that need no trainer, and write the output of pytest to a file."""
     options_of_pytest = ["-m", "gpu", "-o", "addopts=", "-q", "-p", "no:cacheprovider", "-W", "default"]
     command = [sys.executable, "-m", "pytest", *options_of_pytest, "tests/training/test_cuda.py"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=200)
