@@ -27,7 +27,7 @@ FLOORS = (
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names.split()}
 CORE = ("core", "objectives", "planning", "parallel")
 PRIVATE = {
-    "core.autograd_graph": "_C _autograd _sequence_nr _top_saved_tensors_default_hooks",
+    "core.autograd_graph": "_C _autograd _forward_cls _sequence_nr _top_saved_tensors_default_hooks",
     "core.eager": "_disable_dynamo",
     "core.initialise": "_reset_parameters",
     "core.recompute": "_NormBase",

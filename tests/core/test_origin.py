@@ -104,6 +104,27 @@ def test_what_the_model_no_longer_has_is_noticed(change: str, when: str) -> None
         local_step(blocks, sgd(blocks), inputs.to(model.shift.dtype), targets)
 
 
+def test_a_layer_that_is_added_is_noticed() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5))
+    blocks = split(model, torch.randn(2, 8), cuts=["0"], objective=localgrad.classifier(5))
+    optimizers, inputs, targets = sgd(blocks), torch.randn(2, 8), torch.arange(2)
+    local_step(blocks, optimizers, inputs, targets)
+    model.note = nn.Dropout()  # trains nothing
+    local_step(blocks, optimizers, inputs, targets)
+    model.append(nn.Linear(5, 5))
+    for _ in range(2):
+        with pytest.raises(LocalGradError, match=r"'4.weight' since split, and no block trains or runs it"):
+            local_step(blocks, optimizers, inputs, targets)
+
+
+def test_what_computes_the_inputs_is_said_not_to_be_trained() -> None:
+    before, model = nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 5))
+    blocks = split(model, torch.randn(2, 8), cuts=["0"], objective=localgrad.classifier(5))
+    with pytest.warns(LocalGradWarning, match=r"inputs are computed by something.*give inputs.detach\(\)"):
+        local_step(blocks, sgd(blocks), before(torch.randn(2, 8)), torch.arange(2))
+    local_step(blocks, sgd(blocks), before(torch.randn(2, 8)).detach(), torch.arange(2))
+
+
 def test_a_buffer_of_the_model_is_the_blocks_when_it_is_replaced() -> None:
     model, blocks = made()
     twin, plain = made()

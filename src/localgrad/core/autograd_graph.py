@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
+from torch.utils.checkpoint import CheckpointFunction
 
 Node = Any
 """A node of the autograd graph. It is Any because torch types it in part."""
@@ -22,6 +23,11 @@ def edges(tensors: Sequence[Tensor]) -> tuple[Edge, ...]:
 def leaf_of(node: Node) -> Tensor | None:
     """The leaf whose gradient a node accumulates, such as a parameter; None for the node of an operation."""
     return getattr(node, "variable", None)
+
+
+def is_reentrant_checkpoint(node: Node) -> bool:
+    """Whether a node stands for a run with `checkpoint(..., use_reentrant=True)`, whose graph shows no parameters."""
+    return getattr(node, "_forward_cls", None) is CheckpointFunction
 
 
 def made_at(node: Node) -> int:

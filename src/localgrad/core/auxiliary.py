@@ -71,8 +71,9 @@ def build_auxiliaries(
         assert block.unit is not None
         if momentum is not None and not block.following:
             raise LocalGradError(
-                f"no module after the cut {block.unit.name!r} takes its output, so momentum has nothing to copy: cut "
-                "right before a module with parameters, or give momentum=None"
+                f"no module after the cut {block.unit.name!r} takes its output (outside of the model's own activation "
+                "checkpointing), so momentum has nothing to copy: cut right before a module with parameters, give "
+                "isolate(..., recompute=True) for the model's checkpointing, or momentum=None"
             )
         if any(parameter.requires_grad for parameter in block.parameters):
             yield build_auxiliary(

@@ -30,11 +30,10 @@ def check_cuts(model: Any, cuts: Any, num_blocks: Any, objective: Any, momentum:
         )
     if not isinstance(model, nn.Module) or not any(True for _ in model.children()):
         raise LocalGradError(f"model is a {type(model).__name__}: give a network that consists of modules")
-    if any(
-        isinstance(owner, nn.Module) and hasattr(owner, "momenta")
-        for owner in (getattr(hook, "__self__", None) for hook in hooks_before(model).values())
-    ):
-        raise LocalGradError("model is isolated already: call remove() of its isolation first")
+    isolated = [module for module in model.modules() if _is_isolated(module)]
+    if isolated:
+        which = "model" if isolated[0] is model else f"the {type(isolated[0]).__name__} inside the model"
+        raise LocalGradError(f"{which} is isolated already: call remove() of its isolation first")
     if (cuts is None) == (num_blocks is None):
         raise LocalGradError(
             f'cuts is {cuts!r} and num_blocks is {num_blocks!r}: give one of them, as cuts=["layer1", "layer2"] or '
@@ -68,6 +67,11 @@ def check_cuts(model: Any, cuts: Any, num_blocks: Any, objective: Any, momentum:
                 f"cut {name!r} is no module of {type(model).__name__}: in {parent or 'it'} are {', '.join(inside[:12])}"
             )
     return list(dict.fromkeys(names))
+
+
+def _is_isolated(module: nn.Module) -> bool:
+    owners = (getattr(hook, "__self__", None) for hook in hooks_before(module).values())
+    return any(isinstance(owner, nn.Module) and hasattr(owner, "momenta") for owner in owners)
 
 
 def named_cuts(model: nn.Module, run: ForwardPass, names: Sequence[str]) -> list[Call]:

@@ -9,7 +9,7 @@ from torch import nn
 from localgrad.core.channels import channel_dim_of, usual_channel_dim
 from localgrad.core.observed import Call, ForwardPass, takes, trained_by_block, units_between
 from localgrad.core.units import Unit
-from localgrad.errors import warn
+from localgrad.errors import LocalGradError, warn
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,7 +19,7 @@ class IsolatedBlock:
     Attributes:
         unit: the module of the cut that ends the block; None for the last block.
         following: units of the next block in a chain: the first reads the cut's output, each later one the output of
-            the unit before it.
+            the unit before it. None if the model calls the first inside its own activation checkpointing.
         rest: all units from the first of these to the end of the network.
         parameters: the parameters of the model that belong to the block.
         inner: the block's outermost modules that have children, are no containers and hold no cut.
@@ -45,12 +45,17 @@ def isolated_blocks(
     Raises:
         LocalGradError: a block reads a tensor from inside another block.
     """
-    reached = trained_by_block(run, cuts)
+    reached, (end_to_end,) = trained_by_block(run, cuts), trained_by_block(run, ())
     tied: dict[nn.Parameter, int] = {}
     owner: dict[nn.Parameter, int] = {}
     for name, parameter in model.named_parameters():
         users = [block for block, found in enumerate(reached) if parameter in found]
-        owner[parameter] = users[-1] if users else _block_of(name, run, cuts)
+        owner[parameter] = users[-1] if users else _block_of(name, model, run, cuts)
+        if not users and parameter.requires_grad and parameter in end_to_end:
+            warn(
+                f"no local loss reaches {name}, so nothing trains it: the loss of a block reads the first tensor that "
+                "the cut's module returns, and other tensors go on detached; cut elsewhere, or freeze it"
+            )
         if len(users) > 1:
             tied[parameter] = users[-1]
             warn(
@@ -60,10 +65,19 @@ def isolated_blocks(
     return [_isolated_block(run, cuts, block, owner) for block in range(len(cuts) + 1)], tied
 
 
-def _block_of(name: str, run: ForwardPass, cuts: Sequence[Call]) -> int:
-    """The block of a parameter that no loss reaches: that of the innermost called module that holds it."""
+def _block_of(name: str, model: nn.Module, run: ForwardPass, cuts: Sequence[Call]) -> int:
+    """The block of a parameter that no loss reaches: that of the innermost called module that holds it.
+
+    If a cut is inside this module, it is that of the next called module in order: a model that skips layers at random
+    may have skipped the parameter's module in this run.
+    """
     around = [call for call in run.calls if not call.name or name.startswith(f"{call.name}.")]
     call = max(around, key=lambda call: len(call.name), default=None)
+    if call is not None and any(call.holds(cut) for cut in cuts):
+        called = {call.name: call for call in run.calls}
+        names = [module for module, _ in model.named_modules()]
+        later = names[names.index(name.rpartition(".")[0]) :]
+        call = next((called[each] for each in later if each in called), None)
     return len(cuts) if call is None else sum(cut.end < call.end for cut in cuts)
 
 
@@ -81,7 +95,8 @@ def _isolated_block(
     chain = _chain(cut, units_between(run, cut.end, cuts, None if is_last else cuts[block + 1].end), is_last)
     module = chain[0].module if chain else None
     later = [call for call in units_between(run, cut.end) if chain and call.start >= chain[0].start and call.features]
-    return IsolatedBlock(_unit(cut, module), tuple(map(_unit, chain)), tuple(map(_unit, later)), parameters, inner)
+    following = () if chain and chain[0].checkpointed else tuple(map(_unit, chain))
+    return IsolatedBlock(_unit(cut, module), following, tuple(map(_unit, later)), parameters, inner)
 
 
 def _chain(cut: Call, found: Sequence[Call], is_last: bool) -> list[Call]:
@@ -106,6 +121,21 @@ def _unit(call: Call, following: nn.Module | None = None) -> Unit:
     dim = channel_dim_of(features, [call.module], [following] if following else [])
     dim = usual_channel_dim(features.ndim) if dim is None else dim
     return Unit(call.name, call.module, call.features, dim, call.writes_input, call.inputs, call.dtype)
+
+
+def chosen_blocks(blocks: Sequence[IsolatedBlock], index: int | None) -> Sequence[int]:
+    """The index of a block, or of all blocks if it is None.
+
+    Raises:
+        LocalGradError: there is no such block, or the blocks are not known yet.
+    """
+    if not blocks:
+        raise LocalGradError("the blocks are not known before the first batch: give isolate(..., example=batch)")
+    if index is None:
+        return range(len(blocks))
+    if index not in range(len(blocks)):
+        raise LocalGradError(f"block is {index!r}: there are {len(blocks)} blocks, 0 to {len(blocks) - 1}")
+    return [index]
 
 
 def described(blocks: Sequence[IsolatedBlock], networks: Sequence[tuple[nn.Module | None, nn.Module | None]]) -> str:

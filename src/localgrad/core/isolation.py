@@ -11,17 +11,18 @@ from localgrad.core.arguments import ForwardArguments
 from localgrad.core.auxiliary import build_auxiliaries, follow_model
 from localgrad.core.cuts import check_cuts, even_cuts, named_cuts
 from localgrad.core.eager import eager
-from localgrad.core.isolated_block import IsolatedBlock, described, isolated_blocks
+from localgrad.core.isolated_block import IsolatedBlock, chosen_blocks, described, isolated_blocks
 from localgrad.core.kept import KeptTensors
 from localgrad.core.local_gradients import SUMMED, LocalGradients
-from localgrad.core.local_pass import BACKWARD, LocalPass
+from localgrad.core.local_pass import BACKWARD, OUTSIDE, TWICE, LocalPass
 from localgrad.core.momentum import Momentum
-from localgrad.core.observed import as_arguments, first_floating, observe
+from localgrad.core.observed import as_arguments, first_floating, observe, tensors_in
 from localgrad.core.reach import check_reach
 from localgrad.core.recompute import Recomputed
 from localgrad.core.replicas import active_ddp, begin_alike, leave_no_more, leave_to_isolation
 from localgrad.core.saved_with import AnyOptimizer, keep_in
 from localgrad.core.site import Objective
+from localgrad.core.steps import Steps
 from localgrad.core.tables import hooks_after, hooks_before
 from localgrad.core.unchanged import Unchanged
 from localgrad.errors import LocalGradError, warn
@@ -82,9 +83,11 @@ class Isolation(nn.Module):
             self._observing = False
         cuts = even_cuts(run, self._cuts) if isinstance(self._cuts, int) else named_cuts(model, run, self._cuts)
         blocks, self._tied = isolated_blocks(model, run, cuts)
-        for momentum, objective in build_auxiliaries(model, blocks, self._arguments.inputs(args, kwargs), *self._make):
+        inputs = self._arguments.inputs(args, kwargs)
+        for momentum, objective in list(build_auxiliaries(model, blocks, inputs, *self._make)):
             self.momenta.append(momentum)
             self.objectives.append(objective)
+        self._make = None, None  # factories are often closures, which cannot be pickled with the model
         self._blocks, self._local = blocks, [parameter for block in blocks[:-1] for parameter in block.parameters]
         self._install()
 
@@ -106,11 +109,14 @@ class Isolation(nn.Module):
             module.forward = Recomputed(module)
         leave_to_isolation(model, self._local)
         self._unchanged = Unchanged(model, self._hooks)
+        self._steps = Steps(*([p for p in each.parameters() if p.requires_grad] for each in (model, self)))
         self._kept = KeptTensors(model, self._local if self._reach == 1 else [])
 
     @eager
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the model: in training, check the model and start a `LocalPass`."""
+        if self._blocks and not (self._observing or model.training) and torch.is_grad_enabled():
+            self._steps.evaluate()
         if self._observing or not (torch.is_grad_enabled() and model.training):
             return
         if model is not self._model[0]:
@@ -118,8 +124,8 @@ class Isolation(nn.Module):
         if not self._blocks:
             self.build(args, kwargs)
         self._unchanged.check()
-        stepped = self._unchanged.stepped()
-        if self.backward is None and not stepped and self._unchanged.has_gradients():
+        stepped = self._steps.stepped(self.backward in (None, BACKWARD))
+        if self.backward is None and not stepped and self._steps.has_gradients():
             warn(SUMMED)
             self.backward = BACKWARD
         follow_model(self, self.momenta, model)
@@ -127,11 +133,11 @@ class Isolation(nn.Module):
         if ddp is not None and id(ddp) != self._ddp:
             begin_alike(ddp, self._local, self, self._reach)
             self._ddp = id(ddp)
-        given, networks = self._arguments.targets(args, kwargs), (self.objectives, self.momenta)
+        given, networks = self._arguments.targets(args, kwargs), (self.objectives, self.momenta, self._blocks)
         batch = self.targets if given is None else given, self._arguments.inputs(args, kwargs)
-        self._pass = LocalPass(*networks, self._blocks, batch, self.backward or BACKWARD, self._reach)
-        trained = [(block.parameters, self._auxiliary(index)) for index, block in enumerate(self._blocks[:-1])]
-        self._gradients = LocalGradients(trained, ddp, stepped, self._gradients)
+        self._pass = LocalPass(*networks, batch, self.backward or BACKWARD, self._reach)
+        trained = [(block.parameters, self._auxiliary(index)) for index, block in enumerate(self._blocks)]
+        self._gradients = LocalGradients(trained, tensors_in((args, kwargs)), ddp, stepped, self._gradients)
         self._waiting = {parameter: block for parameter, block in self._tied.items() if parameter.requires_grad}
         for parameter, block in self._waiting.items():
             parameter.requires_grad_(block == 0)
@@ -141,17 +147,10 @@ class Isolation(nn.Module):
         """Forward hook of a cut's module: end the block and return the module's output detached."""
         if self._pass is None:
             if not self._observing and torch.is_grad_enabled() and self._model[0].training:
-                raise LocalGradError(
-                    f"the cut {self._blocks[block].name!r} is run outside of the isolated model's forward pass: call "
-                    "the model as a whole; instead of its own checkpointing, which runs it again, use recompute=True"
-                )
+                raise LocalGradError(OUTSIDE.format(self._blocks[block].name))
             return None
         if block != self._pass.reached or first_floating(output) is None or not torch.is_grad_enabled():
-            raise LocalGradError(
-                f"the cut {self._blocks[block].name!r} is run twice in a forward pass, in another order than at first, "
-                "without gradients or without features: cut where every batch passes once, and use "
-                "isolate(..., recompute=True) instead of the model's own checkpointing"
-            )
+            raise LocalGradError(TWICE.format(self._blocks[block].name))
         for parameter, trainer in self._waiting.items():
             parameter.requires_grad_(block + 1 >= trainer)
         return self._pass.leave(output)
@@ -169,11 +168,13 @@ class Isolation(nn.Module):
         done, self._pass = self._pass, None
         if done is None or self._gradients is None:
             return
-        self._gradients.set_aside(output, self._blocks[-1].parameters)
+        self._gradients.set_aside(output)
         self.targets, self._losses = None, done.losses
         for parameter in self._waiting:
             parameter.requires_grad_(True)
-        if output is not None:
+        if output is None:
+            done.explain()
+        else:
             self._kept.refuse_backward()
             done.check_whole()
 
@@ -195,9 +196,7 @@ class Isolation(nn.Module):
         Args:
             block: index of one block, from 0 to K - 1, for one optimizer a block; None for all blocks.
         """
-        if not self._blocks:
-            raise LocalGradError("the blocks are not known before the first batch: give isolate(..., example=batch)")
-        own = [index for index in range(len(self._blocks)) if block in (None, index)]
+        own = chosen_blocks(self._blocks, block)
         found = [p for index in own for p in (*self._blocks[index].parameters, *self._auxiliary(index))]
         return [parameter for parameter in dict.fromkeys(found) if parameter.requires_grad]
 

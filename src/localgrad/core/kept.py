@@ -9,16 +9,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from localgrad.core.autograd_graph import derives_from
-from localgrad.core.tables import own_modules, own_parameters
+from localgrad.core.tables import own_buffers, own_modules, own_parameters
 from localgrad.core.trees import leaves
 from localgrad.errors import LocalGradError
 
 
 def kept_by(module: nn.Module) -> dict[str, Tensor]:
     """Tensors with an autograd graph that a module holds itself, by attribute name; the first of each attribute."""
-    tables = (own_parameters(module), own_modules(module))
+    tables = (own_parameters(module), own_modules(module), own_buffers(module))
     found: dict[str, Tensor] = {}
-    for name, value in vars(module).items():
+    for name, value in (vars(module) | own_buffers(module)).items():
         for leaf in () if any(value is table for table in tables) else leaves(value):
             if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
                 found.setdefault(name, leaf)

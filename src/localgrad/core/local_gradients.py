@@ -12,7 +12,7 @@ from localgrad.core.replicas import average_gradients
 from localgrad.errors import warn
 
 BlockParameters = tuple[Sequence[nn.Parameter], Sequence[nn.Parameter]]
-"""The parameters that a local block trains: its own, and those of its auxiliary networks."""
+"""The parameters that a block trains: its own, and those of its auxiliary networks."""
 
 SUMMED = (
     "gradients are accumulated over batches, and those of local losses are summed: divide these losses as you divide "
@@ -21,6 +21,11 @@ SUMMED = (
 LOST = (
     "weights have changed, and no gradient came to what the model returned for the batch before, so its local losses "
     "trained nothing: back-propagate a loss of the model's output"
+)
+UPSTREAM = (
+    "an input of the isolated model requires a gradient, and gets that of local losses, inside the forward pass: this "
+    "trains what computed it, and is lost if gradients are zeroed before backward(). Detach the input, isolate a model "
+    "that holds what computes it, or call model.eval() for the end-to-end gradient"
 )
 
 
@@ -32,7 +37,9 @@ class LocalGradients:
     backward pass they need memory beside the gradients of earlier batches.
 
     Args:
-        blocks: the parameters of the local blocks.
+        blocks: the parameters of all blocks. The last has no local gradients, unless the run that the blocks were read
+            from skipped one of its layers, which now runs in a local block.
+        inputs: tensors among the model's arguments.
         ddp: the DDP wrapper over whose ranks the gradients are averaged, or None. If its `no_sync` is active during the
             forward pass, they are not averaged.
         stepped: whether an optimizer has stepped since the forward pass before.
@@ -45,6 +52,7 @@ class LocalGradients:
     def __init__(
         self,
         blocks: Sequence[BlockParameters],
+        inputs: Sequence[Tensor],
         ddp: DistributedDataParallel | None,
         stepped: bool,
         before: "LocalGradients | None",
@@ -54,6 +62,8 @@ class LocalGradients:
         self.blocks, self.are_waiting, self._stepped = blocks, False, stepped
         self._ddp = ddp if ddp is not None and ddp.require_backward_grad_sync else None
         self._made: list[tuple[nn.Parameter, Tensor]] = []
+        watched = [tensor for tensor in inputs if tensor.requires_grad]
+        self._watching: list[Any] = [tensor.register_hook(_reached) for tensor in watched]  # pyright: ignore[reportUnknownMemberType]
         self._before = [(parameter, parameter.grad) for parameter in self._all()]
         for parameter, _ in self._before:
             parameter.grad = None
@@ -61,7 +71,7 @@ class LocalGradients:
     def _all(self) -> list[nn.Parameter]:
         return [parameter for own, auxiliary in self.blocks for parameter in (*own, *auxiliary)]
 
-    def set_aside(self, output: Any, last: Sequence[nn.Parameter]) -> None:
+    def set_aside(self, output: Any) -> None:
         """At the end of the forward pass, store its gradients and restore `.grad` of earlier batches.
 
         Hooks on the model's output notice that a backward pass begins; if no tensor of the output has a graph, hooks on
@@ -69,8 +79,9 @@ class LocalGradients:
 
         Args:
             output: output of the model; None if the forward pass failed.
-            last: parameters of the last block.
         """
+        for handle in self._watching:
+            handle.remove()
         made = [(parameter, parameter.grad) for parameter in self._all()]
         for parameter, gradient in self._before:
             parameter.grad = gradient
@@ -79,7 +90,7 @@ class LocalGradients:
             return
         self._made = [(parameter, gradient) for parameter, gradient in made if gradient is not None]
         watched = [tensor for tensor in tensors_in(output) if tensor.grad_fn is not None]
-        watched = watched or [parameter for parameter in last if parameter.requires_grad]
+        watched = watched or [parameter for parameter in self.blocks[-1][0] if parameter.requires_grad]
         if not watched:  # no backward pass can follow
             self.arrive()
             return
@@ -106,7 +117,7 @@ class LocalGradients:
                 parameter.grad += gradient
         self._made = []
         if self._ddp is not None:
-            for own, auxiliary in self.blocks:
+            for own, auxiliary in self.blocks[:-1]:
                 average_gradients(self._ddp, [p for p in (*own, *auxiliary) if p.requires_grad])
 
 
@@ -114,6 +125,11 @@ def _is_zero(own: Sequence[nn.Parameter]) -> bool:
     """Whether the gradient with the most elements is zero. The answer needs a synchronization with the device."""
     largest = max((p.grad for p in own if p.grad is not None), key=Tensor.numel)
     return not largest.is_meta and not largest.any()
+
+
+def _reached(gradient: Tensor) -> None:
+    """Hook of an input, while the forward pass runs: only a local loss can call it then."""
+    warn(UPSTREAM)
 
 
 class _Once:

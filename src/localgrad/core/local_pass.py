@@ -1,5 +1,6 @@
 """One forward pass of an isolated model: each local loss is back-propagated as soon as its block has ended."""
 
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, cast
@@ -16,6 +17,15 @@ from localgrad.core.trees import mapped
 from localgrad.core.versions import version
 from localgrad.errors import LocalGradError
 
+OUTSIDE = (
+    "the cut {!r} is run outside of the isolated model's forward pass: call the model as a whole; instead of its own "
+    "checkpointing, which runs it again, use recompute=True"
+)
+TWICE = (
+    "the cut {!r} is run twice in a forward pass, in another order than at first, without gradients or without "
+    "features: cut where every batch passes once, and use isolate(..., recompute=True) instead of the model's own "
+    "checkpointing"
+)
 BACKWARD: Callable[[Tensor], Any] = cast(Any, Tensor).backward  # torch types it in part
 
 
@@ -58,10 +68,16 @@ class LocalPass:
         assert features is not None
         self.reached += 1
         self.features, self.leaf = features, features.detach()
-        if self.objectives[block] is None and any(each.requires_grad for each in self.blocks[block].parameters):
+        has_trained, name = any(each.requires_grad for each in self.blocks[block].parameters), self.blocks[block].name
+        if self.objectives[block] is None and has_trained:
             raise LocalGradError(
-                f"block {block + 1} (to {self.blocks[block].name}) was frozen in isolate, so it has no local loss, and "
+                f"block {block + 1} (to {name}) was frozen in isolate, so it has no local loss, and "
                 "parameters of it are to be trained now: call isolation.remove() and isolate the model again"
+            )
+        if has_trained and not features.requires_grad:
+            raise LocalGradError(
+                f"the features of block {block + 1} (to {name}) require no gradient, but parameters of it do: forward "
+                "detaches them or runs under no_grad or torch.func.vmap; freeze these parameters, or cut elsewhere"
             )
         trains = features.requires_grad and self.objectives[block] is not None
         if trains and self.momenta[block] is not None:
@@ -110,6 +126,16 @@ class LocalPass:
             return None
         leaf.requires_grad_(False)
         return mapped(lambda t: t.detach() if id(t) in inner and t is not leaf else t, (args, kwargs))
+
+    def explain(self) -> None:
+        """Called while the forward pass fails: add a note to the error if it came between a cut and the next module."""
+        error, block = sys.exc_info()[1], self.blocks[self.reached - 1]
+        if self.is_waiting and isinstance(error, RuntimeError):
+            error.add_note(
+                f"localgrad: between the cut {block.name!r} and {block.following[0].name!r}, which momentum copies, "
+                "the features require a gradient, and nothing may change them in place: cut after what does "
+                "(inplace=True, +=), or give momentum=None"
+            )
 
     def check_whole(self) -> None:
         """Refuse a forward pass that has left out a block."""

@@ -12,12 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from localgrad.core.autograd_graph import Edge, Node, edges, leaf_of, made_at, saves_with
+from localgrad.core.autograd_graph import Edge, Node, edges, is_reentrant_checkpoint, leaf_of, made_at, saves_with
 from localgrad.core.restore import restored
 from localgrad.core.tracing import CHAIN, is_stage
 from localgrad.core.trees import leaves
 from localgrad.core.versions import version
 from localgrad.errors import LocalGradError
+
+REENTRANT = (
+    "the model has reentrant activation checkpointing (use_reentrant=True), which trains nothing where its input needs "
+    "no gradient, as that of a block: give use_reentrant=False, or isolate(..., recompute=True) in its place"
+)
 
 
 @dataclass(eq=False)
@@ -160,25 +165,28 @@ def trained_by_block(run: ForwardPass, cuts: Sequence[Call]) -> list[set[Tensor]
     """For each block, the leaves that its loss reaches if the outputs of all cuts are detached for their readers.
 
     Raises:
-        LocalGradError: a block reads a tensor from inside another block.
+        LocalGradError: a block reads a tensor from inside another block, or the model has reentrant checkpointing.
     """
-    stops = {edge for cut in cuts for edge in cut.outputs}
+    stops = set[Edge]()  # the outputs of the cuts before a block; its own cut's outputs may also be read inside it
     owner: dict[Node, int] = {}
     reached: list[set[Tensor]] = []
     losses = [(cut.source,) if cut.source else () for cut in cuts]
-    for block, roots in enumerate([*losses, [edge for edge in run.roots if edge not in stops]]):
-        found, waiting = set[Tensor](), list(roots)
+    for block, roots in enumerate([*losses, run.roots]):
+        found, waiting = set[Tensor](), [edge for edge in roots if edge not in stops]
         while waiting:
             node, output = waiting.pop()
             leaf = leaf_of(node)
             if leaf is not None:
                 found.add(leaf)
             elif node not in owner:
+                if cuts and is_reentrant_checkpoint(node):
+                    raise LocalGradError(REENTRANT)
                 owner[node] = block
                 waiting += [edge for edge in node.next_functions if edge[0] is not None and edge not in stops]
             elif owner[node] != block:
                 raise LocalGradError(_inside(run, cuts, (node, output), owner[node], block))
         reached.append(found)
+        stops.update(cuts[block].outputs if block < len(cuts) else ())
     return reached
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from localgrad.core.momentum import MomentumAuxiliary
-from localgrad.core.tables import own_buffers, slots
+from localgrad.core.tables import own_buffers, own_modules, own_parameters, slots
 from localgrad.errors import LocalGradError
 
 WAY_OUT = "make such changes first, then split, then make the optimizers"
@@ -28,7 +28,7 @@ class Origin:
         self.modules = {module: name for name, module in own.items() if module in held}
         self.parameters = {parameter: name for name, parameter in model.named_parameters()}
         self.dtypes = {p: p.dtype for block in blocks for p in block.parameters() if p.is_floating_point()}
-        self._slots = [slot for module in own.values() if module not in held for slot in slots(module)]
+        self._slots, self._sizes = self._outside(held)
         places = {buffer: (module, name) for module in own.values() for name, buffer in own_buffers(module).items()}
         # buffers that a piece of the traced model holds itself, and the module of the model that owns each
         self.buffers = [
@@ -39,12 +39,19 @@ class Origin:
         ]
         self._slots += self._buffer_slots()
 
+    def _outside(self, held: set[nn.Module]) -> tuple[list[tuple[dict[str, Any], str, Any]], list[tuple[Any, int]]]:
+        """Children and parameters of modules outside of the blocks, and the sizes of the tables that hold them."""
+        outside = [module for module in self.model.modules() if module not in held]
+        tables = [table for module in outside for table in (own_modules(module), own_parameters(module))]
+        return [slot for module in outside for slot in slots(module)], [(table, len(table)) for table in tables]
+
     def _buffer_slots(self) -> list[tuple[dict[str, Any], str, Any]]:
         return [(own_buffers(owner), name, own_buffers(owner).get(name)) for _, _, owner, name in self.buffers]
 
     def unchanged(self) -> bool:
         """Whether modules outside of the blocks hold the same children and parameters as at the last check."""
-        return all(holder.get(name) is value for holder, name, value in self._slots)
+        same = all(holder.get(name) is value for holder, name, value in self._slots)
+        return same and all(len(table) == size for table, size in self._sizes)
 
     def gone(self, parameters: Sequence[nn.Parameter]) -> list[str]:
         """Names of the parameters that the model had at `split` and has no longer."""
@@ -55,8 +62,9 @@ class Origin:
         """Refuse blocks that are no longer the model's, and give blocks the model's present buffers.
 
         Raises:
-            LocalGradError: a block holds a module or parameter that the model no longer has; units that a momentum
-                copies have changed since; only some parameters were cast; averaged weights were cast to 16 bits.
+            LocalGradError: a block holds a module or parameter that the model no longer has; the model has parameters
+                that no block has; units that a momentum copies have changed since; only some parameters were cast;
+                averaged weights were cast to 16 bits.
         """
         modules, parameters = set(self.model.modules()), set(self.model.parameters())
         for piece, name, owner, owner_name in self.buffers:
@@ -75,9 +83,17 @@ class Origin:
                         f"converted norm, a cast); {WAY_OUT}"
                     )
             self._check_momentum(index, block)
+        trained = {parameter for block in blocks for parameter in block.parameters()}
+        added = [n for n, p in self.model.named_parameters() if p not in self.parameters and p not in trained]
+        if added:
+            raise LocalGradError(
+                f"the model has {added[0]!r} since split, and no block trains or runs it: {WAY_OUT}, or use "
+                "localgrad.isolate, which runs the model's own forward pass"
+            )
         self._check_casts(blocks)
         held = {module for block in blocks for module in block.body.modules()}
-        self._slots = [slot for module in modules - held for slot in slots(module)] + self._buffer_slots()
+        self._slots, self._sizes = self._outside(held)
+        self._slots += self._buffer_slots()
 
     def _check_momentum(self, index: int, block: Any) -> None:
         if isinstance(block.momentum, MomentumAuxiliary) and not block.momentum.is_current():

@@ -29,6 +29,11 @@ SUMMED = (
     "own, backward=lambda loss: (loss / n).backward(), or backward=accelerator.backward"
 )
 
+UPSTREAM = (
+    "inputs are computed by something that requires a gradient, and a local step gives it none, so it is not trained: "
+    "give inputs.detach(), or split a model that begins with it"
+)
+
 
 def local_step(
     blocks: Sequence[nn.Module],
@@ -251,6 +256,8 @@ def _micro_batches(
 ) -> tuple[Tensor, list[tuple[Tensor, Any]], list[Any]]:
     """The detached inputs, their micro-batches with targets, and the micro-batches of the first block's features."""
     _check_batch(inputs, parts)
+    if inputs.requires_grad and inputs.grad_fn is not None:
+        warn(UPSTREAM)
     inputs = inputs.detach() if inputs.requires_grad else inputs
     entry = inputs if features is None else features
     parts = min(parts, len(inputs))

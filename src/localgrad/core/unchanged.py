@@ -5,8 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from localgrad.core.tables import slots
-from localgrad.core.versions import version
+from localgrad.core.tables import own_modules, own_parameters, slots
 from localgrad.errors import LocalGradError
 
 
@@ -18,20 +17,11 @@ class Unchanged:
         self.hooks = hooks
         self.held: list[tuple[str, dict[str, Any], str, Any]] = []
         modules: dict[str, nn.Module] = dict(model.named_modules())  # pyright: ignore[reportUnknownArgumentType]
+        self.tables: list[tuple[str, dict[str, Any], set[str]]] = []
         for name, module in modules.items():
+            self.tables += [(name, table, set(table)) for table in (own_modules(module), own_parameters(module))]
             self.held += [(f"{name}.{key}".strip("."), table, key, value) for table, key, value in slots(module)]
         self.dtypes = [(name, parameter, parameter.dtype) for name, parameter in model.named_parameters()]
-        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.version = -1
-
-    def stepped(self) -> bool:
-        """Whether trained weights have changed since the last call. Called once per batch."""
-        before, self.version = self.version, sum(map(version, self.trained))
-        return self.version != before
-
-    def has_gradients(self) -> bool:
-        """Whether a trained parameter has a gradient."""
-        return any(parameter.grad is not None for parameter in self.trained)
 
     def check(self) -> None:
         """Refuse to train if the model differs from the snapshot."""
@@ -46,12 +36,23 @@ class Unchanged:
                     f"{name!r} was exchanged after isolate (by another layer, an adapter, FSDP or assign=True): change "
                     "the model first, then isolate it, then make the optimizer; FSDP is not supported, DDP is"
                 )
+        for name, table, known in self.tables:
+            added = [key for key, value in table.items() if key not in known and _has_parameters(value)]
+            if added:
+                raise LocalGradError(
+                    f"{f'{name}.{added[0]}'.strip('.')!r} was added after isolate, which knows no block of it: change "
+                    "the model first, then isolate it, then make the optimizer"
+                )
         for name, parameter, dtype in self.dtypes:
             if parameter.dtype is not dtype:
                 raise LocalGradError(
                     f"{name!r} was {_short(dtype)} in isolate and is {_short(parameter.dtype)} now: cast the model "
                     "first, then isolate it"
                 )
+
+
+def _has_parameters(value: Any) -> bool:
+    return isinstance(value, nn.Parameter) or (isinstance(value, nn.Module) and any(True for _ in value.parameters()))
 
 
 def _short(dtype: torch.dtype) -> str:
