@@ -75,7 +75,8 @@ def _block_of(name: str, model: nn.Module, run: ForwardPass, cuts: Sequence[Call
     call = max(around, key=lambda call: len(call.name), default=None)
     if call is not None and any(call.holds(cut) for cut in cuts):
         called = {call.name: call for call in run.calls}
-        names = [module for module, _ in model.named_modules()]
+        modules: dict[str, nn.Module] = dict(model.named_modules())  # pyright: ignore[reportUnknownArgumentType]
+        names = list(modules)
         later = names[names.index(name.rpartition(".")[0]) :]
         call = next((called[each] for each in later if each in called), None)
     return len(cuts) if call is None else sum(cut.end < call.end for cut in cuts)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +87,7 @@ class Isolation(nn.Module):
         for momentum, objective in list(build_auxiliaries(model, blocks, inputs, *self._make)):
             self.momenta.append(momentum)
             self.objectives.append(objective)
-        self._make = None, None  # factories are often closures, which cannot be pickled with the model
+        self._make = cast(Any, None), None  # factories are often closures, which cannot be pickled with the model
         self._blocks, self._local = blocks, [parameter for block in blocks[:-1] for parameter in block.parameters]
         self._install()
 
