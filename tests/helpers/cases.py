@@ -19,6 +19,7 @@ OBJECTIVES: dict[str, Objective] = {
     "dgl original": localgrad.dgl(NUM_CLASSES, head="original"),
     "dgl compact": localgrad.dgl(NUM_CLASSES, head="compact"),
     "dgl wide": localgrad.dgl(NUM_CLASSES, head="wide"),
+    "auglocal": localgrad.auglocal(NUM_CLASSES, depth=1),
     "infopro": localgrad.infopro(NUM_CLASSES, MEAN, STD, task=(0.5, 0.5)),
     "infopro contrast": localgrad.infopro(NUM_CLASSES, MEAN, STD, task=(0.5, 1.0), loss="contrast", head="2c2f"),
 }
