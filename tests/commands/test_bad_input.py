@@ -215,6 +215,11 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "a plan of a huge image": (["plan", "cifar_resnet", "--image-size", "99999999999"], "it must be from 1 to 4096"),
     "a budget beyond numbers": (["plan", "cifar_resnet", "--budget", "9" * 400 + "GiB"], "give a size with its unit"),
     "a budget of nothing": (["plan", "cifar_resnet", "--budget", "0GiB"], "give a size with its unit"),
+    "a plan of no reach": (["plan", "cifar_resnet", "--reach", "0"], "reach is 0"),
+    "a plan with reach in bf16": (
+        ["plan", "cifar_resnet", "--reach", "2", "--precision", "bf16-mixed"],
+        "give precision='32-true'",
+    ),
     "a demo of no epoch": (["demo", "--epochs", "0"], "epochs is 0: it must be at least 1"),
     "a demo of no seed": (["demo", "--seeds", "-1"], "seed is -1, it must be from 0"),
     "a demo of one seed twice": (["demo", "--seeds", "1", "1"], "(1, 1)"),

@@ -13,6 +13,7 @@ import localgrad
 from helpers.networks import eventful_resnet
 from localgrad.commands.main import COMMANDS, main
 from localgrad.commands.parse import SHORT
+from localgrad.models import cifar_resnet
 
 SMALL = [
     "--train-limit",
@@ -201,6 +202,19 @@ def test_the_table_of_plan_keeps_its_figures_at_any_width(
     assert "…" not in said
     assert "MiB" in said
     assert "0.00" not in said
+
+
+def test_a_plan_with_reach_is_that_of_the_library(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--depth", "8", "--batch-size", "2", "--num-blocks", "3", "--momentum", "none", "--reach", "2"]
+    assert main(["plan", "cifar_resnet", *options, "-o", str(tmp_path / "plan")]) == 0
+    assert "reach 2" in capsys.readouterr().out
+    found = json.loads((tmp_path / "plan" / "plan.json").read_text())["rows"]
+    example = torch.empty(2, 3, 32, 32, device="meta")
+    objective = localgrad.dgl(10, head="compact")
+    rows = localgrad.plan(cifar_resnet(8), example, objective=objective, num_blocks=[3], reach=2)
+    assert [(row["cuts"], row["peak"], row["recompute"]) for row in found] == [
+        (list(row.cuts), row.peak, row.recompute) for row in rows
+    ]
 
 
 def test_a_batch_of_one_is_refused_in_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:

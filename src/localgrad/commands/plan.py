@@ -27,6 +27,7 @@ def plan(
     objective: str | None = None,
     momentum: str = "man",
     precision: Literal["32-true", "bf16-mixed"] = "32-true",
+    reach: int = 1,
     step_each_block: bool = False,
     budget: str | None = None,
     num_blocks: tuple[int, ...] = (),
@@ -44,6 +45,8 @@ def plan(
             objective's heads for large images.
         momentum: Momentum auxiliary network: none, man or manpp.
         precision: 32-true, or bf16-mixed for float32 weights and a forward pass under CUDA's bf16 autocast.
+        reach: Number of neighbouring blocks that each local loss trains. Above 1 each row is measured in a step on
+            tensors without data, which takes longer; float32 only.
         step_each_block: Step each block right after its own backward pass, so that memory holds the gradients of one
             block at a time.
         budget: Memory that a step may take, such as 8GiB.
@@ -71,12 +74,14 @@ def plan(
         budget=room,
         num_blocks=num_blocks or None,
         precision=precision,
+        reach=reach,
         step_each_block=step_each_block,
     )
     name = f"cifar_resnet {depth}" if small else model
     head = planned_objective(objective, size).head
     loss = objective if head is None else f"{objective} with head {head}"
     title = f"{name}, batch {batch_size}, {size} px, {'float32' if precision == '32-true' else precision}, SGD, {loss}"
+    title += f", reach {reach}" if reach > 1 else ""
     title += ", each block stepped at once" if step_each_block else ""
     show_sheets(title, sheets, room)
     if output is not None:

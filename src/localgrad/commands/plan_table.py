@@ -57,6 +57,7 @@ def plan_model(
     budget: int | None,
     num_blocks: Sequence[int] | None,
     precision: Precision = "32-true",
+    reach: int = 1,
     step_each_block: bool = False,
 ) -> list[Sheet]:
     """Plan a model by name without momentum and, unless it is `none`, with it: with and without checkpointed branches.
@@ -94,6 +95,7 @@ def plan_model(
             objective=factory,
             momentum=choice,
             precision=precision,
+            reach=reach,
             step_each_block=step_each_block,
         )
         rows = planner.rows(num_blocks, budget)
@@ -118,7 +120,7 @@ def show_sheets(title: str, sheets: Sequence[Sheet], budget: int | None) -> None
             ]
             cells.append(" | ".join(figures) if count > 1 or number == 0 else "")
         blocks = "end-to-end" if count == 1 else str(count)
-        lines.append((f"{blocks}, {parts} parts" if parts > 1 else blocks, *cells))
+        lines.append((f"{blocks}, {parts} micro-batches" if parts > 1 else blocks, *cells))
     print_table(
         ["blocks", *(sheet.label for sheet in sheets)],
         lines,
