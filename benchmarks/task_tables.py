@@ -28,6 +28,11 @@ def average(rows: Sequence[Result], field: str) -> float | None:
     return statistics.mean(values) if values else None
 
 
+def frozen(rows: Sequence[Result]) -> str:
+    """Says that an EMA stood still: these runs had fused AdamW, whose steps `isolate` did not see at that time."""
+    return ", EMA frozen" if any(row.get("average_frozen") for row in rows) else ""
+
+
 def number(value: float | None, digits: int, unit: str = "") -> str:
     return "" if value is None else f"{value:.{digits}f}{unit}"
 
@@ -106,7 +111,7 @@ def language_table(folder: Path, setting: str) -> str:
         exits = [run["exits"][0] for run in runs if run["exits"]]
         cells = [
             str(blocks),
-            LANGUAGE[order[kind]],
+            LANGUAGE[order[kind]] + frozen(runs),
             str(len(runs)),
             mean_std([run["validation_loss"] for run in runs], 4),
             number(average(runs, "perplexity"), 2),
@@ -130,7 +135,14 @@ def segmentation_table(folder: Path) -> str:
         runs, peak = rows[name], average(rows[name], "peak_mib")
         share = "" if whole is None or peak is None else f"{100 * peak / whole:.0f} %"
         ious = mean_std([run["mean_iou"] for run in runs], 2)
-        cells = [PIXELS[name], str(len(runs)), ious, number(peak, 0), share, number(average(runs, "seconds"), 0)]
+        cells = [
+            PIXELS[name] + frozen(runs),
+            str(len(runs)),
+            ious,
+            number(peak, 0),
+            share,
+            number(average(runs, "seconds"), 0),
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

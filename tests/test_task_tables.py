@@ -45,9 +45,11 @@ def test_segmentation(tmp_path: Path) -> None:
     put(tmp_path / "segmentation" / "k4-seed0.json", mean_iou=50.0, peak_mib=60.0)
     put(tmp_path / "segmentation" / "k4-seed1.json", mean_iou=52.0, peak_mib=60.0)
     put(tmp_path / "segmentation" / "e2e-seed0.json", mean_iou=53.0)
+    put(tmp_path / "segmentation" / "k4-man-seed0.json", mean_iou=49.0, average_frozen=True)
     lines = task_tables.segmentation_table(tmp_path).splitlines()
     assert cells(lines[2]) == ["end-to-end", "1", "53.00", "100", "100 %", "10"]
     assert cells(lines[3]) == ["K = 4", "2", "51.00 ± 1.41", "60", "60 %", "10"]
+    assert cells(lines[4])[:3] == ["K = 4, MAN, EMA frozen", "1", "49.00"]
 
 
 def test_selfsupervised(tmp_path: Path) -> None:
