@@ -166,7 +166,7 @@ def test_the_autocast_that_is_meant_for_cuda_keeps_what_cudas_does(family: str) 
         simulation.device = torch.device(device)
         module = copy.deepcopy(model).train()
         with simulation.running(), PeakMemory() as counter, autocast_on(device):
-            module = simulation.place(module)
+            module = simulation.to_fake(module)
             before = counter.current
             output = module(torch.empty(2, 3, 32, 32, device=device))
             kept.append(counter.current - before)
