@@ -338,7 +338,7 @@ def test_a_diverging_run_ends_with_that_error(tmp_path: Path) -> None:
 
 
 def test_a_part_of_one_image_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(LocalGradError, match=r"optim\.accumulate 2 with batches of \[16, 2\] images leaves a micro-batch"):
+    with pytest.raises(LocalGradError, match=r"accumulate 2 with batches of \[16, 2\] images leaves a micro-batch"):
         fit(replace(LOCAL, optim=replace(LOCAL.optim, accumulate=2)), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists(), "nothing is written before everything is checked"
 
