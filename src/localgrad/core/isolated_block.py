@@ -19,7 +19,7 @@ class IsolatedBlock:
     Attributes:
         unit: the module of the cut that ends the block; None for the last block.
         following: units of the next block in a chain: the first reads the cut's output, each later one the output of
-            the unit before it. None if the model calls the first inside its own activation checkpointing.
+            the unit before it. Empty if the model calls the first inside its own activation checkpointing.
         rest: all units from the first of these to the end of the network.
         parameters: the parameters of the model that belong to the block.
         inner: the block's outermost modules that have children, are no containers and hold no cut.

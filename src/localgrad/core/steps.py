@@ -58,12 +58,9 @@ class _Count:
 def _in_scaler() -> bool:
     """Whether an enabled GradScaler has called the optimizer that steps now."""
     frame = inspect.currentframe()
-    while frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, GradScaler) and owner.is_enabled():
-            return True
-        frame = frame.f_back
-    return False
+    while frame is not None and frame.f_code is not GradScaler.step.__code__:
+        frame = frame.f_back  # of the loop's own frame no f_locals: Python would keep that copy, and its tensors, alive
+    return frame is not None and frame.f_locals["self"].is_enabled()
 
 
 @cache
