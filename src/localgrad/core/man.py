@@ -42,8 +42,9 @@ def man(
 
     The rows of the paper's ablation are settings: `bias=False` (EMA only), `ema=False` (bias only: one more trained
     unit), `decay=0` (the next unit's weights used directly, one step old). The average covers trained parameters.
-    Norms of the EMA branch use the statistics of the batch. Both copies share the next unit's frozen parameters (LoRA's
-    base weights) with it.
+    Batch norms of each copy, the fused form's too, normalize by the mean and variance of their own input in the batch.
+    They keep running statistics of their own: the average does not change them, and the copies do not change the next
+    unit's. Both copies share the next unit's frozen parameters (LoRA's base weights) with it.
 
     Args:
         decay: m, from 0 to 1. The paper uses 0.995.
