@@ -29,7 +29,7 @@ class Row:
         peak: peak memory of a float32 step of 128 images, relative to end-to-end.
         milliseconds: milliseconds of a step on the GPU, with a CUDA graph.
         seconds: time of a step on a CPU, relative to end-to-end.
-        processor: test errors in percent after each epoch on a CPU, one list per seed.
+        cpu: test errors in percent after each epoch on a CPU, one list per seed.
         gpu: test errors in percent after each epoch of the longest run on a GPU.
     """
 
@@ -39,7 +39,7 @@ class Row:
     peak: float
     milliseconds: float | None = None
     seconds: float | None = None
-    processor: list[list[float]] = field(default_factory=list)
+    cpu: list[list[float]] = field(default_factory=list)
     gpu: list[float] = field(default_factory=list)
 
     @property
@@ -50,11 +50,11 @@ class Row:
 
     def errors(self, epoch: int) -> list[float]:
         """Errors after this epoch on a CPU, one per seed."""
-        return [errors[epoch - 1] for errors in self.processor]
+        return [errors[epoch - 1] for errors in self.cpu]
 
     def error(self, epoch: int) -> float | None:
         """Mean error after this epoch on a CPU; without runs there, the error on the GPU."""
-        if self.processor:
+        if self.cpu:
             return statistics.mean(self.errors(epoch))
         return self.gpu[epoch - 1] if len(self.gpu) >= epoch else None
 
@@ -73,10 +73,10 @@ def rows(root: Path) -> list[Row]:
         found[_name(row["config"])].seconds = row["ratio_to_first"]
     for path in sorted(folder.glob("*-seed*.json")):
         run = _read(path)
-        found[_name(run["config"])].processor.append(run["test_errors"])
-    whole, checkpointed = found["e2e"].processor, found["e2e-checkpointed"]
-    if checkpointed.processor and all(errors in whole for errors in checkpointed.processor):
-        checkpointed.processor = whole  # the same gradients: with the same seed, equal errors in every epoch
+        found[_name(run["config"])].cpu.append(run["test_errors"])
+    whole, checkpointed = found["e2e"].cpu, found["e2e-checkpointed"]
+    if checkpointed.cpu and all(errors in whole for errors in checkpointed.cpu):
+        checkpointed.cpu = whole  # the same gradients: with the same seed, equal errors in every epoch
     for run in cut_off(root, EPOCHS):
         row = found[run["recipe"].removeprefix(NETWORK)]
         row.gpu = max(row.gpu, run["test_errors"], key=len)
@@ -101,7 +101,7 @@ def _name(config: dict[str, Any]) -> str:
 def _order(row: Row) -> tuple[bool, float, float]:
     """Sort key: the error; rows that were not trained follow, by operations."""
     error = row.error(COMPARED)
-    return not (row.processor or row.gpu), 100.0 if error is None else error, row.operations
+    return not (row.cpu or row.gpu), 100.0 if error is None else error, row.operations
 
 
 def front(every: Sequence[Row], cost: Callable[[Row], float | None]) -> list[Row]:
@@ -123,19 +123,19 @@ def front(every: Sequence[Row], cost: Callable[[Row], float | None]) -> list[Row
 
 def accuracy_table(root: Path) -> str:
     """Costs and errors of the trained rows, and costs of end-to-end rows that were not trained."""
-    every = [row for row in rows(root) if row.processor or row.gpu or row.name.startswith("e2e")]
+    every = [row for row in rows(root) if row.cpu or row.gpu or row.name.startswith("e2e")]
     fronts = {"peak": front(every, lambda row: row.peak), "operations": front(every, lambda row: row.operations)}
-    fronts["processor"] = front(every, lambda row: row.seconds)
+    fronts["CPU"] = front(every, lambda row: row.seconds)
     lines = [
-        "| row | blocks | reach | operations | peak | GPU, ms | processor | error after 8 | after 10 | n | front |",
+        "| row | blocks | reach | operations | peak | GPU, ms | CPU | error after 8 | after 10 | n | front |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|---|---|",
     ]
     for row in every:
         error = row.error(COMPARED)
-        eight = mean_std(row.errors(COMPARED)) if row.processor else "" if error is None else f"{error:.2f}"
+        eight = mean_std(row.errors(COMPARED)) if row.cpu else "" if error is None else f"{error:.2f}"
         cells = [*_costs(row), "" if row.seconds is None else f"{row.seconds:.2f}", eight]
-        cells += [mean_std(row.errors(EPOCHS)) if row.processor else ""]
-        cells += [str(len(row.processor)) if row.processor else "1, GPU" if row.gpu else "0"]
+        cells += [mean_std(row.errors(EPOCHS)) if row.cpu else ""]
+        cells += [str(len(row.cpu)) if row.cpu else "1, GPU" if row.gpu else "0"]
         cells += [", ".join(name for name, best in fronts.items() if row in best)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -153,9 +153,9 @@ def epochs_table(root: Path) -> str:
     epochs = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10)
     lines = [f"| row | on | n | {' | '.join(map(str, epochs))} |", f"|---|---|--:|{'--:|' * len(epochs)}"]
     for row in (row for row in rows(root) if row.gpu):
-        processor = [f"{row.error(epoch):.1f}" for epoch in epochs] if row.processor else []
+        cpu = [f"{row.error(epoch):.1f}" for epoch in epochs] if row.cpu else []
         gpu = [f"{error:.1f}" for error in row.gpu]
-        for device, n, errors in (("processor", len(row.processor), processor), ("GPU", 1, gpu)):
+        for device, n, errors in (("CPU", len(row.cpu), cpu), ("GPU", 1, gpu)):
             if errors:
                 cells = [f"`{row.name}`", device, str(n), *errors, *[""] * (len(epochs) - len(errors))]
                 lines.append(f"| {' | '.join(cells)} |")
@@ -166,7 +166,7 @@ def costs_table(root: Path) -> str:
     """Costs of the rows that have not been trained."""
     lines = ["| row | blocks | reach | operations | peak | GPU, ms |", "|---|--:|--:|--:|--:|--:|"]
     for row in rows(root):
-        if not (row.processor or row.gpu or row.name.startswith("e2e")):
+        if not (row.cpu or row.gpu or row.name.startswith("e2e")):
             lines.append(f"| {' | '.join(_costs(row))} |")
     return "\n".join(lines)
 

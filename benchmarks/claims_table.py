@@ -14,11 +14,11 @@ from localgrad.results.tables import mean_std
 from pictures import planned
 
 HOLDS, NOT_SEEN, FAILS, OPEN = "holds", "not seen", "does not hold", "not tested yet"
-FROZEN = f"{OPEN}: the average stood still ([why](beyond-classification.md))"
-TEN = "CIFAR-10, ResNet-32, 15 blocks, ten epochs, processor"
+FROZEN = f"{OPEN}: the EMA stood still ([why](beyond-classification.md))"
+TEN = "CIFAR-10, ResNet-32, 15 blocks, ten epochs, CPU"
 CUT_OFF = "CIFAR-10, ResNet-32, ten epochs, cut off on an H200"
 H200 = "ResNet-50, batch 128, 224 px, float32, four blocks at planned cuts, H200"
-IMAGENETTE = "Imagenette at 128 px, ResNet-50, four blocks, three epochs, processor"
+IMAGENETTE = "Imagenette at 128 px, ResNet-50, four blocks, three epochs, CPU"
 PROBES = "the ten-epoch networks of CIFAR-10"
 TEXT = "characters of Shakespeare, three blocks, H200"
 PIXELS = "CamVid, FCN on ResNet-18, four blocks, H200"
@@ -57,13 +57,13 @@ MAN: list[Claim] = [
     ),
     (
         "the same, beyond the paper: pixels",
-        "mean IoU {iou:.1f} without and {iou_man:.1f} % with a frozen copy in place of the average",
+        "mean IoU {iou:.1f} without and {iou_man:.1f} % with a frozen copy in place of the EMA",
         PIXELS,
         "1",
         FROZEN,
     ),
     (
-        "the average (EMA) alone brings three fifths of the gain: 14.08 to 11.07 %",
+        "the EMA alone brings three fifths of the gain: 14.08 to 11.07 %",
         "{dgl} to {ema} %: {ema_share:.0f} % of the gain",
         TEN,
         "3",
@@ -71,7 +71,7 @@ MAN: list[Claim] = [
     ),
     (
         "the same, beyond the paper: text",
-        "loss {text:.3f} plain, with a frozen copy in place of the average {text_ema:.3f}, and {text_man:.3f} with a "
+        "loss {text:.3f} plain, with a frozen copy in place of the EMA {text_ema:.3f}, and {text_man:.3f} with a "
         "trained copy beside it",
         TEXT,
         "1",
@@ -79,30 +79,29 @@ MAN: list[Claim] = [
     ),
     (
         "the same, in short training",
-        "loss {short:.3f} plain, {short_ema:.3f} with the average alone, {short_man:.3f} with MAN; end-to-end "
+        "loss {short:.3f} plain, {short_ema:.3f} with the EMA alone, {short_man:.3f} with MAN; end-to-end "
         "{short_e2e:.3f}",
-        "characters of Shakespeare, three blocks, 1,200 steps, processor",
+        "characters of Shakespeare, three blocks, 1,200 steps, CPU",
         "3",
         "not seen: MAN is behind, and local training ahead of end-to-end",
     ),
     (
-        "average and bias complement each other: both 9.11 %, the average alone 11.07 % (the cell of the bias alone is "
-        "empty)",
-        "both {man} %, the trained copy alone {bias} %, the average alone {ema} %",
+        "EMA and bias complement each other: both 9.11 %, the EMA alone 11.07 % (the cell of the bias alone is empty)",
+        "both {man} %, the trained copy alone {bias} %, the EMA alone {ema} %",
         TEN,
         "3",
         "not seen: the trained copy alone does as well as both",
     ),
     (
         "the bias is light: 1 % more memory (the released code trains a whole unit)",
-        "peak {dgl_peak:.2f} of end-to-end's for DGL, {ema_peak:.2f} with the average, {man_peak:.2f} with both",
+        "peak {dgl_peak:.2f} of end-to-end's for DGL, {ema_peak:.2f} with the EMA, {man_peak:.2f} with both",
         "a float32 step of ResNet-32, batch 128, counted",
         "exact",
         "does not hold for the released code",
     ),
     (
-        "the average costs next to no time",
-        "operations {dgl_ops:.2f} of end-to-end's for DGL, {ema_ops:.2f} with the average, {man_ops:.2f} with both; "
+        "the EMA costs next to no time",
+        "operations {dgl_ops:.2f} of end-to-end's for DGL, {ema_ops:.2f} with the EMA, {man_ops:.2f} with both; "
         "{dgl_ms:.1f}, {ema_ms:.1f} and {man_ms:.1f} ms a step",
         "the same; seconds on an H200 with CUDA graphs",
         "exact; 30 steps",
@@ -151,7 +150,7 @@ MAN: list[Claim] = [
     (
         "the same, on images",
         "DGL {four} % in four blocks, {eight} % in eight, {dgl} % in fifteen; end-to-end {e2e} %",
-        "CIFAR-10, ResNet-32, ten epochs, processor",
+        "CIFAR-10, ResNet-32, ten epochs, CPU",
         "1, 1, 3 and 2",
         "holds; four blocks of DGL are ahead of fifteen with MAN",
     ),
@@ -176,8 +175,8 @@ MAN: list[Claim] = [
         "3 and 2",
         HOLDS,
     ),
-    ("the next block's weights used directly, without the average, help little", "", "", "0", OPEN),
-    ("the average of more than the next block's first unit may help more", "", "", "0", OPEN),
+    ("the next block's weights used directly, without the EMA, help little", "", "", "0", OPEN),
+    ("the EMA of more than the next block's first unit may help more", "", "", "0", OPEN),
     ("results on SVHN, STL-10, ImageNet, ResNet-110", "", "", "0", OPEN),
 ]
 

@@ -77,7 +77,7 @@ def accuracy() -> str:
     body += _panel(0, HEIGHT + 50, label, trained, lambda row: row.seconds, 4.5, 0.5)
     for position, row in enumerate(trained):
         y = HEIGHT + 68 + 17 * position
-        runs = f"n = {len(row.processor)}" if row.processor else "GPU, n = 1"
+        runs = f"n = {len(row.cpu)}" if row.cpu else "GPU, n = 1"
         body += [_point(RIGHT + 26, y - 4, row), text(RIGHT + 14, y, str(position + 1), "end")]
         body += [text(RIGHT + 38, y, f"{row.name} ({runs})")]
     height = max(2 * HEIGHT + 90, HEIGHT + 68 + 17 * len(trained))
@@ -131,7 +131,7 @@ def _numbers(places: Sequence[tuple[float, float, int, Row]]) -> list[str]:
 def _point(x: float, y: float, row: Row) -> str:
     """A point: filled for runs on a CPU, hollow for runs on a GPU that were cut off."""
     color = COLORS[family(row.name)]
-    fill = color if row.processor else "none"
+    fill = color if row.cpu else "none"
     return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{fill}" stroke="{color}" stroke-width="2"/>'
 
 

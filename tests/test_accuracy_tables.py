@@ -55,7 +55,7 @@ def results(tmp_path: Path) -> Path:
 def test_runs_are_those_of_their_row_and_schedule(tables: Any, results: Path) -> None:
     rows = {row.name: row for row in tables.rows(results)}
     assert list(rows)[-1] == "k4-dgl"  # not trained
-    assert len(rows["e2e"].processor) == len(rows["e2e-checkpointed"].processor) == 1
+    assert len(rows["e2e"].cpu) == len(rows["e2e-checkpointed"].cpu) == 1
     assert rows["e2e"].gpu == []  # of thirty epochs
     assert (rows["k16-dgl"].error(8), rows["k16-dgl"].errors(10)) == (36.0, [20.0, 24.0])
     assert (len(rows["k16-dgl-reach2"].gpu), rows["k16-dgl-reach2"].error(8)) == (8, 34.0)
@@ -77,7 +77,7 @@ def test_a_table_has_every_row_once(tables: Any, results: Path) -> None:
         assert (f"| `{name}` |" in trained, f"| `{name}` |" in others) == (True, False)
     assert "| `k4-dgl` | 2 | 1 | 0.97 | 0.43 |  |" in others
     assert "36.00 ± 2.83 | 22.00 ± 2.83 | 2 | peak, operations |" in trained
-    assert "| 34.00 | 20.00 | 1 | operations, processor |" in trained
+    assert "| 34.00 | 20.00 | 1 | operations, CPU |" in trained
     assert "34.00 |  | 1, GPU |" in trained
     by_epoch = tables.epochs_table(results)
     assert "| `k8-dgl` | GPU | 1 | 83.0 | 76.0 | 69.0 |  |" in by_epoch

@@ -97,7 +97,7 @@ def test_cka_is_the_formula() -> None:
             pairs = ((features[row], other), (features[row], features[row]), (other, other))
             parts.append([_hsic_by_loops(*pair) for pair in pairs])
         cross, own, others = np.mean(parts, axis=0)
-        assert float(found[row, 0]) == pytest.approx(cross / math.sqrt(own * others), abs=1e-6)
+        assert float(found[row, 0]) == pytest.approx(cross / math.sqrt(own * others), abs=1e-5)
 
 
 def test_cka_with_itself_is_one_and_rotation_and_scale_change_nothing() -> None:
@@ -107,7 +107,7 @@ def test_cka_with_itself_is_one_and_rotation_and_scale_change_nothing() -> None:
     bent = [_unit(lambda x: x.pow(3), 4)]
     assert float(cka(plain, plain, batches)) == pytest.approx(1, abs=1e-9)
     moved = [_unit(lambda x: -7 * x.pow(3) @ rotation + 5, 4)]
-    assert float(cka(plain, moved, batches)) == pytest.approx(float(cka(plain, bent, batches)), abs=1e-6)
+    assert float(cka(plain, moved, batches)) == pytest.approx(float(cka(plain, bent, batches)), abs=1e-5)
     assert float(cka(plain, bent, batches)) < 0.95
     stretched = [_unit(lambda x: x * torch.tensor([9.0, 1, 1, 1]), 4)]
     assert float(cka(plain, stretched, batches)) < 0.9, "a linear map that is no rotation does change it"

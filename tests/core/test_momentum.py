@@ -180,7 +180,7 @@ def test_the_average_follows_the_weights_that_the_batch_began_with(decay: float,
             if decay == 1:
                 assert all(torch.equal(a, b) for a, b in zip(found, old, strict=True))
             for e, s, a in zip(double(old), double(source), double(found), strict=True):
-                torch.testing.assert_close(a, decay * e + (1 - decay) * s, rtol=2e-7, atol=1e-7)
+                torch.testing.assert_close(a, decay * e + (1 - decay) * s, rtol=1e-6, atol=1e-6)
 
 
 def test_the_average_of_a_frozen_source_converges_at_rate_m_to_the_t() -> None:
@@ -190,7 +190,7 @@ def test_the_average_of_a_frozen_source_converges_at_rate_m_to_the_t() -> None:
     for step in range(1, steps + 1):
         module.update()
         for e, s, gap in zip(double(values(module.ema)), double(values(source)), start, strict=True):
-            torch.testing.assert_close(e - s, decay**step * gap, rtol=0, atol=2e-7)
+            torch.testing.assert_close(e - s, decay**step * gap, rtol=0, atol=1e-6)
 
 
 def test_updating_changes_neither_the_source_nor_the_trained_branch() -> None:
@@ -257,7 +257,7 @@ def test_manpp_starts_at_scale_1_and_so_at_the_sum() -> None:
     assert first.scale.numel() == 1
     assert first.scale.item() == 1.0
     h = torch.randn(BATCH, 4, 6, 6)
-    torch.testing.assert_close(first(h), second(h), rtol=0, atol=1e-6)
+    torch.testing.assert_close(first(h), second(h), rtol=0, atol=1e-5)
 
 
 def test_scale_is_trained_and_weight_decayed() -> None:
@@ -283,7 +283,7 @@ def test_the_trained_branch_takes_plain_gradient_steps() -> None:
     gradients = [parameter.grad.clone() for parameter in aux(twin).bias.parameters()]
     local_step(blocks, sgd(blocks, 0.5), inputs, targets)
     for now, old, gradient in zip(values(branch), before, gradients, strict=True):
-        torch.testing.assert_close(now, old - 0.5 * gradient, rtol=0, atol=1e-6)
+        torch.testing.assert_close(now, old - 0.5 * gradient, rtol=0, atol=1e-5)
     assert any(gradient.abs().max() > 1e-3 for gradient in gradients)
 
 
@@ -344,10 +344,10 @@ def test_fused_takes_the_gradient_step_and_is_then_pulled() -> None:
     for now, old, gradient, s in zip(
         double(values(aux(blocks[0]).ema)), double(before), double(gradients), double(source), strict=True
     ):
-        torch.testing.assert_close(now, decay * (old - lr * gradient) + (1 - decay) * s, rtol=0, atol=5e-7)
+        torch.testing.assert_close(now, decay * (old - lr * gradient) + (1 - decay) * s, rtol=0, atol=1e-5)
     assert any(gradient.abs().max() > 1e-3 for gradient in gradients)
     moved = aux(blocks[0]).bias.detach()  # no average pulls the bias
-    torch.testing.assert_close(moved, offset - lr * aux(twin).bias.grad, rtol=0, atol=1e-6)
+    torch.testing.assert_close(moved, offset - lr * aux(twin).bias.grad, rtol=0, atol=1e-5)
     assert not torch.equal(moved, offset)
 
 
@@ -659,7 +659,7 @@ def test_depth_2_copies_two_units(factory: Callable[..., Any]) -> None:
     before, source = values(module.ema), [*values(model[1]), *values(model[2])]
     blocks[0].update_momentum()
     for e, s, now in zip(double(before), double(source), double(values(module.ema)), strict=True):
-        torch.testing.assert_close(now, 0.25 * e + 0.75 * s, rtol=2e-7, atol=1e-7)
+        torch.testing.assert_close(now, 0.25 * e + 0.75 * s, rtol=1e-6, atol=1e-6)
     assert all(loss.isfinite() for loss in local_step(blocks, sgd(blocks, 0.05), *batch()))
 
 
@@ -719,7 +719,7 @@ def test_a_unit_that_starts_in_place_does_not_spoil_the_features(
         losses = local_step(blocks, sgd(blocks, 0.1), inputs, targets)
         results.append([features.detach(), loss.detach(), *gradients, *losses, *values(model)])
     for first, second in zip(*results, strict=True):
-        torch.testing.assert_close(first, second, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("factory", [man, manpp])
@@ -817,7 +817,7 @@ def test_the_residual_form_counts_the_residual_path_once() -> None:
 
     assert module.bias is not None and module.ema is not None
     expected = branch(module.bias, x.double()) + branch(module.ema, x.double()) - x.double()
-    torch.testing.assert_close(module(x).double(), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(module(x).double(), expected, rtol=0, atol=1e-5)
     assert not any(parameter.requires_grad for parameter in module.ema.parameters())
 
 

@@ -78,10 +78,10 @@ def test_entropy_of_logits_and_its_gradient_hold_at_the_extremes() -> None:
         exact = logits.detach().double()
         terms = [max(x, 0) - x * pixel + math.log1p(math.exp(-abs(x))) for x in exact.tolist()]
         loss = fast.binary_cross_entropy(logits, pixels)
-        assert loss.item() == pytest.approx(sum(terms) / len(terms), rel=1e-6)
+        assert loss.item() == pytest.approx(sum(terms) / len(terms), rel=1e-5)
         (slope,) = torch.autograd.grad(3 * loss, logits)
         expected = 3 * (torch.sigmoid(exact) - pixel) / len(terms)
-        torch.testing.assert_close(slope.double(), expected, atol=1e-7, rtol=1e-6)
+        torch.testing.assert_close(slope.double(), expected, atol=1e-6, rtol=1e-5)
 
 
 def test_the_deviation_over_space_is_the_unbiased_one() -> None:

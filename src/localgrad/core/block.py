@@ -37,12 +37,12 @@ class Block(nn.Module):
         recompute: bool = False,
     ) -> None:
         super().__init__()
-        self.body = nn.Sequential(*(unit.module for unit in found))
-        self.momentum = momentum
-        self.objective = objective
-        self.criterion = criterion
-        self.recompute = recompute
-        self.names = tuple(unit.name for unit in found)
+        self.body: nn.Sequential = nn.Sequential(*(unit.module for unit in found))
+        self.momentum: nn.Module | None = momentum
+        self.objective: nn.Module | None = objective
+        self.criterion: Criterion | None = criterion
+        self.recompute: bool = recompute
+        self.names: tuple[str, ...] = tuple(unit.name for unit in found)
         self._frozen = found[0].frozen
         # a tuple is not registered a second time
         self._in_place = tuple(unit.module for unit in found if unit.writes_input)

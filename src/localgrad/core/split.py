@@ -73,7 +73,7 @@ def split(
             objective is given, the objective cannot be built at a cut, two blocks share a parameter, or the model
             cannot be traced.
 
-    Source: Nokland and Eidnes 2019 (https://arxiv.org/abs/1901.06656), section 2; Belilovsky et al. 2020
+    Source: Nøkland and Eidnes 2019 (https://arxiv.org/abs/1901.06656), section 2; Belilovsky et al. 2020
     (https://arxiv.org/abs/1901.08164), Algorithm 1; Su et al. 2024 (https://arxiv.org/abs/2407.05623) for the momentum.
     """
     _check_arguments(cuts, num_blocks, objective, momentum, criterion)

@@ -130,7 +130,7 @@ def predsim(
         SettingsError: an argument is out of range.
         CannotSitError: when built, tokens form no grid.
 
-    Source: Nokland and Eidnes 2019, Training Neural Networks with Local Error Signals
+    Source: Nøkland and Eidnes 2019, Training Neural Networks with Local Error Signals
     (https://arxiv.org/abs/1901.06656), section 2, and released code, `train.py`. Two choices follow AugLocal's tables:
     the last block's cross-entropy has weight 1 (1 - beta in the original), and the prediction layer keeps PyTorch's
     default initial values (zero in the original).

@@ -70,14 +70,16 @@ class Stage:
     """
 
     def __init__(self, blocks: Sequence[Block], starts: Sequence[int], replicas: int = 1) -> None:
-        self._all, self._edges, self.num_stages = list(blocks), [*starts, len(blocks)], len(starts)
+        self._all, self._edges = list(blocks), [*starts, len(blocks)]
+        self.num_stages: int = len(starts)
         _check_stages(self._edges, replicas)
         rank = dist.get_rank()
-        self.replica, self.index = divmod(rank, self.num_stages)
-        self.own = range(self._edges[self.index], self._edges[self.index + 1])
-        self.blocks = self._all[self.own.start : self.own.stop]
+        self.replica: int = rank // self.num_stages
+        self.index: int = rank % self.num_stages
+        self.own: range = range(self._edges[self.index], self._edges[self.index + 1])
+        self.blocks: list[Block] = self._all[self.own.start : self.own.stop]
         self.wrapped: list[nn.Module] = list(self.blocks)
-        self.is_last_batch = False
+        self.is_last_batch: bool = False
         self._before = rank - 1 if self.index > 0 else None
         self._after = rank + 1 if self.index < self.num_stages - 1 else None
         self._inputs_go_on = any(_reads_inputs(block) for block in self._all[self.own.stop :])
