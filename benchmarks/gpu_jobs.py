@@ -59,7 +59,7 @@ STRONG = (
     *("k16-auglocal-d2-pool2-reach3", "k16-auglocal-d5-pool2-reach3", "k16-dgl-man-reach2", "k16-dgl-reach3"),
 )
 FEWER = ("k2-dgl", "k4-dgl", "k8-dgl", "k8-dgl-reach2", "k8-dgl-man", "k8-auglocal-d2", "k4-auglocal-d2")
-FORMS = ("ema-only", "bias-only", "conv1x1", "pool2-conv1x1", "pool2-reach2")
+FORMS = ("ema-only", "bias-only", "conv1x1", "pool2-bias-only", "pool2-conv1x1", "pool2-fused", "pool2-reach2")
 CHEAPER = tuple(f"k16-dgl-man-{form}" for form in FORMS)
 MORE = (
     *("k16-auglocal-d1", "k16-auglocal-d3", "k16-auglocal-d2-man", "k16-auglocal-d2-ema", "k16-auglocal-d2-reach3"),

@@ -25,7 +25,9 @@ CHANGES: dict[str, dict[str, Any]] = {
     "k16-dgl-man-conv1x1": {"bias_form": "conv1x1"},
     "k16-dgl-man-pool2": {"pool": 2},
     "k16-dgl-man-pool2-ema-only": {"pool": 2, "bias": False},
+    "k16-dgl-man-pool2-bias-only": {"pool": 2, "ema": False},
     "k16-dgl-man-pool2-conv1x1": {"pool": 2, "bias_form": "conv1x1"},
+    "k16-dgl-man-pool2-fused": {"pool": 2, "form": "fused"},
     "k4-dgl-man-depth2": {"depth": 2},
     "k4-dgl-man-depth3": {"depth": 3},
 }

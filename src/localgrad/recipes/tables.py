@@ -66,7 +66,8 @@ def _equal_cost_tables() -> dict[str, Table]:
     rows = ["e2e", "e2e-accumulate4", "e2e-checkpointed", "e2e-accumulate4-checkpointed"]
     rows += [f"k{k}-dgl{end}" for k in (2, 4, 8, 16) for end in ("", "-man")]
     rows += [f"k16-auglocal-d{depth}{end}" for depth in (1, 2, 3, 5) for end in ("", "-man", "-pool2")]
-    rows += [f"k16-dgl-man-{form}" for form in ("ema-only", "conv1x1", "pool2", "pool2-ema-only", "pool2-conv1x1")]
+    rows += [f"k16-dgl-man-{form}" for form in ("ema-only", "conv1x1", "pool2")]
+    rows += [f"k16-dgl-man-pool2-{form}" for form in ("ema-only", "bias-only", "conv1x1", "fused")]
     rows += [f"{row}-reach2" for row in REACHING] + [f"{row}-reach3" for row in FURTHER]
     return {
         "auglocal": Table(
