@@ -12,6 +12,7 @@ from typing import Any
 import accuracy_tables
 import claims_table
 import pictures
+import task_goals
 import task_tables
 from localgrad.results.tables import mean_std
 
@@ -318,6 +319,7 @@ TABLES = {
     "tried": lambda: tried_table(ROOT / "results" / "tried.json"),
     "block": lambda: block_table(ROOT / "results" / "scaling.json"),
     **task_tables.tables(ROOT),
+    **task_goals.tables(ROOT),
     **accuracy_tables.tables(ROOT),
     **claims_table.tables(ROOT),
 }

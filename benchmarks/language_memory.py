@@ -1,9 +1,11 @@
 """Count the peak memory of a training step of GPT-2 medium on `meta`: end-to-end, checkpointed, and in local blocks.
 
     python benchmarks/language_memory.py -o results/language_memory.json
+    python benchmarks/language_memory.py --dropout 0.1 -o results/language_memory-dropout.json
 
 The model is the standard GPT-2 of transformers, with eight texts of 1,024 tokens in float32. Its attention is "sdpa",
-which on `meta` materialises the attention matrices and their softmax. The peak covers forward and backward pass and all
+which on `meta` materialises the attention matrices and their softmax. On `meta`, dropout saves its mask in the type of
+its input; on a GPU the mask has one byte an element. The peak covers forward and backward pass and all
 gradients, without weights and optimizer state. Local blocks use the model's own output layer (`readout`). The file has
 the peak of the step, the largest peak of a local block, and the peak of the last block. In rows that step by block, the
 gradients of each block are freed before the next block starts, as with an optimizer that steps in `isolate(...,
@@ -27,11 +29,11 @@ GIB = 2**30
 META = torch.device("meta")
 
 
-def gpt2(size: str) -> Any:
-    """A GPT-2 on the `meta` device, without dropout."""
+def gpt2(size: str, dropout: float = 0.0) -> Any:
+    """A GPT-2 on the `meta` device."""
     width, layers, heads = {"medium": (1024, 24, 16), "tiny": (64, 4, 2)}[size]
     config = transformers.GPT2Config(n_embd=width, n_layer=layers, n_head=heads)
-    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
+    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = dropout
     config.tie_word_embeddings = False
     config.use_cache = False
     with META:
@@ -93,6 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", choices=["medium", "tiny"], default="medium")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--dropout", type=float, default=0.0, help="of attention, residual paths and embedding")
     parser.add_argument("-o", "--output", type=Path, default=Path("results/language_memory.json"))
     options = parser.parse_args(arguments)
     tokens = torch.zeros(options.batch_size, options.length, dtype=torch.long, device=META)
@@ -117,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     rows = []
     for name, blocks, choices in choices_of:
-        found = peaks(gpt2(options.size), tokens, blocks, **choices)
+        found = peaks(gpt2(options.size, options.dropout), tokens, blocks, **choices)
         rows.append(
             {
                 "row": name,
@@ -132,7 +135,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.output,
         {
             "environment": environment(),
-            "settings": {"size": options.size, "batch_size": options.batch_size, "length": options.length},
+            "settings": {
+                "size": options.size,
+                "batch_size": options.batch_size,
+                "length": options.length,
+                "dropout": options.dropout,
+            },
             "rows": rows,
         },
     )

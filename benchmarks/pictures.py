@@ -8,12 +8,14 @@ or dark theme.
 
 import json
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from accuracy_tables import COMPARED, Row, rows
+from task_tables import SETTINGS, Result, results
 
 ROOT = Path(__file__).parents[1]
 PICTURES = ROOT / "docs" / "pictures"
@@ -27,6 +29,14 @@ COLORS = {"end-to-end": "#6e7781", "DGL": "#2f7ed8", "MAN": "#e0701a", "AugLocal
 LEFT, WIDTH, HEIGHT = 46, 350, 330
 RIGHT = WIDTH + 30
 """Left edge of the second column of panels."""
+CURVES = {
+    "e2e": ("end-to-end", "end-to-end", ""),
+    "l2": ("end-to-end, two layers", "end-to-end", "rival"),
+    "k3-readout": ("three blocks, readout", "DGL", ""),
+    "k3-depth1": ("the same, one fresh layer", "AugLocal", ""),
+    "k3-man": ("the same, MAN", "MAN", ""),
+}
+"""Rows of a language setting to draw: label, color, and class of the line."""
 PLANNED = (
     *((1, checkpointed, parts) for checkpointed in (False, True) for parts in (1, 4)),
     *((blocks, False, 1) for blocks in (2, 4, 8, 16)),
@@ -166,7 +176,91 @@ def memory() -> str:
     return svg(width, 34 + step * len(found) + 6, "Peak memory and operations of a training step of ResNet-101", body)
 
 
-DRAWN: dict[str, Callable[[], str]] = {"accuracy.svg": accuracy, "memory.svg": memory}
+class Curve(NamedTuple):
+    """Mean and standard deviation over seeds, by step; the deviation of one seed is 0."""
+
+    label: str
+    color: str
+    kind: str
+    steps: list[int]
+    means: list[float]
+    deviations: list[float]
+
+
+def curves(runs: dict[str, list[Result]], *, differences: bool) -> list[Curve]:
+    """Validation losses by step; with `differences`, minus those of end-to-end training of the same seed."""
+    whole = {run["settings"]["seed"]: run["curve"] for run in runs["e2e"]}
+    found = []
+    for name, (label, color, kind) in CURVES.items():
+        seeds = [run for run in runs.get(name, []) if run["settings"]["seed"] in whole or not differences]
+        if not seeds or (differences and name == "e2e"):
+            continue
+        frozen = ", EMA frozen" if any(run.get("average_frozen") for run in seeds) else ""
+        means, deviations = [], []
+        for position in range(len(seeds[0]["curve"])):
+            losses = [run["curve"][position][1] for run in seeds]
+            if differences:
+                losses = [v - whole[run["settings"]["seed"]][position][1] for v, run in zip(losses, seeds, strict=True)]
+            means.append(statistics.fmean(losses))
+            deviations.append(statistics.stdev(losses) if len(losses) > 1 else 0.0)
+        steps = [step for step, _ in seeds[0]["curve"]]
+        found.append(Curve(f"{label}{frozen} (n = {len(seeds)})", COLORS[color], kind, steps, means, deviations))
+    return found
+
+
+def language() -> str:
+    """Validation loss by step, setting by setting, and below it the difference to end-to-end training."""
+    body = []
+    folder = ROOT / "results" / "tasks" / "language"
+    drawn = [(setting, title) for setting, title in SETTINGS.items() if (folder / f"{setting}-e2e-seed0.json").exists()]
+    for column, (setting, title) in enumerate(drawn):
+        runs = {name.removeprefix(f"{setting}-"): row for name, row in results(folder, f"{setting}-.*").items()}
+        left = column * RIGHT
+        body += _curves(left, 0, f"{title}: validation loss", curves(runs, differences=False), 0.1)
+        body += _curves(left, HEIGHT + 50, "the same, minus end-to-end's", curves(runs, differences=True), 0.02)
+    return svg(len(drawn) * RIGHT, 2 * HEIGHT + 90, "Validation loss of the language model by training step", body)
+
+
+def _curves(left: float, upper: float, title: str, drawn: Sequence[Curve], step: float) -> list[str]:
+    """One panel: axes, grid, curves with bands of one standard deviation, and a legend."""
+    top, bottom, x = upper + 34 + 15 * len(drawn), upper + HEIGHT - 4, left + LEFT
+    ends = [
+        m + sign * d for curve in drawn for m, d in zip(curve.means, curve.deviations, strict=True) for sign in (-1, 1)
+    ]
+    low, high = math.floor(min(ends) / step), max(0 if min(ends) < 0 else 1, math.ceil(max(ends) / step))
+    last = max(curve.steps[-1] for curve in drawn)
+    across, down = (WIDTH - LEFT) / last, (bottom - top) / (high - low)
+    body = [text(left + 8, upper + 20, title, kind="title")]
+    for tick in range(low, high + 1):
+        y = bottom - (tick - low) * down
+        body += [
+            line(x, y, left + WIDTH, y, "" if tick == 0 else "grid"),
+            text(x - 6, y + 4, f"{tick * step:g}", "end"),
+        ]
+    body += [text(x + at * across, bottom + 16, f"{at:,}", "middle") for at in drawn[0].steps]
+    body += [text(left + (LEFT + WIDTH) / 2, bottom + 34, "steps", "middle", "title")]
+    for position, curve in enumerate(drawn):
+        style, y = (
+            f'fill="none" stroke-width="2" stroke="{curve.color}" class="{curve.kind}"',
+            upper + 38 + 15 * position,
+        )
+        places = [x + at * across for at in curve.steps]
+        edges = [
+            [bottom - ((m + sign * d) / step - low) * down for m, d in zip(curve.means, curve.deviations, strict=True)]
+            for sign in (-1, 0, 1)
+        ]
+        under, middle, over = ([f"{u:.1f},{v:.1f}" for u, v in zip(places, edge, strict=True)] for edge in edges)
+        if any(curve.deviations):
+            body += [f'<polygon points="{" ".join(under + over[::-1])}" fill="{curve.color}" fill-opacity="0.2"/>']
+        body += [f'<polyline points="{" ".join(middle)}" {style}/>']
+        body += [
+            f'<polyline points="{x + 8:.1f},{y - 4:.1f} {x + 34:.1f},{y - 4:.1f}" {style}/>',
+            text(x + 42, y, curve.label),
+        ]
+    return body
+
+
+DRAWN: dict[str, Callable[[], str]] = {"accuracy.svg": accuracy, "memory.svg": memory, "language.svg": language}
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ SHORT = {
     "batch32": "--layers 6 --steps 1200 --batch-size 32",
 }
 """Other learning rates and another batch size for `MIDDLE`, end-to-end and with a plain readout."""
+THREE = "--layers 3 --batch-size 32 --steps 1200 --lr 0.003"
+"""One layer a block: on a CPU in minutes, with a first block too small to be as good as the whole."""
 LARGE = "--layers 6 --heads 8 --width 256 --context 128 --batch-size 32 --dropout 0.1"
 LOCAL = "--method local --blocks {blocks}"
 HEADS = {
@@ -63,6 +65,10 @@ def language() -> list[tuple[str, str, int, float]]:
         for head, flags in HEADS.items():
             flags = f"{MIDDLE} {LOCAL.format(blocks=3)} {flags} --seed {seed}"
             rows.append((f"mid-k3-{head}-seed{seed}", flags, 3, 20.0))
+        rows.append((f"three-e2e-seed{seed}", f"{THREE} --seed {seed}", 3, 12.0))
+        for head in ("readout", "man", "ema", "bias", "depth1"):
+            flags = f"{THREE} {LOCAL.format(blocks=3)} {HEADS[head]} --seed {seed}"
+            rows.append((f"three-k3-{head}-seed{seed}", flags, 3, 20.0))
         rows.append((f"large-e2e-seed{seed}", f"{LARGE} --seed {seed}", seed, 18.0))
         for head, flags in HEADS.items():
             wanted = seed if head not in ("private-man", "ema", "depth2") or seed == 0 else seed + 1

@@ -46,6 +46,12 @@ def closed(whole: float | None, local: float | None, loss: float) -> str:
 
 LEAST_GAP = 0.005
 """Smallest gap in loss of which a percentage is meaningful."""
+SETTINGS = {
+    "mid": "short setting",
+    "three": "three layers, one a block",
+    "large": "large setting",
+}
+"""Language settings with several rows, by the beginning of the files' names."""
 LANGUAGE = {
     "e2e": "end-to-end",
     "checkpointed": "end-to-end, checkpointed",
@@ -166,16 +172,19 @@ def selfsupervised_table(folder: Path) -> str:
 def language_lengths_table(folder: Path) -> str:
     """End-to-end training and three blocks with plain readouts, setting by setting."""
     lines = [
-        "| width | batch size x context | steps | learning rate "
+        "| layers | width | batch size x context | steps | learning rate "
         "| end-to-end | n | three blocks, readout | n | difference |",
-        "|--:|---|--:|--:|--:|--:|--:|--:|--:|",
+        "|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    for setting in ("lr0.001", "mid", "lr0.006", "batch32", "large"):
+    for setting in ("lr0.001", "mid", "lr0.006", "batch32", "three", "large"):
         rows = results(folder / "language", f"{re.escape(setting)}-(e2e|k3-readout)")
+        if len(rows) < 2:
+            continue
         losses = {name: [run["validation_loss"] for run in runs] for name, runs in rows.items()}
         whole, local = losses[f"{setting}-e2e"], losses[f"{setting}-k3-readout"]
         chosen = rows[f"{setting}-e2e"][0]["settings"]
         cells = [
+            str(chosen["layers"]),
             str(chosen["width"]),
             f"{chosen['batch_size']} x {chosen['context']}",
             f"{chosen['steps']:,}",
@@ -190,13 +199,17 @@ def language_lengths_table(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def language_memory_table(path: Path) -> str:
-    """Peak memory of GPT-2 medium."""
-    lines = ["| training | blocks | peak, GiB | largest local block's | last block's |", "|---|--:|--:|--:|--:|"]
-    for row in json.loads(path.read_text())["rows"]:
+def language_memory_table(path: Path, dropout: Path) -> str:
+    """Peak memory of GPT-2 medium, without and with dropout."""
+    lines = [
+        "| training | blocks | peak, GiB | largest local block's | last block's | peak with dropout |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for row, dropped in zip(*(json.loads(file.read_text())["rows"] for file in (path, dropout)), strict=True):
         local = number(row["largest_local_gib"], 2)
         last = number(row["last_gib"], 2) if local else ""
-        lines.append(f"| {row['row']} | {row['blocks']} | {row['peak_gib']:.2f} | {local} | {last} |")
+        peaks = f"{row['peak_gib']:.2f} | {local} | {last} | {dropped['peak_gib']:.2f}"
+        lines.append(f"| {row['row']} | {row['blocks']} | {peaks} |")
     return "\n".join(lines)
 
 
@@ -208,7 +221,10 @@ def tables(root: Path) -> dict[str, Callable[[], str]]:
         "language-mid": lambda: language_table(folder, "mid"),
         "language-lengths": lambda: language_lengths_table(folder),
         "language-large": lambda: language_table(folder, "large"),
-        "language-memory": lambda: language_memory_table(root / "results" / "language_memory.json"),
+        "language-three": lambda: language_table(folder, "three"),
+        "language-memory": lambda: language_memory_table(
+            root / "results" / "language_memory.json", root / "results" / "language_memory-dropout.json"
+        ),
         "segmentation": lambda: segmentation_table(folder),
         "selfsupervised": lambda: selfsupervised_table(folder),
     }

@@ -58,6 +58,72 @@ def test_selfsupervised(tmp_path: Path) -> None:
     assert cells(lines[2]) == ["end-to-end", "1", "40.0", "50.0", "60.0", "70.0", "", "10"]
 
 
+@pytest.fixture
+def goals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function from the results in `tmp_path` to measured value, n and verdict of each goal."""
+    monkeypatch.syspath_prepend(PATH.parent)
+    import task_goals
+
+    peaks = {("local", 24): 7.0, ("checkpointed", 1): 5.0}
+    peaks |= {("local, recompute", 24): 5.5, ("local, recompute, steps by block", 24): 4.5}
+    rows = [
+        {"row": row, "blocks": blocks, "peak_gib": peak, "largest_local_gib": 3.0, "last_gib": peak}
+        for (row, blocks), peak in peaks.items()
+    ]
+    put(tmp_path / "results" / "language_memory.json", rows=rows)
+
+    def found() -> dict[str, list[str]]:
+        table = map(cells, task_goals.goals_table(tmp_path).splitlines()[2:])
+        return {goal: [value, n, verdict] for goal, value, n, verdict in table}
+
+    return found
+
+
+def test_goals_without_runs_are_not_known(goals: Any) -> None:
+    verdicts = [verdict for _, _, verdict in goals().values()]
+    assert verdicts == ["not known: not run", "met", "missed", "met", *["not known: not run"] * 5]
+
+
+def test_goals_follow_from_the_results(goals: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "results" / "tasks"
+    for seed in range(3):
+        put(folder / f"language/small-e2e-seed{seed}.json", **text(1.905))
+        for row, loss in {"e2e": 1.5, "k3-readout": 1.6, "k3-man": 1.54, "k3-bias": 1.57}.items():
+            put(folder / f"language/large-{row}-seed{seed}.json", **text(loss))
+            frozen = {"average_frozen": True} if row == "k3-man" else {}
+            put(folder / f"language/mid-{row}-seed{seed}.json", **text(loss), **frozen)
+    for row, iou, peak in (("e2e", 50, 100), ("k4-man-recompute", 49.5, 70), ("k4-man-recompute-wide", 51, 99)):
+        put(folder / f"segmentation/{row}-seed0.json", mean_iou=iou, peak_mib=peak)
+    for row, accuracy in (("e2e", 65.0), ("k4", 62.9)):
+        put(folder / f"selfsupervised/{row}-seed0.json", probe_accuracy=accuracy)
+    found = list(goals().values())
+    assert found[0] == ["1.905", "3", "missed"]
+    assert found[1] == ["60 %; trained copy alone: 30 %", "3", "not known: the EMA stood still"]
+    assert found[2] == ["60 %; trained copy alone: 30 %", "3", "met"]
+    assert found[6:9] == [["0.50 behind", "1", "met"], ["70 %", "1", "missed"], ["+1.00", "1", "met"]]
+    assert found[9:] == [["2.10 behind", "1", "missed"], ["", "0", "not known: not run"]]
+    (folder / "language/large-k3-man-seed2.json").unlink()
+    assert list(goals().values())[2][1:] == ["2", "not known: fewer than 3 seeds"]
+
+
+def test_curves_are_compared_seed_by_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(PATH.parent)
+    import pictures
+
+    def run(seed: int, *losses: float) -> dict[str, Any]:
+        return {"settings": {"seed": seed}, "curve": [[100 * (i + 1), loss] for i, loss in enumerate(losses)]}
+
+    runs = {"e2e": [run(0, 3.0, 2.0), run(1, 4.0, 2.5)], "k3-man": [run(1, 4.5, 2.0), run(0, 3.5, 2.5), run(2, 9, 9)]}
+    runs["k3-man"][0]["average_frozen"] = True
+    whole, man = pictures.curves(runs, differences=False)
+    assert (whole.label, whole.steps, whole.means) == ("end-to-end (n = 2)", [100, 200], [3.5, 2.25])
+    assert whole.deviations == pytest.approx([0.5**0.5, 0.125**0.5])
+    assert man.label == "the same, MAN, EMA frozen (n = 3)"
+    (difference,) = pictures.curves(runs, differences=True)
+    assert difference.label.endswith("(n = 2)"), "a seed without end-to-end training has no difference"
+    assert (difference.means, difference.deviations) == ([0.5, 0.0], pytest.approx([0.0, 0.5**0.5]))
+
+
 @pytest.mark.parametrize(("task", "titles"), [("language", "LANGUAGE"), ("segmentation", "PIXELS")])
 def test_every_job_has_a_title(task: str, titles: str) -> None:
     spec = importlib.util.spec_from_file_location("task_jobs", PATH.with_name("task_jobs.py"))
