@@ -1,4 +1,4 @@
-"""Warnings point at the user's own line, whatever lies between it and the library."""
+"""Warnings point at the user's own line, whatever lies between it and the library; a mistyped name gets a hint."""
 
 import warnings
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import localgrad
 from helpers.cases import IMAGE, NUM_CLASSES, batch
-from localgrad.errors import LocalGradWarning
+from localgrad.errors import LocalGradWarning, closest
 from localgrad.models import cifar_resnet
 
 EXAMPLE = torch.empty(2, 3, IMAGE, IMAGE)
@@ -32,3 +32,10 @@ def test_a_warning_in_a_hook_points_at_the_call_of_the_model() -> None:
             inputs, isolation.targets = batch(0)
             F.cross_entropy(model(inputs), batch(0)[1]).backward()
     assert [warning.filename for warning in caught if warning.category is LocalGradWarning] == [__file__]
+
+
+def test_a_mistyped_name_gets_what_is_like_it() -> None:
+    assert closest("trian", ["plan", "train"]) == " (did you mean train?)"
+    assert closest("lrr", ["lr", "lrs", "seed"]) == " (did you mean lr or lrs?)"
+    assert closest("lrr", ["lr", "lrs", "seed"], count=1) == " (did you mean lr?)"
+    assert closest("lrr", ["seed"]) == ""

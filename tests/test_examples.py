@@ -96,7 +96,7 @@ def test_language_reads_a_folder_and_refuses_flags_without_effect(tmp_path: Path
     (tmp_path / "train.txt").write_text("abc")
     (tmp_path / "validation.txt").write_text("cab")
     assert language.read(tmp_path) == ("abc", "cab")
-    with pytest.raises(SystemExit, match="where nothing is"):
+    with pytest.raises(SystemExit, match="nothing/here"):
         language.read(tmp_path / "nothing" / "here")
     for flags in ("--method local --blocks 7 --layers 6", "--method local --head private --depth 1"):
         with pytest.raises(SystemExit):

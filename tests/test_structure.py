@@ -249,7 +249,7 @@ def test_a_function_fits_a_screen() -> None:
 
 
 def test_no_test_patches_a_name_of_the_library() -> None:
-    """A test gives what it needs: images, a network, a signal, a clock. `find_spec` looks at what is installed."""
+    """A test gives what it needs: images, a network, a signal, a clock."""
     found: set[str] = set()
     for path in Path(__file__).parent.rglob("*.py"):
         tree = ast.parse(path.read_text())
@@ -259,7 +259,7 @@ def test_no_test_patches_a_name_of_the_library() -> None:
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "setattr":
                 owner, name = map(ast.unparse, node.args[:2])
                 found |= {f"{owner}.{name}"} if owner.strip("'").split(".")[0] in {*own, "localgrad"} else set()
-    assert found == {"tensorboard.'find_spec'"}
+    assert not found
 
 
 def test_no_test_imports_a_test() -> None:

@@ -13,6 +13,7 @@ import localgrad
 from helpers.networks import eventful_resnet
 from localgrad.commands.main import COMMANDS, main
 from localgrad.commands.parse import SHORT
+from localgrad.errors import closest
 from localgrad.models import cifar_resnet
 
 SMALL = [
@@ -142,8 +143,8 @@ def test_an_interrupt_before_anything_is_written(tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trian"], "there is no command 'trian' (did you mean train?)"),
-        (["train", "digits-dgl-mam"], "there is no recipe 'digits-dgl-mam' (did you mean digits-dgl-man"),
+        (["trian"], f"there is no command 'trian'{closest('trian', ['train'])}"),
+        (["train", "digits-dgl-mam"], "'digits-dgl-mam' ("),
         (["train", "--epochs", "3"], "train takes the recipe first, as `localgrad train digits-dgl-man --epochs"),
         (["train", "digits-dgl", "--lr", "-1", "--seed", "-1"], "optim.lr is -1.0"),
         (["train", "digits-dgl", "--quiet", "--cuts", "layer9.0", "--run-dir", "nowhere"], "layer9.0"),

@@ -55,7 +55,7 @@ for command in sys.argv[1:]:
 """
     said = on_read_only(tmp_path, program, *(command.format(place=tmp_path) for command in WRITING)).splitlines()
     expected = ["localgrad: " + message.format(place=tmp_path) for message in WRITING.values()]
-    said = [line for line in said if "on digits that need no download" not in line]
+    said = [line for line in said if not line.startswith("localgrad: trains ")]
     assert len(said) == len(expected)
     assert all(line.startswith(message) for line, message in zip(said, expected, strict=True)), said
 

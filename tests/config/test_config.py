@@ -73,7 +73,7 @@ def test_numbers_out_of_range(optim: dict[str, Any], message: str) -> None:
         ({"precision": "16"}, "precision is '16'"),
         ({"balance": "luck"}, "balance is 'luck'"),
         ({"accelerator": "abacus"}, "accelerator is 'abacus'"),
-        ({"objective": ObjectiveConfig(name="dlg")}, r"objective.name is 'dlg' \(did you mean dgl\?\)"),
+        ({"objective": ObjectiveConfig(name="dlg")}, r"objective.name is 'dlg' \(.*\bdgl\?\)"),
         ({"objective": ObjectiveConfig(name="dgl", beta=0.5)}, "objective.beta is given, but dgl has no such option"),
         (
             {"momentum": MomentumConfig(name="manpp", form="sum")},
@@ -123,8 +123,8 @@ def test_fields_left_out_keep_their_defaults() -> None:
     [
         ([], r"config is \[\]; it should be an object"),
         ({"optim": 3}, "config.optim is 3; it should be an object"),
-        ({"sed": 3}, r"no field 'sed' \(did you mean seed"),
-        ({"optim": {"lrr": 3}}, r"config.optim has no field 'lrr' \(did you mean lr"),
+        ({"sed": 3}, r"'sed' \(.*\bseed\?\)"),
+        ({"optim": {"lrr": 3}}, r"config\.optim .*'lrr' \(.*\blr\b"),
         ({"seed": "3"}, "config.seed is '3'; it should be a valid integer"),
         ({"seed": True}, "config.seed is True"),
         ({"seed": 1.5}, "config.seed is 1.5"),
@@ -173,7 +173,7 @@ def test_models_by_name(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("torchvision:resnet19", r"torchvision has no model 'resnet19' \(did you mean resnet1"),
+        ("torchvision:resnet19", r"torchvision .*'resnet19' \(.*\bresnet1"),
         ("timm:resnet19", r"timm has no model 'resnet19'"),
         ("resnet18", "'resnet18'"),
     ],

@@ -1,5 +1,6 @@
 """Networks and weights of one's own: by module or file, pretrained, from a run, frozen; all checked before a step."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -60,7 +61,7 @@ def test_a_file_means_the_same_from_another_folder(own: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("single.py:nett", r"has no function 'nett' \(did you mean net"),
+        ("single.py:nett", r"has no function 'nett' \(.*\bnet\b"),
         ("absent.py:net", "there is no file absent.py"),
         ("absent.module:net", r"cannot be imported \(No module named 'absent'\); run localgrad in its folder"),
         ("single.py:nothing_like_it", r"has no function 'nothing_like_it'; it has .*net"),
@@ -147,7 +148,7 @@ def test_torchvisions_weights_by_their_names(weights: str, monkeypatch: pytest.M
     said = load_weights(model, config, 3)
     assert said == "weights of torchvision's resnet18 (IMAGENET1K_V1); fc begins anew, for 3 classes"
     assert load_weights(model, config, 3, imagenette("x")) == said
-    assert "normalised with --data.mean 0.485 0.456 0.406" in str(load_weights(model, config, 3, digits()))
+    assert "--data.mean 0.485 0.456 0.406" in str(load_weights(model, config, 3, digits()))
     assert {*asked} == {"IMAGENET1K_V1"}
     assert torch.equal(model.get_parameter("layer4.1.conv2.weight"), pretrained["layer4.1.conv2.weight"])
     with pytest.raises(LocalGradError, match="torchvision:resnet18 has default, IMAGENET1K_V1; or give a file"):
@@ -187,9 +188,9 @@ def test_timms_weights_come_the_way_timm_loads_them(tmp_path: Path, monkeypatch:
         config = ModelConfig("timm:vit_tiny_patch16_224", weights=weights)
         model = build_model(config, 3)
         said = str(load_weights(model, config, 3, data))
-        assert "; head begins anew, for 3 classes; they were trained on images normalised with --data.mean 0.5" in said
+        assert re.search(r"; head .* 3 classes; they were trained on images normalised with --data\.mean 0\.5", said)
         assert torch.equal(model.get_parameter("blocks.3.mlp.fc1.weight"), pretrained["blocks.3.mlp.fc1.weight"])
-    assert "normalised" not in str(load_weights(model, config, 3, replace(data, mean=(0.5,) * 3, std=(0.5,) * 3)))
+    assert "--data" not in str(load_weights(model, config, 3, replace(data, mean=(0.5,) * 3, std=(0.5,) * 3)))
     other = ModelConfig("timm:vit_tiny_patch16_224", weights="augreg_in21k")
     with pytest.raises(
         LocalGradError, match=r"^--model.weights augreg_in21k: timm/vit_.* is not in the cache, and HF_HU"
@@ -206,5 +207,5 @@ def test_frozen_modules_need_no_gradient() -> None:
     frozen = ("conv1.", "layer1.", "bn1.weight")
     assert trained(model, lambda name: name.startswith(frozen)) == {False}
     assert trained(model, lambda name: not name.startswith(frozen)) == {True}
-    with pytest.raises(LocalGradError, match=r"--freeze layer9: .* \(did you mean layer"):
+    with pytest.raises(LocalGradError, match=r"--freeze layer9: .* \(.*\blayer\d.*\?\)"):
         build_model(ModelConfig(depth=8, freeze=("layer9",)), 3)

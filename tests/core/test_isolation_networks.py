@@ -114,7 +114,7 @@ both = pytest.mark.parametrize("momentum", [None, man()], ids=["plain", "man"])
 
 
 @both
-@pytest.mark.filterwarnings("ignore:transformer.wte.weight is used by blocks")
+@pytest.mark.filterwarnings("ignore:transformer.wte.weight:localgrad.errors.LocalGradWarning")
 def test_gpt2(momentum: Any) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=2, n_positions=16)
@@ -175,7 +175,7 @@ def test_vit_of_transformers(momentum: Any) -> None:
 
 
 @both
-@pytest.mark.filterwarnings("ignore:shared.weight is used by blocks")
+@pytest.mark.filterwarnings("ignore:shared.weight:localgrad.errors.LocalGradWarning")
 def test_t5_is_cut_at_its_encoder_too(momentum: Any) -> None:
     transformers = pytest.importorskip("transformers")
     sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
@@ -191,7 +191,7 @@ def test_t5_is_cut_at_its_encoder_too(momentum: Any) -> None:
 
 
 @both
-@pytest.mark.filterwarnings("ignore:model.decoder.embed_tokens.weight is used by blocks")
+@pytest.mark.filterwarnings("ignore:model.decoder.embed_tokens.weight:localgrad.errors.LocalGradWarning")
 def test_whisper(momentum: Any) -> None:
     transformers = pytest.importorskip("transformers")
     sizes = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "num_mel_bins": 8}

@@ -284,7 +284,7 @@ def test_a_model_around_an_isolated_one_is_refused() -> None:
     model = Net()
     isolation = isolated(model)
     whole = nn.Sequential(model, nn.Linear(5, 5))
-    with pytest.raises(LocalGradError, match=r"the Net inside the model is isolated already: call remove\(\)"):
+    with pytest.raises(LocalGradError, match=r"the Net inside the model .*remove\(\)"):
         isolate(whole, ["0"], objective=HEAD, example=INPUTS)
     isolation.remove()
     isolate(whole, ["0"], objective=HEAD, example=INPUTS)
@@ -301,7 +301,7 @@ def test_checkpointing_of_the_unit_that_momentum_copies_is_refused() -> None:
     def call(layer: nn.Module, index: int, features: Tensor) -> Tensor:
         return checkpoint(layer, features, use_reentrant=False) if index % 2 else layer(features)
 
-    with pytest.raises(LocalGradError, match="outside of the model's own activation checkpointing"):
+    with pytest.raises(LocalGradError, match=r"cut 'layers\.0' .*momentum=None"):
         isolated(Net(call), momentum=man())
     model, plain = Net(call), Net()
     isolation = isolated(model)
@@ -381,5 +381,5 @@ def test_a_buffer_with_a_graph_is_named() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         loss_of(model, isolation).backward()
-        with pytest.raises(LocalGradError, match=r"a loss is made of 'layers\.0\.centre'"):
+        with pytest.raises(LocalGradError, match=r"'layers\.0\.centre'"):
             loss_of(model, isolation)

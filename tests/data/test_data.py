@@ -853,7 +853,7 @@ def test_a_hub_name_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_real_cifar10() -> None:
     folder = Path(__file__).parents[3] / "shared/data/cifar10"
     if not folder.is_dir():
-        pytest.skip(f"CIFAR-10 is not in {folder}")
+        pytest.skip(f"no CIFAR-10 in {folder}")
     train, test = load(replace(data.cifar10(str(folder)), train_limit=200, test_limit=100))
     assert (len(train), len(test), train.num_classes) == (200, 100, 10)
     assert train.labels.bincount().tolist() == [20] * 10

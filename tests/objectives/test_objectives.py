@@ -857,7 +857,7 @@ ERRORS: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "mean without std": (lambda: infopro(10, (0.5, 0.5), (0.25,)), ["mean", "std", "0.25"]),
     "no mean": (lambda: infopro(10, (), ()), ["mean", "()"]),
     "std of 0": (lambda: infopro(10, (0.5, 0.5), (0.2, 0.0)), ["std", "0.0"]),
-    "std that is no number": (lambda: infopro(10, (0.5, 0.5), (0.2, math.nan)), ["std", "nan"]),
+    "std of nan": (lambda: infopro(10, (0.5, 0.5), (0.2, math.nan)), ["std", "nan"]),
     "no weights": (lambda: plain_infopro(reconstruction=()), ["reconstruction", "()"]),
     "weights of other blocks": (
         lambda: plain_infopro(task=(1.0, 2.0, 3.0))(site((2, 4, 8, 8), num_blocks=5)),
@@ -865,11 +865,11 @@ ERRORS: dict[str, tuple[Callable[[], Any], list[str]]] = {
     ),
     "negative reconstruction": (lambda: plain_infopro(reconstruction=(1.0, -2.0)), ["reconstruction", "-2.0"]),
     "negative task": (lambda: plain_infopro(task=(-0.5, 1.0)), ["task", "-0.5"]),
-    "weight that is no number": (lambda: plain_infopro(task=(0.5, math.nan)), ["task", "nan"]),
+    "weight of nan": (lambda: plain_infopro(task=(0.5, math.nan)), ["task", "nan"]),
     "embedding of width 0": (lambda: plain_infopro(feature_dim=0), ["feature_dim", "0"]),
     "beta below 0": (lambda: predsim(10, beta=-0.01), ["beta", "-0.01"]),
     "beta above 1": (lambda: predsim(10, beta=1.5), ["beta", "1.5"]),
-    "beta that is no number": (lambda: predsim(10, beta=math.nan), ["beta", "nan"]),
+    "beta of nan": (lambda: predsim(10, beta=math.nan), ["beta", "nan"]),
     "no features": (lambda: predsim(10, max_features=0), ["max_features", "0"]),
     "a block without a loss": (
         lambda: plain_infopro(reconstruction=(5.0, 0.0), task=(0.5, 0.0))(site((2, 4, 8, 8), index=2)),

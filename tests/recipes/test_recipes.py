@@ -167,7 +167,7 @@ def test_rows_build_the_blocks_that_they_name(method: str, momentum: str) -> Non
 
 
 def test_a_mistyped_name_gets_the_closest_ones() -> None:
-    with pytest.raises(LocalGradError, match=r"no recipe 'digits-dgl-mann' \(did you mean digits-dgl-man"):
+    with pytest.raises(LocalGradError, match=r"no recipe 'digits-dgl-mann' \(.*\bdigits-dgl-man\b"):
         recipe("digits-dgl-mann")
 
 
@@ -308,7 +308,7 @@ def test_rows_of_the_main_tables() -> None:
 
 
 def test_a_mistyped_table_gets_the_closest_ones() -> None:
-    with pytest.raises(LocalGradError, match=r"no table 'ablation-part' \(did you mean ablation-parts"):
+    with pytest.raises(LocalGradError, match=r"no table 'ablation-part' \(.*\bablation-parts\b"):
         table("ablation-part")
 
 

@@ -108,13 +108,12 @@ def test_a_file_without_a_kind_is_told_by_its_fields(tmp_path: Path) -> None:
         ({"device": None}, "device is None"),
         ({"parameters": {"backbone": 1}}, "parameters has no 'auxiliary'"),
         ({"local_errors": [1.0] * 9}, "local_errors must be a list of 1"),
-        ({"config": {"optim": {"epoch": 3}}}, "config.optim has no field 'epoch' (did you mean epochs"),
+        ({"config": {"optim": {"epoch": 3}}}, r"config\.optim .*'epoch' \(.*\bepochs\?\)"),
     ],
 )
 def test_another_schema_or_field_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     values = write_run(tmp_path / "one.json", make_config("digits-e2e"), 4.0)
     write_json(tmp_path / "one.json", values | changes)
-    with pytest.raises(LocalGradError) as caught:
+    with pytest.raises(LocalGradError, match=message) as caught:
         read_result(tmp_path / "one.json")
-    assert message in str(caught.value)
     assert str(tmp_path / "one.json") in str(caught.value)
