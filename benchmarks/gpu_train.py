@@ -161,7 +161,7 @@ def _train(job: Training, loop: Loop, images: Images, test: Images, path: Path, 
             "cuts": [block.names[-1] for block in loop.blocks[:-1]],
             "num_blocks": len(loop.blocks),
             "parameters": parameters(loop),
-            "peak_memory_bytes": peak(loop.device),
+            "peak_memory_bytes": None,  # not that of a step: the allocator holds the images too
             "seconds_per_step": None,  # not comparable: other processes share the GPU
             "wall_seconds": time.perf_counter() - begin,
             "precision": "bf16-mixed" if loop.device.type == "cuda" else "32-true",

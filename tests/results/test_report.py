@@ -12,6 +12,7 @@ from pathlib import Path
 from helpers.results import DEVICE, RESULTS, UNITS, Cells, about, make_config, read, write_run, write_times
 from localgrad.commands.main import main
 from localgrad.config.saved import to_dict
+from localgrad.results.figures import trade_off
 from localgrad.results.names import dataset_label
 from localgrad.results.report import page
 from localgrad.results.tables import tables
@@ -103,6 +104,21 @@ def test_memory_of_two_devices_is_not_compared(tmp_path: Path) -> None:
     finding = next(row for row in Cells(page(read(tmp_path)[0], tmp_path)).rows if row[0].startswith("CIFAR-10"))
     assert finding[1] == "20.00|n = 1"
     assert finding[4] == "|2 MiB"
+
+
+def test_memory_that_was_not_measured_is_no_figure(tmp_path: Path) -> None:
+    """A dash in the table of costs, and no point in the picture of error against memory."""
+    names = ("cifar10-resnet32-e2e", "cifar10-resnet32-k16-dgl", "cifar10-resnet32-k16-dgl-man")
+    for name, error in zip(names, (20.0, 30.0, 25.0), strict=True):
+        unmeasured = {"peak_memory_bytes": None} if name.endswith("man") else {}
+        write_run(tmp_path / f"{name}.json", make_config(name), error, **unmeasured)
+    cells = Cells(page(read(tmp_path)[0], tmp_path)).rows
+    assert next(row for row in cells if row[0].startswith("CIFAR-10"))[4] == ""  # the best row is the unmeasured one
+    labels = ["End-to-end", "DGL, 15 blocks", "DGL + MAN, 15 blocks"]
+    assert [row[1] for row in cells if row[0] in labels and len(row) > 4] == ["11.0", "1.7", "-"]
+    (table,) = tables(read(tmp_path)[0].runs)
+    assert sorted(table.peaks_on(table.main_device)) == [0, 1]
+    assert len(trade_off(table, table.main_device, dict.fromkeys(range(3))).figure.axes[0].collections) == 2
 
 
 def test_a_method_of_another_version_has_its_own_name(tmp_path: Path) -> None:

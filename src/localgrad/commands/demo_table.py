@@ -16,7 +16,7 @@ from localgrad.recipes import recipe
 from localgrad.results.cells import check_seeds
 from localgrad.results.names import network_label
 from localgrad.results.read import FinishedRun, read_results
-from localgrad.results.tables import Row, Table, mean_std, parameters_text, seconds_text, tables
+from localgrad.results.tables import Row, Table, mean_std, mebibytes_text, parameters_text, seconds_text, tables
 from localgrad.results.terminal import print_table
 from localgrad.runs.files import write_json
 from localgrad.runs.folder import RunFolder
@@ -98,7 +98,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         row.label,
         str(row.num_blocks),
         f"{mean_std(row.values('test_error'))} ({len(row.runs)})",
-        f"{row.mean('peak_memory_bytes') / 2**20:.1f} MiB",
+        f"{mebibytes_text(row.peak_memory_bytes)} MiB",
         seconds_text(row.seconds_per_step),
         parameters_text(row),
     )

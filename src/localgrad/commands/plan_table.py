@@ -138,7 +138,8 @@ def show_sheets(title: str, sheets: Sequence[Sheet], budget: int | None) -> None
 def _choices(sheets: Sequence[Sheet], budget: int | None) -> dict[str, PlanRow]:
     """For each momentum network: the local row with the fewest blocks that fits, without checkpointing if possible.
 
-    Without a budget, or if no local row fits, it is the local row with the smallest peak.
+    Rows of micro-batches are not chosen, because they change batch norm and losses of a whole batch. Without a budget,
+    or if no local row fits, it is the local row with the smallest peak.
     """
     choices = {}
     for sheet in sheets:
@@ -147,9 +148,9 @@ def _choices(sheets: Sequence[Sheet], budget: int | None) -> dict[str, PlanRow]:
         if budget and fitting:
             best = min(fitting, key=lambda row: (row.recompute, row.num_blocks))
             kept = ", checkpointed" if best.recompute else ""
-            choices[f"fewest blocks that fit{kept}, {sheet.label}"] = best
+            choices[f"fewest blocks that fit{kept}, no micro-batches, {sheet.label}"] = best
         elif local:
-            choices[f"least memory, {sheet.label}"] = min(local, key=lambda row: row.peak)
+            choices[f"least memory, no micro-batches, {sheet.label}"] = min(local, key=lambda row: row.peak)
     return choices
 
 

@@ -132,9 +132,10 @@ def _train(config: TrainConfig, run_dir: Path, *, resume: bool, dry_run: bool, q
         rank_zero_only(print)(f"localgrad: {str(interruption) or 'interrupted'}{how}", file=sys.stderr)
         return getattr(interruption, "exit_code", 130)
     chosen = f", chosen on the {result.chosen_on} images" if config.keep_best or config.patience else ""
+    peak = "" if result.peak_memory_bytes is None else f", {result.peak_memory_bytes / 2**20:.0f} MiB a step"
     rank_zero_only(print)(
         f"test error {result.test_error:.2f}% "
         f"(best {result.best_test_error:.2f}% at epoch {result.best_epoch}{chosen}), "
-        f"{result.wall_seconds:.0f} s, {result.peak_memory_bytes / 2**20:.0f} MiB a step; see {run_dir}"
+        f"{result.wall_seconds:.0f} s{peak}; see {run_dir}"
     )
     return 0

@@ -266,16 +266,16 @@ def trade_off(table: Table, device: str, seconds: Mapping[int, float | None]) ->
     table of errors.
 
     Args:
-        table: the rows.
+        table: the rows, of which those without a measured peak are left out.
         device: name of the device.
         seconds: time of a step on the device, by position of the row; None if it is not known.
     """
     figure = new_figure(3.2, table.title)
     axes = figure.subplots()
-    rows = table.on(device)
+    rows = table.peaks_on(device)
     longest = max((each for each in seconds.values() if each), default=1.0)
     errors = {position: table.rows[position].mean("test_error") for position in rows}
-    points = {p: (row.mean("peak_memory_bytes") / 2**20, errors[p]) for p, row in rows.items()}
+    points = {position: (peak / 2**20, errors[position]) for position, peak in rows.items()}
     best = sorted(point for point in points.values() if not any(_beats(other, point) for other in points.values()))
     axes.plot(*zip(*best, strict=True), color="#808080", linewidth=1, linestyle=":", zorder=1)
     for number, position in enumerate(rows, start=1):

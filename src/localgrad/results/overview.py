@@ -8,7 +8,7 @@ from localgrad.results.names import device_text
 from localgrad.results.page import Cell, Grid
 from localgrad.results.read import Results
 from localgrad.results.sections import error_cell, seconds_of
-from localgrad.results.tables import Row, Table, mean_std, seconds_text
+from localgrad.results.tables import Row, Table, mean_std, mebibytes_text, seconds_text
 
 SHARES = ("memory, \N{MULTIPLICATION SIGN} end-to-end", "time, \N{MULTIPLICATION SIGN} end-to-end")
 MOST_NAMES = 6
@@ -123,7 +123,7 @@ def _signed(number: float | str) -> str:
 def _memory(each: Finding) -> Cell:
     """Memory of the best training relative to end-to-end; compares only runs on the same device."""
     rows = each.table.on(each.table.main_device)
-    memory: dict[int, float | None] = {position: row.mean("peak_memory_bytes") for position, row in rows.items()}
+    memory = {position: row.peak_memory_bytes for position, row in rows.items()}
     share, rival = each.to_end_to_end(each.best, memory), each.to_end_to_end(each.checkpointed, memory)
     sizes = [_size(each, row, memory) for row in (each.best, each.end_to_end)]
     small = [" of ".join(filter(None, sizes if share else sizes[:1] if each.best else sizes[1:]))]
@@ -133,7 +133,7 @@ def _memory(each: Finding) -> Cell:
 
 def _size(each: Finding, row: Row | None, memory: Mapping[int, float | None]) -> str:
     size = None if row is None else memory.get(each.table.rows.index(row))
-    return "" if size is None else f"{size / 2**20:,.0f} MiB"
+    return "" if size is None else f"{mebibytes_text(size, 0)} MiB"
 
 
 def _time(each: Finding, found: Results) -> Cell:

@@ -77,7 +77,7 @@ def _front(found: Results, grouped: Sequence[Table], studio: Studio) -> list[Pic
     pictures = []
     for table in largest:
         device = table.main_device
-        if len(table.on(device)) >= LEAST_ROWS:
+        if len(table.peaks_on(device)) >= LEAST_ROWS:
             seconds = sections.seconds_of(table, device, found.speeds)
             pictures.append(sections.trade_off(table, device, seconds, studio))
     return pictures

@@ -10,7 +10,7 @@ from localgrad.config.saved import differences
 from localgrad.recipes import recipe
 from localgrad.recipes.tables import table
 from localgrad.results.cells import load_result, result_files
-from localgrad.results.tables import mean_std
+from localgrad.results.tables import mean_or_none, mean_std, mebibytes_text
 from localgrad.results.terminal import print_table
 from localgrad.runs.result import Result
 
@@ -46,7 +46,7 @@ def _line(row: str, results: Sequence[Result]) -> tuple[str, ...]:
         mean_std([result.test_error for result in results]) + count,
         mean_std([result.best_test_error for result in results]) + count,
         paper,
-        f"{statistics.fmean(result.peak_memory_bytes for result in results) / 2**20:.0f}",
+        mebibytes_text(mean_or_none([result.peak_memory_bytes for result in results]), 0),
         f"{statistics.fmean(result.wall_seconds for result in results) / 60:.1f}",
     )
 

@@ -9,7 +9,7 @@ from localgrad.results.kinds import StepTimes
 from localgrad.results.names import command, device_text, without_paths
 from localgrad.results.page import Cell, Grid, Part, Picture, Studio, plain
 from localgrad.results.read import File
-from localgrad.results.tables import Row, Table, parameters_text, seconds_text, spread, step_key
+from localgrad.results.tables import Row, Table, mebibytes_text, parameters_text, seconds_text, spread, step_key
 
 
 def _paths(rows: Sequence[Row]) -> list[Path]:
@@ -131,7 +131,7 @@ def costs(table: Table, speeds: Sequence[File[StepTimes]], studio: Studio) -> It
     """Memory, time and parameters of each row, one part per device, with the picture of error against memory."""
     for device in table.devices:
         seconds = seconds_of(table, device, speeds)
-        pictures = [trade_off(table, device, seconds, studio)] if len(table.on(device)) > 1 else []
+        pictures = [trade_off(table, device, seconds, studio)] if len(table.peaks_on(device)) > 1 else []
         yield Part(
             "Memory and time", f"On {device_text(device)}.", [_cost_grid(table, device, seconds, studio)], pictures
         )
@@ -144,7 +144,7 @@ def _cost_grid(table: Table, device: str, seconds: Seconds, studio: Studio) -> G
     cells = [
         plain(
             table.labels[position],
-            f"{row.mean('peak_memory_bytes') / 2**20:,.1f}",
+            mebibytes_text(row.peak_memory_bytes),
             seconds_text(seconds.values[position]),
             *([f"{row.mean('wall_seconds') / 3600:.2f}"] if own else []),
             parameters_text(row),
@@ -167,7 +167,7 @@ def _cost_grid(table: Table, device: str, seconds: Seconds, studio: Studio) -> G
 def trade_off(table: Table, device: str, seconds: Seconds, studio: Studio) -> Picture:
     """The picture of test error against peak memory."""
     timed = "slowed by whatever else ran beside it" if seconds.source is None else "measured in turns with the others"
-    marks = {figures.rival(table, table.rows[position]) for position in table.on(device)}
+    marks = {figures.rival(table, table.rows[position]) for position in table.peaks_on(device)}
     named = ", ".join(f"{mark} for {rival}" for rival, (_, mark) in figures.RIVALS.items() if rival in marks and rival)
     colors = f"a color is an objective{f', a {named}' if named else ''}"
     caption = (
@@ -176,7 +176,8 @@ def trade_off(table: Table, device: str, seconds: Seconds, studio: Studio) -> Pi
         f"time of a step, which the legend has in seconds, {timed}; the dotted line joins the points that no other "
         "beats in both."
     )
-    files = _paths(list(table.on(device).values())) + ([seconds.source.path] if seconds.source else [])
+    rows = [table.on(device)[position] for position in table.peaks_on(device)]
+    files = _paths(rows) + ([seconds.source.path] if seconds.source else [])
     return studio.picture(figures.trade_off(table, device, seconds.values), caption, files)
 
 

@@ -129,10 +129,14 @@ class Row:
         return statistics.fmean(self.values(name))
 
     @property
+    def peak_memory_bytes(self) -> float | None:
+        """Mean over the runs; None if it was not measured in a run."""
+        return mean_or_none([run.result.peak_memory_bytes for run in self.runs])
+
+    @property
     def seconds_per_step(self) -> float | None:
         """Mean over the runs; None if a run was too short to measure it."""
-        seconds = [run.result.seconds_per_step for run in self.runs]
-        return None if None in seconds else statistics.fmean(each for each in seconds if each is not None)
+        return mean_or_none([run.result.seconds_per_step for run in self.runs])
 
     def deviation(self, name: str) -> float | None:
         """Sample standard deviation (n - 1) over the runs; None for a single run."""
@@ -188,6 +192,11 @@ class Table:
         """Rows by position, with their runs on one device: time and memory on different devices cannot be compared."""
         parts = {p: tuple(run for run in row.runs if run.result.device == device) for p, row in enumerate(self.rows)}
         return {position: Row(runs) for position, runs in parts.items() if runs}
+
+    def peaks_on(self, device: str) -> dict[int, float]:
+        """Peak memory of a step in bytes by position, for the rows that have it on the device."""
+        peaks = {position: row.peak_memory_bytes for position, row in self.on(device).items()}
+        return {position: peak for position, peak in peaks.items() if peak is not None}
 
     @property
     def paper_epochs(self) -> list[int]:
@@ -268,6 +277,12 @@ def sort_key(config: TrainConfig, num_blocks: int) -> tuple[Any, ...]:
     return (num_blocks, *method_order(config), method_label(config))
 
 
+def mean_or_none(values: Sequence[float | None]) -> float | None:
+    """The mean; None if one of the values was not measured."""
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if len(known) == len(values) else None
+
+
 def mean_std(values: Sequence[float], digits: int = 2) -> str:
     """`mean ± std` with the sample standard deviation, for every table."""
     return f"{statistics.fmean(values):.{digits}f}{spread(values, digits)}"
@@ -276,6 +291,11 @@ def mean_std(values: Sequence[float], digits: int = 2) -> str:
 def spread(values: Sequence[float], digits: int = 2) -> str:
     """` ± std`, the sample standard deviation (n - 1); empty for a single value."""
     return f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+
+
+def mebibytes_text(size: float | None, digits: int = 1) -> str:
+    """MiB with thousands separators; a dash if it was not measured."""
+    return "-" if size is None else f"{size / 2**20:,.{digits}f}"
 
 
 def seconds_text(seconds: float | None) -> str:

@@ -81,8 +81,9 @@ class Result:
     """Number of gradient-isolated blocks, the last one included."""
     parameters: dict[str, int]
     """Number of parameters of the `backbone`, of the `auxiliary` networks, and of the `trainable` ones in both."""
-    peak_memory_bytes: int
-    """Peak memory of one training step: bytes of tensors on top of those that were allocated before it."""
+    peak_memory_bytes: int | None
+    """Peak memory of one training step: bytes of tensors on top of those that were allocated before it; None if it was
+    not measured."""
     seconds_per_step: float | None
     """Median seconds from one optimizer step of the last epoch to the next; None for a run of one or two steps."""
     wall_seconds: float

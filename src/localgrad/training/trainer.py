@@ -327,7 +327,7 @@ def _result(run: Run) -> Result:
         cuts=run.cuts,
         num_blocks=len(run.blocks),
         parameters=run.parameters,
-        peak_memory_bytes=state.peak_memory_bytes or 0,
+        peak_memory_bytes=state.peak_memory_bytes,
         seconds_per_step=state.seconds_per_step,
         wall_seconds=state.elapsed_seconds,
         skipped=state.skipped,
