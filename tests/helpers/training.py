@@ -60,6 +60,27 @@ def eventful(
     )
 
 
+@dataclass(frozen=True, eq=False)
+class PlannedErrors(Images):
+    """Images on which a network has these errors in percent, evaluation by evaluation, counted over all ranks.
+
+    It gives NaN for NaN, and the largest of scores that are NaN is that of class 0.
+    """
+
+    errors: list[float]
+
+    def batches(self, batch_size: int, *, rank: int = 0, world_size: int = 1, **_: Any) -> Iterator[tuple[Tensor, ...]]:
+        wrong = torch.arange(len(self)) < self.errors.pop(0) * len(self) / 100
+        labels = wrong.long()[rank::world_size]
+        yield torch.full((len(labels), *self.images.shape[1:]), torch.nan), labels
+
+
+def planned(config: TrainConfig, *errors: float) -> tuple[ImageSet, PlannedErrors]:
+    """A config's images, for `fit(images=)`, with planned errors on those that it is tested on."""
+    train, test = load_images(config.data)
+    return train, PlannedErrors(**vars(test), errors=[*errors])
+
+
 def interrupt(inputs: Tensor) -> None:
     os.kill(os.getpid(), signal.SIGINT)
 

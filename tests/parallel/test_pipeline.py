@@ -8,7 +8,7 @@ import time
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import timm
@@ -20,6 +20,7 @@ import localgrad
 from helpers.processes import run_ranks
 from helpers.runs import BLOCKS, LOCAL, assert_same_run, weights
 from helpers.training import eventful, interrupt
+from localgrad.config.checks import validate
 from localgrad.config.methods import with_defaults
 from localgrad.config.schema import MomentumConfig, TrainConfig
 from localgrad.core.block import Block
@@ -31,8 +32,9 @@ from localgrad.parallel.pipeline import Stage
 from localgrad.parallel.shards import shard
 from localgrad.results.evaluation import evaluate
 from localgrad.runs.folder import RunFolder
-from localgrad.training import trainer
-from localgrad.training.trainer import fit
+from localgrad.training.build import build_run
+from localgrad.training.interrupts import noted_interrupts
+from localgrad.training.trainer import fit, train, train_epoch
 
 CUTS = ["layer1.0", "layer2.0", "layer3.0"]
 SIZES = [6] * 9 + [3] + [6] * 10
@@ -370,43 +372,50 @@ def test_metrics_of_three_ranks_are_those_of_one_process(tmp_path: Path) -> None
     assert_same_run(tmp_path / "one", tmp_path / "three")
 
 
-def _losses_shown(config: TrainConfig, run_dir: Path) -> list[float]:
-    shown: list[float] = []
-    original = trainer.Display.step
+class Shown:
+    """A display that is due after each batch and keeps the losses."""
 
-    def step(display: Any, **values: Any) -> None:
-        shown.extend(values["losses"])
-        return original(display, **values)
+    def __init__(self) -> None:
+        self.losses: list[float] = []
 
-    trainer.Display.step = step
-    trainer.Display.is_due = lambda self: True
-    fit(config, run_dir, quiet=True)
-    return shown[: 2 * len(config.cuts or ()) + 2]
+    def is_due(self) -> bool:
+        return True
+
+    def step(self, *, losses: list[float], **_: Any) -> None:
+        self.losses.extend(losses)
+
+
+def _losses_shown(config: TrainConfig) -> list[float]:
+    run, display = build_run(with_defaults(validate(config))), Shown()
+    with noted_interrupts() as interrupted:
+        train_epoch(run, RunFolder(Path("nothing-is-written")), cast(Any, display), interrupted)
+    return display.losses[: 2 * len(config.cuts or ()) + 2]
 
 
 @pytest.mark.ranks
-def test_losses_are_shown_as_they_are_on_several_ranks(tmp_path: Path) -> None:
+def test_losses_are_shown_as_they_are_on_several_ranks() -> None:
     """What rank 0 shows after its first two batches are the losses of its own blocks."""
-    (one,) = run_ranks(_losses_shown, 1, LOCAL, tmp_path / "one")
-    two, _ = run_ranks(_losses_shown, 2, BLOCKS, tmp_path / "two")
+    (one,) = run_ranks(_losses_shown, 1, LOCAL)
+    two, _ = run_ranks(_losses_shown, 2, replace(BLOCKS, checkpoint_every=0))
     assert two[0] == one[0]
 
 
-def _stop_with_a_slow_disk(config: TrainConfig, run_dir: Path) -> float:
-    """When this rank has ended; the first one writes for a second."""
-    original = trainer.RunFolder.save_checkpoint
+class SlowFolder(RunFolder):
+    """On a disk that takes a second to write a checkpoint."""
 
-    def save(self: Any, *arguments: Any) -> None:
+    def save_checkpoint(self, *arguments: Any) -> None:
         time.sleep(1)
-        original(self, *arguments)
-        (run_dir.parent / "written").write_text(str(time.time()))
+        super().save_checkpoint(*arguments)
+        (self.path.parent / "written").write_text(str(time.time()))
 
-    trainer.RunFolder.save_checkpoint = save
-    try:
-        _fit(config, run_dir, 1, False)
-    except KeyboardInterrupt:
-        return time.time()
-    raise AssertionError("it was not interrupted")
+
+def _stop_with_a_slow_disk(config: TrainConfig, run_dir: Path) -> float:
+    """When this rank has ended, after Ctrl-C on the first one in the first step."""
+    events = {1: interrupt} if os.environ["RANK"] == "0" else {}
+    run = build_run(with_defaults(validate(config)), eventful(config, events))
+    with pytest.raises(KeyboardInterrupt):
+        train(run, SlowFolder(run_dir), quiet=True)
+    return time.time()
 
 
 @pytest.mark.ranks

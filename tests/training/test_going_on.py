@@ -4,8 +4,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,10 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from helpers.networks import eventful_resnet
+from helpers.training import planned
 from localgrad.commands.main import main
 from localgrad.config.methods import with_defaults
 from localgrad.config.schema import ModelConfig, TrainConfig
-from localgrad.data.loading import load_images
-from localgrad.data.sets import Images, ImageSet
 from localgrad.recipes import recipe
 from localgrad.runs.folder import RunFolder
 from localgrad.runs.load import load_run
@@ -45,25 +43,6 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(value, other[name]) for name, value in one.items())
-
-
-@dataclass(frozen=True, eq=False)
-class PlannedErrors(Images):
-    """Twenty images on which a network has these errors in percent, evaluation by evaluation.
-
-    It gives NaN for NaN, and the largest of scores that are NaN is that of class 0.
-    """
-
-    errors: list[float]
-
-    def batches(self, batch_size: int, **order: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        wrong = self.errors.pop(0) * 20 / 100
-        yield torch.full((20, 3, 8, 8), torch.nan), (torch.arange(20) < wrong).long()
-
-
-def planned(config: TrainConfig, *errors: float) -> tuple[ImageSet, PlannedErrors]:
-    train, test = load_images(config.data)
-    return train, PlannedErrors(**vars(test), errors=[*errors])
 
 
 def test_the_weights_of_the_best_epoch_are_kept(tmp_path: Path) -> None:
