@@ -86,6 +86,14 @@ MAN: list[Claim] = [
         "not seen: MAN is behind, and local training ahead of end-to-end",
     ),
     (
+        "the same, with one layer a block",
+        "loss {three:.3f} plain, {three_man:.3f} with MAN, {three_bias:.3f} with the trained copy alone; end-to-end "
+        "{three_e2e:.3f}",
+        "characters of Shakespeare, three layers in three blocks, 1,200 steps, CPU",
+        "3",
+        "MAN closes the gap, and the trained copy without the EMA does too",
+    ),
+    (
         "EMA and bias complement each other: both 9.11 %, the EMA alone 11.07 % (the cell of the bias alone is empty)",
         "both {man} %, the trained copy alone {bias} %, the EMA alone {ema} %",
         TEN,
@@ -392,8 +400,11 @@ def _tasks(root: Path) -> dict[str, float]:
     names = {"text_e2e": "e2e", "text": "k3-readout", "text_ema": "k3-ema", "text_man": "k3-man", "text6": "k6-readout"}
     values = {name: _read(language / f"large-{row}-seed0.json")["validation_loss"] for name, row in names.items()}
     values |= {"text_gap3": values["text"] - values["text_e2e"], "text_gap6": values["text6"] - values["text_e2e"]}
-    for name, row in {"short_e2e": "e2e", "short": "k3-readout", "short_ema": "k3-ema", "short_man": "k3-man"}.items():
-        seeds = [_read(path)["validation_loss"] for path in language.glob(f"mid-{row}-seed*.json")]
+    means = {"short_e2e": "mid-e2e", "short": "mid-k3-readout", "short_ema": "mid-k3-ema", "short_man": "mid-k3-man"}
+    means |= {"three_e2e": "three-e2e", "three": "three-k3-readout"}
+    means |= {"three_man": "three-k3-man", "three_bias": "three-k3-bias"}
+    for name, row in means.items():
+        seeds = [_read(path)["validation_loss"] for path in language.glob(f"{row}-seed*.json")]
         values[name] = statistics.fmean(seeds)
     runs = {"iou_e2e": "e2e", "iou": "k4", "iou_man": "k4-man-recompute", "iou_wide": "k4-wide"}
     found = {name: _read(pixels / f"{row}-seed0.json") for name, row in runs.items()}
