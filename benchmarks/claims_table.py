@@ -91,7 +91,7 @@ MAN: list[Claim] = [
         "{three_e2e:.3f}",
         "characters of Shakespeare, three layers in three blocks, 1,200 steps, CPU",
         "3",
-        "MAN closes the gap, and the trained copy without the EMA does too",
+        "not seen: MAN closes the gap, and the trained copy without the EMA does so too",
     ),
     (
         "EMA and bias complement each other: both 9.11 %, the EMA alone 11.07 % (the cell of the bias alone is empty)",
