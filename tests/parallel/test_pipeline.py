@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import localgrad
+from helpers.networks import eventful_resnet
 from helpers.processes import run_ranks
 from helpers.runs import BLOCKS, LOCAL, assert_same_run, weights
 from helpers.training import eventful, interrupt
@@ -307,23 +309,26 @@ def test_the_network_that_is_tested_is_the_one_that_is_saved(shared: dict[str, A
 # A rank that dies
 
 DYING = """
-import os, signal, sys
-from pathlib import Path
+import sys
 from dataclasses import replace
 from helpers.runs import BLOCKS, LOCAL
-from localgrad.training import trainer
+from localgrad.config.schema import ModelConfig
+from localgrad.training.trainer import fit
 
-original, once = trainer.train_step, Path(sys.argv[1] + ".died")
-
-def step(run, *batch):
-    if run.state.step == 5 and run.fabric.global_rank == 1 and not once.exists():
-        once.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(run, *batch)
-
-trainer.train_step = step
-trainer.fit(BLOCKS if sys.argv[2] == "blocks" else replace(LOCAL, devices=2), sys.argv[1], quiet=True)
+_, run_dir, parallel, network = sys.argv
+config = BLOCKS if parallel == "blocks" else replace(LOCAL, devices=2)
+fit(replace(config, model=ModelConfig(network)), run_dir, quiet=True)
 """
+
+
+def _dying(folder: Path, parallel: str) -> list[str]:
+    """A script, and its arguments, of which the second rank dies once, in the second batch of the second epoch."""
+    (folder / "script.py").write_text(DYING)
+    once = str(folder / "died")
+    is_time = f"os.environ.get('LOCAL_RANK') == '1' and not os.path.exists({once!r})"
+    event = f"if {is_time}: open({once!r}, 'w').close(); os.kill(os.getpid(), {int(signal.SIGKILL)})"
+    network = eventful_resnet(folder / "network.py", step=5, event=event, unit="fc")  # the last batch has two images
+    return [str(folder / "script.py"), str(folder / "run"), parallel, network]
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
@@ -339,21 +344,19 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["blocks", "data"])
 def test_the_other_ranks_leave_when_one_dies(tmp_path: Path, parallel: str) -> None:
-    (tmp_path / "script.py").write_text(DYING)
-    done = _run([str(tmp_path / "script.py"), str(tmp_path / "run"), parallel])
+    done = _run(_dying(tmp_path, parallel))
     assert done.returncode != 0
-    assert (tmp_path / "run.died").exists()
+    assert (tmp_path / "died").exists()
     assert "another process of this run has ended" in done.stderr
 
 
 @pytest.mark.ranks
 @pytest.mark.slow
 def test_torchrun_starts_again_where_the_run_was(tmp_path: Path) -> None:
-    (tmp_path / "script.py").write_text(DYING)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
-    done = _run([*torchrun, str(tmp_path / "script.py"), str(tmp_path / "run"), "blocks"])
+    done = _run([*torchrun, *_dying(tmp_path, "blocks")])
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run.died").exists()
+    assert (tmp_path / "died").exists()
     fit(LOCAL, tmp_path / "one", quiet=True)
     assert_same_run(tmp_path / "one", tmp_path / "run")
 
