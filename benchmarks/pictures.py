@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from accuracy_tables import COMPARED, Row, rows
-from task_tables import SETTINGS, Result, results
+from task_tables import SETTINGS, Result, frozen, results
 
 ROOT = Path(__file__).parents[1]
 PICTURES = ROOT / "docs" / "pictures"
@@ -195,7 +195,6 @@ def curves(runs: dict[str, list[Result]], *, differences: bool) -> list[Curve]:
         seeds = [run for run in runs.get(name, []) if run["settings"]["seed"] in whole or not differences]
         if not seeds or (differences and name == "e2e"):
             continue
-        frozen = ", EMA frozen" if any(run.get("average_frozen") for run in seeds) else ""
         means, deviations = [], []
         for position in range(len(seeds[0]["curve"])):
             losses = [run["curve"][position][1] for run in seeds]
@@ -204,7 +203,7 @@ def curves(runs: dict[str, list[Result]], *, differences: bool) -> list[Curve]:
             means.append(statistics.fmean(losses))
             deviations.append(statistics.stdev(losses) if len(losses) > 1 else 0.0)
         steps = [step for step, _ in seeds[0]["curve"]]
-        found.append(Curve(f"{label}{frozen} (n = {len(seeds)})", COLORS[color], kind, steps, means, deviations))
+        found.append(Curve(f"{label}{frozen(seeds)} (n = {len(seeds)})", COLORS[color], kind, steps, means, deviations))
     return found
 
 

@@ -93,8 +93,8 @@ def measure_peak(function: Callable[[], Value], device: torch.device = CPU) -> t
         device: the device of its tensors.
 
     Returns:
-        The function's result, and its peak in bytes beyond the memory allocated before: of the allocator on CUDA, of
-        live tensor storages on other devices.
+        The function's result, and its peak in bytes beyond the memory allocated before. It is that of the allocator on
+        CUDA, and that of live tensor storages on other devices.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

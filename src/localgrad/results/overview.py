@@ -122,8 +122,7 @@ def _signed(number: float | str) -> str:
 
 def _memory(each: Finding) -> Cell:
     """Memory of the best training relative to end-to-end; compares only runs on the same device."""
-    rows = each.table.on(each.table.main_device)
-    memory = {position: row.peak_memory_bytes for position, row in rows.items()}
+    memory = each.table.peaks_on(each.table.main_device)
     share, rival = each.to_end_to_end(each.best, memory), each.to_end_to_end(each.checkpointed, memory)
     sizes = [_size(each, row, memory) for row in (each.best, each.end_to_end)]
     small = [" of ".join(filter(None, sizes if share else sizes[:1] if each.best else sizes[1:]))]

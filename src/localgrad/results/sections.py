@@ -167,7 +167,8 @@ def _cost_grid(table: Table, device: str, seconds: Seconds, studio: Studio) -> G
 def trade_off(table: Table, device: str, seconds: Seconds, studio: Studio) -> Picture:
     """The picture of test error against peak memory."""
     timed = "slowed by whatever else ran beside it" if seconds.source is None else "measured in turns with the others"
-    marks = {figures.rival(table, table.rows[position]) for position in table.peaks_on(device)}
+    rows, drawn = table.on(device), table.peaks_on(device)
+    marks = {figures.rival(table, table.rows[position]) for position in drawn}
     named = ", ".join(f"{mark} for {rival}" for rival, (_, mark) in figures.RIVALS.items() if rival in marks and rival)
     colors = f"a color is an objective{f', a {named}' if named else ''}"
     caption = (
@@ -176,8 +177,7 @@ def trade_off(table: Table, device: str, seconds: Seconds, studio: Studio) -> Pi
         f"time of a step, which the legend has in seconds, {timed}; the dotted line joins the points that no other "
         "beats in both."
     )
-    rows = [table.on(device)[position] for position in table.peaks_on(device)]
-    files = _paths(rows) + ([seconds.source.path] if seconds.source else [])
+    files = _paths([rows[position] for position in drawn]) + ([seconds.source.path] if seconds.source else [])
     return studio.picture(figures.trade_off(table, device, seconds.values), caption, files)
 
 
